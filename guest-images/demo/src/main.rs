@@ -1,0 +1,2 @@
+//! Demo service.
+fn main() {}

@@ -1,0 +1,2 @@
+//! The monitor program.
+fn main() {}
