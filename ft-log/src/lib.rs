@@ -1,9 +1,53 @@
 //! What a primary tells a backup, and what a recording holds.
 //!
 //! No KVM, no threads, no clock: sockets and files come in as `Read` and `Write`.
+//!
+//! ```text
+//! Event ─ record ─ codec ─┐                      ┌─ TCP connection (session: who, in which order)
+//!                         ├─ message ─ stream ───┤
+//! machine ─── snapshot ───┘                      └─ segment: recording file
+//! heartbeat: UDP, on its own
+//! ```
+//!
+//! Every stream, file and datagram starts with a magic and a version that can be read alone. A monitor
+//! reads and writes its own version only and names the other one when it refuses. Tags are explicit, 0 is
+//! never valid, numbers are little-endian. The layouts are in `docs/log-format.md`; a change to one changes
+//! its version, that document and the change log together.
 
+mod codec;
+mod digest;
+mod error;
 mod event;
+mod fields;
+mod heartbeat;
+mod message;
+mod record;
+mod segment;
+mod session;
+mod snapshot;
+mod stream;
 
+pub use codec::{Decoder, Encoder, MAX_ENTRY_BYTES};
+pub use digest::StateDigest;
+pub use error::LogError;
 pub use event::{
     DiskStatus, Event, GuestTime, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES,
+};
+pub use heartbeat::{HEARTBEAT_BYTES, HEARTBEAT_VERSION, Heartbeat, HeartbeatError, Role, guest_name_hash};
+pub use message::{
+    Ack, Batch, ByeReason, MAX_BATCH_ENTRIES_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES, MAX_TEXT_BYTES,
+    Message, MessageKind,
+};
+pub use record::{Cursor, Entry};
+pub use segment::{RECORDING_MAGIC, RECORDING_VERSION, RecordingError, RecordingReader, RecordingWriter};
+pub use session::{
+    BatchReceiver, BatchSender, CpuIdentity, Expected, Hello, Mismatch, SequenceError, Welcome, check_hello,
+};
+pub use snapshot::{
+    MAX_KIND_BYTES, MAX_PAYLOAD_BYTES, MAX_RUN_PAGES, PAGE_BYTES, SNAPSHOT_MAGIC, SNAPSHOT_VERSION,
+    SnapshotError, SnapshotPart, SnapshotReader, SnapshotWriter,
+};
+pub use stream::{
+    FRAME_HEADER_BYTES, FrameDecoder, FrameReader, FrameWriter, LINK_MAGIC, PROTOCOL_VERSION, SnapshotSink,
+    SnapshotSource, StreamError, read_preamble, write_preamble,
 };

@@ -1,0 +1,147 @@
+//! The datagram by which the two sides see each other alive.
+//!
+//! Owns: the 44 bytes of a [`Heartbeat`]. Must never: send one, or decide from one that the peer is dead.
+//!
+//! ```text
+//! magic "VMFTBEAT" | version u32 | view u64 | counter u64 | guest u64 | role u8 | reserved [u8; 3] = 0 | crc32 u32
+//! ```
+//!
+//! The crc32 (IEEE) covers all bytes before it. It guards against accidents; a datagram proves nothing about
+//! who sent it, so a heartbeat may delay a takeover and never cause one.
+
+use thiserror::Error;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::error::LogError;
+use crate::fields::{get_array, get_u8, get_u32, get_u64};
+
+/// Length of a heartbeat.
+pub const HEARTBEAT_BYTES: usize = 44;
+/// Version of the heartbeat.
+pub const HEARTBEAT_VERSION: u32 = 1;
+
+const MAGIC: [u8; 8] = *b"VMFTBEAT";
+const CHECKED_BYTES: usize = HEARTBEAT_BYTES - 4;
+
+/// What a side is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Role {
+    /// Runs the guest.
+    Primary = 1,
+    /// Follows.
+    Backup = 2,
+}
+
+/// "I am alive."
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heartbeat {
+    /// The view that the sender is in.
+    pub view: u64,
+    /// Rises by one with every heartbeat of the sender.
+    pub counter: u64,
+    /// [`guest_name_hash`] of the guest, so that pairs that share an address ignore each other.
+    pub guest: u64,
+    /// What the sender is.
+    pub role: Role,
+}
+
+/// Why a datagram is not a heartbeat.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum HeartbeatError {
+    /// Another length.
+    #[error("The datagram has {len_bytes} bytes, a heartbeat has {HEARTBEAT_BYTES}")]
+    Length {
+        /// The length found.
+        len_bytes: usize,
+    },
+    /// Something else.
+    #[error("The datagram is not a heartbeat: it starts with {}", found.escape_ascii())]
+    Magic {
+        /// The first bytes found.
+        found: [u8; 8],
+    },
+    /// Another version.
+    #[error("The heartbeat has version {found}, this monitor knows {HEARTBEAT_VERSION}")]
+    Version {
+        /// The version found.
+        found: u32,
+    },
+    /// Changed on its way.
+    #[error("The heartbeat is damaged: its checksum is {computed:#010x}, it says {stored:#010x}")]
+    Checksum {
+        /// What the bytes give.
+        computed: u32,
+        /// What the last four bytes say.
+        stored: u32,
+    },
+    /// A reserved byte is in use.
+    #[error("A reserved byte of the heartbeat is not 0")]
+    Reserved,
+    /// A field has no meaning.
+    #[error("The heartbeat is not valid")]
+    Field(#[source] LogError),
+}
+
+/// The number that stands for a guest's name (XXH3, 64 bits).
+pub fn guest_name_hash(name: &str) -> u64 {
+    xxh3_64(name.as_bytes())
+}
+
+impl Heartbeat {
+    /// The datagram.
+    pub fn encode(&self) -> [u8; HEARTBEAT_BYTES] {
+        let mut bytes = [0; HEARTBEAT_BYTES];
+        bytes[..12].copy_from_slice(&crate::stream::header(MAGIC, HEARTBEAT_VERSION));
+        bytes[12..20].copy_from_slice(&self.view.to_le_bytes());
+        bytes[20..28].copy_from_slice(&self.counter.to_le_bytes());
+        bytes[28..36].copy_from_slice(&self.guest.to_le_bytes());
+        bytes[36] = self.role as u8;
+        let crc = crc32fast::hash(&bytes[..CHECKED_BYTES]);
+        bytes[CHECKED_BYTES..].copy_from_slice(&crc.to_le_bytes());
+        bytes
+    }
+
+    /// The heartbeat that a datagram holds.
+    ///
+    /// # Errors
+    /// Magic and version are judged before the length, so that another version is told by its name.
+    pub fn decode(datagram: &[u8]) -> Result<Self, HeartbeatError> {
+        let short = |_| HeartbeatError::Length { len_bytes: datagram.len() };
+        let input = &mut &*datagram;
+        let magic = get_array(input, "magic").map_err(short)?;
+        if magic != MAGIC {
+            return Err(HeartbeatError::Magic { found: magic });
+        }
+        let version = get_u32(input, "version").map_err(short)?;
+        if version != HEARTBEAT_VERSION {
+            return Err(HeartbeatError::Version { found: version });
+        }
+        if datagram.len() != HEARTBEAT_BYTES {
+            return Err(HeartbeatError::Length { len_bytes: datagram.len() });
+        }
+        let stored = get_u32(&mut &datagram[CHECKED_BYTES..], "checksum").map_err(short)?;
+        let computed = crc32fast::hash(&datagram[..CHECKED_BYTES]);
+        if computed != stored {
+            return Err(HeartbeatError::Checksum { computed, stored });
+        }
+        let heartbeat = Self::get_fields(input).map_err(HeartbeatError::Field)?;
+        if get_array(input, "reserved bytes") != Ok([0; 3]) {
+            return Err(HeartbeatError::Reserved);
+        }
+        Ok(heartbeat)
+    }
+
+    fn get_fields(input: &mut &[u8]) -> Result<Self, LogError> {
+        Ok(Self {
+            view: get_u64(input, "view")?,
+            counter: get_u64(input, "counter")?,
+            guest: get_u64(input, "guest")?,
+            role: match get_u8(input, "role")? {
+                tag if tag == Role::Primary as u8 => Role::Primary,
+                tag if tag == Role::Backup as u8 => Role::Backup,
+                tag => return Err(LogError::UnknownTag { what: "role", tag }),
+            },
+        })
+    }
+}

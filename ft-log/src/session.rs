@@ -1,0 +1,326 @@
+//! The rules of a connection, without the connection.
+//!
+//! Owns: who may follow whom ([`check_hello`]) and the order of batches and acknowledgements. Must never:
+//! do I/O, or repair what the peer got wrong; an error here ends the connection.
+//!
+//! ```text
+//! backup                                primary
+//!   preamble                  <->         preamble
+//!   Hello                      ->         check_hello
+//!                             <-          Refuse, close        (a field differs)
+//!                             <-          Welcome, Snapshot.., SnapshotEnd
+//!   BatchReceiver::accept     <-          Batch 1, 2, ..       BatchSender::next_seq
+//!   Ack                        ->         BatchSender::accept
+//!   Bye                       <->         Bye                  (either side, at any time)
+//! ```
+
+use thiserror::Error;
+
+use crate::message::{Ack, Batch};
+use crate::record::Cursor;
+
+/// The CPU that a host's guest runs on (CPUID leaves 0 and 1, family and model with their extensions).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CpuIdentity {
+    /// `GenuineIntel`, `AuthenticAMD`.
+    pub vendor: [u8; 12],
+    /// Display family.
+    pub family: u16,
+    /// Display model.
+    pub model: u8,
+    /// Stepping.
+    pub stepping: u8,
+}
+
+impl std::fmt::Display for CpuIdentity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { vendor, family, model, stepping } = self;
+        write!(f, "{} family {family} model {model} stepping {stepping}", vendor.escape_ascii())
+    }
+}
+
+/// What a backup says of itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hello {
+    /// The version of its monitor.
+    pub monitor_version: String,
+    /// The CPU of its host.
+    pub cpu: CpuIdentity,
+    /// The guest that it wants to follow.
+    pub guest_name: String,
+    /// Size of its copy of the guest's disk, if it has one.
+    pub disk_bytes: Option<u64>,
+    /// The id stored in the claims directory that it sees: both hosts must share one directory.
+    pub claims_id: [u8; 16],
+    /// The name of its host.
+    pub host_name: String,
+}
+
+/// What a primary answers.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Welcome {
+    /// The view that both are now in.
+    pub view: u64,
+    /// The guest.
+    pub guest_name: String,
+    /// The guest's memory.
+    pub memory_bytes: u64,
+    /// Digest of the guest's whole configuration.
+    pub config_digest: u64,
+    /// Digest of the CPUID table that the guest sees.
+    pub cpuid_digest: u64,
+    /// The name of the primary's host.
+    pub host_name: String,
+    /// What the first entry behind the snapshot is relative to.
+    pub start: Cursor,
+}
+
+/// What a primary demands of a backup.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Expected {
+    /// The version of the primary's monitor; another version may emulate another machine.
+    pub monitor_version: String,
+    /// The CPU of the primary's host.
+    pub cpu: CpuIdentity,
+    /// The guest that the primary runs.
+    pub guest_name: String,
+    /// Size of the guest's disk, if it has one.
+    pub disk_bytes: Option<u64>,
+    /// The id stored in the claims directory that the primary sees.
+    pub claims_id: [u8; 16],
+}
+
+/// Why a backup may not follow, as a sentence for both operators.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Mismatch {
+    /// Monitors of different versions.
+    #[error("Backup host {host} runs monitor version {backup}, the primary runs {primary}")]
+    MonitorVersion {
+        /// The backup's host.
+        host: String,
+        /// The backup's version.
+        backup: String,
+        /// The primary's version.
+        primary: String,
+    },
+    /// The backup follows another guest.
+    #[error("Backup host {host} wants to follow guest {backup:?}, the primary runs guest {primary:?}")]
+    GuestName {
+        /// The backup's host.
+        host: String,
+        /// The backup's guest.
+        backup: String,
+        /// The primary's guest.
+        primary: String,
+    },
+    /// CPUs that may compute differently.
+    #[error("Backup host {host} has the CPU {backup}, the primary has {primary}")]
+    Cpu {
+        /// The backup's host.
+        host: String,
+        /// The backup's CPU.
+        backup: CpuIdentity,
+        /// The primary's CPU.
+        primary: CpuIdentity,
+    },
+    /// Disks that cannot be copies of each other.
+    #[error("Backup host {host} has {}, the primary has {}", disk(*backup), disk(*primary))]
+    Disk {
+        /// The backup's host.
+        host: String,
+        /// The backup's disk.
+        backup: Option<u64>,
+        /// The primary's disk.
+        primary: Option<u64>,
+    },
+    /// Claims directories that are not the same: both sides could claim the guest.
+    #[error(
+        "Backup host {host} sees claims directory {}, the primary sees {}: both must mount the same directory",
+        hex(backup),
+        hex(primary)
+    )]
+    Claims {
+        /// The backup's host.
+        host: String,
+        /// The backup's directory.
+        backup: [u8; 16],
+        /// The primary's directory.
+        primary: [u8; 16],
+    },
+}
+
+fn disk(disk_bytes: Option<u64>) -> String {
+    disk_bytes.map_or_else(|| "no disk".into(), |bytes| format!("a disk of {bytes} bytes"))
+}
+
+fn hex(id: &[u8; 16]) -> String {
+    format!("{:032x}", u128::from_be_bytes(*id))
+}
+
+/// Whether the backup that said `hello` may follow. The first field that differs is named.
+///
+/// # Errors
+/// The field, with both values.
+pub fn check_hello(hello: &Hello, expected: &Expected) -> Result<(), Mismatch> {
+    let host = || hello.host_name.clone();
+    if hello.monitor_version != expected.monitor_version {
+        return Err(Mismatch::MonitorVersion {
+            host: host(),
+            backup: hello.monitor_version.clone(),
+            primary: expected.monitor_version.clone(),
+        });
+    }
+    if hello.guest_name != expected.guest_name {
+        return Err(Mismatch::GuestName {
+            host: host(),
+            backup: hello.guest_name.clone(),
+            primary: expected.guest_name.clone(),
+        });
+    }
+    if hello.cpu != expected.cpu {
+        return Err(Mismatch::Cpu { host: host(), backup: hello.cpu, primary: expected.cpu });
+    }
+    if hello.disk_bytes != expected.disk_bytes {
+        return Err(Mismatch::Disk { host: host(), backup: hello.disk_bytes, primary: expected.disk_bytes });
+    }
+    if hello.claims_id != expected.claims_id {
+        return Err(Mismatch::Claims { host: host(), backup: hello.claims_id, primary: expected.claims_id });
+    }
+    Ok(())
+}
+
+/// A batch or acknowledgement out of order.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum SequenceError {
+    /// Batches are missing.
+    #[error("Expected batch {expected}, found batch {found}: batches between them are missing")]
+    Gap {
+        /// The batch that may come.
+        expected: u64,
+        /// The batch that came.
+        found: u64,
+    },
+    /// A batch came again.
+    #[error("Expected batch {expected}, found batch {found}, which came before")]
+    Repeated {
+        /// The batch that may come.
+        expected: u64,
+        /// The batch that came.
+        found: u64,
+    },
+    /// A number that never falls fell.
+    #[error("The {what} goes back from {previous} to {found}")]
+    WentBack {
+        /// The number.
+        what: &'static str,
+        /// Its last value.
+        previous: u64,
+        /// Its value now.
+        found: u64,
+    },
+    /// Something is said of a batch that does not exist yet.
+    #[error("The {what} is batch {found}, but the last batch sent is {sent}")]
+    Ahead {
+        /// The number.
+        what: &'static str,
+        /// Its value.
+        found: u64,
+        /// The last batch that was sent.
+        sent: u64,
+    },
+}
+
+fn forward(what: &'static str, previous: u64, found: u64) -> Result<(), SequenceError> {
+    if found < previous {
+        return Err(SequenceError::WentBack { what, previous, found });
+    }
+    Ok(())
+}
+
+/// The receiving side of batches: they come without a gap, from 1. A batch that is refused changes nothing.
+#[derive(Clone, Debug, Default)]
+pub struct BatchReceiver {
+    received: u64,
+    reached: u64,
+    released: u64,
+}
+
+impl BatchReceiver {
+    /// Takes note of `batch`.
+    ///
+    /// # Errors
+    /// A gap, a repetition, or a `reached` or `released` that goes back or is ahead.
+    pub fn accept(&mut self, batch: &Batch) -> Result<(), SequenceError> {
+        let (expected, found) = (self.received.saturating_add(1), batch.seq);
+        if found > expected {
+            return Err(SequenceError::Gap { expected, found });
+        }
+        if found < expected {
+            return Err(SequenceError::Repeated { expected, found });
+        }
+        forward("reached anchor", self.reached, batch.reached)?;
+        forward("released batch", self.released, batch.released)?;
+        if batch.released > batch.seq {
+            let (found, sent) = (batch.released, batch.seq);
+            return Err(SequenceError::Ahead { what: "released batch", found, sent });
+        }
+        *self = Self { received: batch.seq, reached: batch.reached, released: batch.released };
+        Ok(())
+    }
+
+    /// The last batch received, for [`Ack::received`]; 0 before the first.
+    pub fn received(&self) -> u64 {
+        self.received
+    }
+
+    /// The last anchor that is completely logged.
+    pub fn reached(&self) -> u64 {
+        self.reached
+    }
+
+    /// Outputs up to this batch were let out.
+    pub fn released(&self) -> u64 {
+        self.released
+    }
+}
+
+/// The sending side of batches: numbers them, and knows which ones the backup has.
+#[derive(Clone, Debug, Default)]
+pub struct BatchSender {
+    sent: u64,
+    acked: Ack,
+}
+
+impl BatchSender {
+    /// The number of the batch that is sent now; the first is 1.
+    pub fn next_seq(&mut self) -> u64 {
+        self.sent += 1;
+        self.sent
+    }
+
+    /// Takes note of an acknowledgement.
+    ///
+    /// # Errors
+    /// An acknowledgement of a batch that was not sent, or any number that goes back. It changes nothing.
+    pub fn accept(&mut self, ack: &Ack) -> Result<(), SequenceError> {
+        if ack.received > self.sent {
+            let (found, sent) = (ack.received, self.sent);
+            return Err(SequenceError::Ahead { what: "acknowledged batch", found, sent });
+        }
+        forward("acknowledged batch", self.acked.received, ack.received)?;
+        forward("executed anchor", self.acked.executed, ack.executed)?;
+        forward("executed time", self.acked.executed_time.0, ack.executed_time.0)?;
+        self.acked = *ack;
+        Ok(())
+    }
+
+    /// The last batch sent; 0 before the first.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// The last acknowledgement. Outputs up to batch `acked().received` may be let out.
+    pub fn acked(&self) -> Ack {
+        self.acked
+    }
+}
