@@ -1,1 +1,7 @@
-//! Test hosts.
+//! Test hosts and a client of the demo service: what the end-to-end tests of vmft stand on.
+//!
+//! - [`hosts`]: machines to run monitors on, their network, and the faults that befall them.
+//!
+//! Nothing here is part of the product, and the product depends on nothing here.
+
+pub mod hosts;

@@ -1,0 +1,199 @@
+#!/bin/bash
+# Builds the images that test hosts and guests boot, from Debian's packages, unpatched.
+#
+#   build.sh images        vmlinuz, host.cpio.gz, guest.cpio.gz, vmft-agent; prints the directory that holds them
+#   build.sh small-kernel  vmlinux of a small kernel with built-in drivers (minutes); prints its path
+#   build.sh disk FILE MIB a raw disk with a fresh ext4 file system
+#
+# Everything goes to ${VMFT_CACHE:-$HOME/.cache/vmft}: each output is made in a temporary directory and then
+# renamed to a name that contains a digest of its inputs, so an output is complete and never out of date.
+set -euo pipefail
+shopt -s inherit_errexit
+
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(dirname "$here")
+cache=${VMFT_CACHE:-$HOME/.cache/vmft}
+work=
+
+die() { echo "build.sh: $*" >&2; exit 1; }
+say() { echo "build.sh: $*" >&2; }
+cleanup() { [ -z "$work" ] || rm -rf "$work"; }
+trap cleanup EXIT
+
+# setting KEY: the value of KEY in the manifest.
+setting() { sed -n "s/^$1 = \"\(.*\)\"\$/\1/p" "$here/manifest.toml"; }
+
+need() {
+    for tool in "$@"; do
+        command -v "$tool" >/dev/null || die "'$tool' is not installed"
+    done
+}
+
+# Starts a new output: $work is where it is made.
+begin() { cleanup; mkdir -p "$cache"; work=$(mktemp -d "$cache/tmp.XXXXXX"); }
+
+# publish NAME: $work becomes $cache/NAME, unless another build was faster.
+publish() {
+    chmod 755 "$work"
+    mv -T "$work" "$cache/$1" 2>/dev/null || [ -d "$cache/$1" ] || die "cannot create $cache/$1"
+    cleanup; work=
+}
+
+# package_file PACKAGE: downloads PACKAGE once, prints the path of its .deb.
+package_file() {
+    local version file
+    version=$(apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n 's/^Version: //p' | head -n 1)
+    [ -n "$version" ] || die "apt knows no package '$1': run 'apt-get update'"
+    # apt writes an epoch's colon as %3a.
+    for file in "$cache/debs/$1_${version//:/%3a}"_*.deb; do
+        [ -f "$file" ] && { echo "$file"; return; }
+    done
+    begin
+    say "downloading $1 $version"
+    (cd "$work" && apt-get -q download "$1=$version" >&2) || die "apt-get cannot download $1=$version"
+    mkdir -p "$cache/debs"
+    file=$(basename "$work"/*.deb)
+    mv "$work/$file" "$cache/debs/$file"
+    cleanup
+    echo "$cache/debs/$file"
+}
+
+# kernel_dir: unpacks Debian's kernel once, prints the directory: vmlinuz, release, lib/modules/RELEASE.
+kernel_dir() {
+    local meta package deb name release
+    meta=$(setting kernel)
+    package=$(apt-cache depends --important "$meta" 2>/dev/null | sed -n 's/^ *Depends: //p' | head -n 1)
+    [ -n "$package" ] || die "apt knows no package '$meta': run 'apt-get update'"
+    deb=$(package_file "$package")
+    name=kernel-$(basename "$deb" .deb)
+    if [ ! -d "$cache/$name" ]; then
+        begin
+        say "unpacking $(basename "$deb")"
+        dpkg -x "$deb" "$work/x"
+        release=$(basename "$work"/x/lib/modules/*)
+        mkdir -p "$work/lib"
+        mv "$work/x/boot/vmlinuz-$release" "$work/vmlinuz"
+        mv "$work/x/boot/config-$release" "$work/config"
+        mv "$work/x/lib/modules" "$work/lib/modules"
+        rm -r "$work/x"
+        echo "$release" >"$work/release"
+        depmod -b "$work" "$release"
+        publish "$name"
+    fi
+    echo "$cache/$name"
+}
+
+# add_modules TREE KERNEL MODULE...: copies modules with their dependencies; TREE/modules.list is the load order.
+add_modules() {
+    local tree=$1 kernel=$2 path
+    shift 2
+    mkdir -p "$tree/modules"
+    modprobe -d "$kernel" -S "$(cat "$kernel/release")" --show-depends -a "$@" |
+        sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' |
+        while read -r path; do
+            cp "$path" "$tree/modules/"
+            basename "$path" >>"$tree/modules.list"
+        done
+    [ -s "$tree/modules.list" ] || die "no modules found for: $*"
+}
+
+# tree_with_busybox TREE INIT: the skeleton of an initramfs.
+tree_with_busybox() {
+    mkdir -p "$1"/{bin,dev,proc,sys,tmp,etc,data,shared,images}
+    cp "$(command -v busybox)" "$1/bin/busybox"
+    cp "$2" "$1/init"
+    chmod 755 "$1/init"
+}
+
+# pack TREE FILE: the same tree gives the same bytes.
+pack() {
+    find "$1" -exec touch -h -d @0 {} +
+    (cd "$1" && find . | LC_ALL=C sort | cpio -o -H newc --reproducible -R 0:0 --quiet | gzip -n -6) >"$2"
+}
+
+build_images() {
+    local kernel bin key name
+    need cargo apt-get apt-cache dpkg depmod modprobe busybox cpio gzip strip
+    kernel=$(kernel_dir)
+    (cd "$root" && cargo build -q --release -p vmft-demo -p vmft-tests --bin vmft-demo --bin vmft-agent) >&2 ||
+        die "cargo cannot build vmft-demo and vmft-agent"
+    bin=${CARGO_TARGET_DIR:-$root/target}/x86_64-unknown-linux-gnu/release
+    key=$( (basename "$kernel"; cat "$here/build.sh" "$here/manifest.toml" "$here"/init/* \
+        "$(command -v busybox)" "$bin/vmft-agent" "$bin/vmft-demo") | sha256sum | cut -c1-16)
+    name=images-$key
+    if [ ! -d "$cache/$name" ]; then
+        begin
+        say "packing $name"
+        tree_with_busybox "$work/host" "$here/init/host"
+        tree_with_busybox "$work/guest" "$here/init/guest"
+        strip -o "$work/host/bin/vmft-agent" "$bin/vmft-agent"
+        strip -o "$work/guest/bin/vmft-demo" "$bin/vmft-demo"
+        # shellcheck disable=SC2046 # the manifest's lists are words
+        add_modules "$work/host" "$kernel" $(setting host)
+        # shellcheck disable=SC2046
+        add_modules "$work/guest" "$kernel" $(setting guest)
+        cp "$kernel/release" "$work/guest/release"
+        pack "$work/host" "$work/host.cpio.gz"
+        pack "$work/guest" "$work/guest.cpio.gz"
+        mv "$work/host/bin/vmft-agent" "$work/"
+        rm -r "$work/host" "$work/guest"
+        cp "$kernel/vmlinuz" "$work/"
+        basename "$kernel" >"$work/versions"
+        publish "$name"
+        # Yesterday's images: nothing that runs now uses them.
+        find "$cache" -maxdepth 1 \( -name 'images-*' -o -name 'tmp.*' \) -mtime +1 -exec rm -rf {} +
+    fi
+    # A fixed name for people; tests use the printed path, which cannot change under them.
+    ln -sfn "$name" "$cache/images.$$" && mv -T "$cache/images.$$" "$cache/images"
+    echo "$cache/$name"
+}
+
+build_small_kernel() {
+    local package deb name
+    need make gcc flex bison bc xz
+    package=$(setting kernel_source)
+    deb=$(package_file "$package")
+    name=small-$(basename "$deb" .deb)-$(cat "$here/build.sh" "$here/small-kernel.config" | sha256sum | cut -c1-16)
+    if [ ! -d "$cache/$name" ]; then
+        begin
+        say "building the small kernel from $(basename "$deb"): this takes minutes"
+        dpkg -x "$deb" "$work/x"
+        mkdir "$work/src"
+        tar -xf "$work"/x/usr/src/linux-source-*.tar.xz -C "$work/src" --strip-components=1
+        (
+            cd "$work/src"
+            export KBUILD_BUILD_TIMESTAMP=@0 KBUILD_BUILD_USER=vmft KBUILD_BUILD_HOST=vmft
+            make -s tinyconfig
+            scripts/kconfig/merge_config.sh -m .config "$here/small-kernel.config"
+            make -s olddefconfig
+            # A symbol that olddefconfig dropped would be missed only when a guest fails.
+            grep -E '^CONFIG_[A-Z0-9_]*=y' "$here/small-kernel.config" | while read -r line; do
+                grep -qx "$line" .config || die "small-kernel.config: the kernel does not accept $line"
+            done
+            nice make -s -j"$(nproc)" vmlinux
+        ) >&2
+        cp "$work/src/vmlinux" "$work/src/.config" "$work/"
+        mv "$work/.config" "$work/config"
+        strip --strip-debug "$work/vmlinux"
+        rm -r "$work/src" "$work/x"
+        publish "$name"
+    fi
+    echo "$cache/$name/vmlinux"
+}
+
+make_disk() {
+    local file=$1 mib=$2
+    need mke2fs truncate
+    rm -f "$file.tmp"
+    truncate -s "${mib}M" "$file.tmp"
+    # No lazy initialisation: the guest's disk writes are then its own only.
+    mke2fs -q -t ext4 -b 4096 -E lazy_itable_init=0,lazy_journal_init=0,nodiscard "$file.tmp"
+    mv "$file.tmp" "$file"
+}
+
+case "${1:-} $#" in
+    "images 1") build_images ;;
+    "small-kernel 1") build_small_kernel ;;
+    "disk 3") make_disk "$2" "$3" ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac

@@ -1,0 +1,64 @@
+//! The images that hosts and guests boot: made by `guest-images/build.sh`, kept in its cache.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use super::{HostError, tool};
+
+/// The files made by `guest-images/build.sh images`.
+#[derive(Debug, Clone)]
+pub struct Images {
+    dir: PathBuf,
+}
+
+impl Images {
+    /// Builds what is missing or out of date, once per process. Takes the directory named by the environment
+    /// variable `VMFT_IMAGES` as it is, if that is set.
+    pub fn ensure() -> Result<Images, HostError> {
+        static BUILT: OnceLock<PathBuf> = OnceLock::new();
+        if let Some(dir) = BUILT.get() {
+            return Ok(Images { dir: dir.clone() });
+        }
+        let dir = match std::env::var_os("VMFT_IMAGES") {
+            Some(dir) => PathBuf::from(dir),
+            None => PathBuf::from(tool::output(Command::new(build_script()).arg("images"))?),
+        };
+        Ok(Images { dir: BUILT.get_or_init(|| dir).clone() })
+    }
+
+    /// The directory that holds them all.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Debian's kernel: for the hosts and for guests.
+    pub fn kernel(&self) -> PathBuf {
+        self.dir.join("vmlinuz")
+    }
+
+    /// Initramfs of a test host.
+    pub fn host_initrd(&self) -> PathBuf {
+        self.dir.join("host.cpio.gz")
+    }
+
+    /// The agent, for hosts that are not machines.
+    pub fn agent(&self) -> PathBuf {
+        self.dir.join("vmft-agent")
+    }
+
+    /// Initramfs of the default guest.
+    pub fn guest_initrd(&self) -> PathBuf {
+        self.dir.join("guest.cpio.gz")
+    }
+}
+
+/// Makes `file` a raw disk of `size_mib` MiB with a fresh ext4 file system.
+pub fn make_disk(file: &Path, size_mib: u32) -> Result<(), HostError> {
+    tool::output(Command::new(build_script()).arg("disk").arg(file).arg(size_mib.to_string()))?;
+    Ok(())
+}
+
+fn build_script() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/build.sh")
+}
