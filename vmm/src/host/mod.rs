@@ -1,0 +1,168 @@
+//! The host side of the guest's devices: file descriptors become events, effects become system calls.
+//!
+//! Owns: the tap, the disk image, the console, and the threads that serve them. A thread only turns what
+//! a descriptor yields into an [`Event`] on the bounded channel that the vCPU thread drains, or carries out
+//! an effect that it was given.
+//! Must never: touch guest memory or device state, or decide when an event takes effect.
+//! States of a thread: running, told to stop (its [`Worker`] is being dropped), gone.
+
+pub mod console;
+pub mod disk;
+pub mod tap;
+
+use std::convert::Infallible;
+use std::io::{self, PipeReader, PipeWriter};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, select};
+use ft_log::Event;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// How long dropping a [`Worker`] waits for its thread. Only a system call that hangs (a dead file server)
+/// takes longer; the thread then ends by itself when the call returns.
+const STOP_WAIT: Duration = Duration::from_secs(5);
+
+/// Why [`StopToken::wait_readable`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// The descriptor has something to read, or an error or end of file that a read will report.
+    Ready,
+    /// Nothing happened in the time given.
+    TimedOut,
+    /// The owner wants the thread to end.
+    Stopped,
+}
+
+/// A thread's end of the stop signal: a pipe for `poll`, a channel for `select!`. Both close on stop.
+pub(crate) struct StopToken {
+    pipe: PipeReader,
+    channel: Receiver<Infallible>,
+}
+
+impl StopToken {
+    /// Waits until `fd` is readable, `timeout` has passed (none: for ever) or the thread is to stop.
+    pub(crate) fn wait_readable(&self, fd: BorrowedFd<'_>, timeout: Option<Duration>) -> io::Result<Wait> {
+        // Rounded up: a wait that is cut short by a fraction of a millisecond would spin.
+        let timeout = timeout.map_or(PollTimeout::NONE, |t| {
+            PollTimeout::try_from(t + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX)
+        });
+        loop {
+            let mut fds =
+                [PollFd::new(self.pipe.as_fd(), PollFlags::POLLIN), PollFd::new(fd, PollFlags::POLLIN)];
+            match poll(&mut fds, timeout) {
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+                Ok(0) => return Ok(Wait::TimedOut),
+                Ok(_) if fds[0].any() != Some(false) => return Ok(Wait::Stopped),
+                Ok(_) => return Ok(Wait::Ready),
+            }
+        }
+    }
+
+    /// Sends `event`, waiting while the queue is full. False: the thread is to end.
+    pub(crate) fn send(&self, events: &Sender<Event>, event: Event) -> bool {
+        select! {
+            send(events, event) -> sent => sent.is_ok(),
+            recv(self.channel) -> _ => false,
+        }
+    }
+
+    /// Whether the thread is to end.
+    pub(crate) fn stopped(&self) -> bool {
+        self.channel.try_recv() == Err(TryRecvError::Disconnected)
+    }
+
+    /// Becomes ready (disconnected) when the thread is to end.
+    pub(crate) fn channel(&self) -> &Receiver<Infallible> {
+        &self.channel
+    }
+}
+
+/// A named thread that is told to stop, and waited for, when this is dropped.
+pub(crate) struct Worker {
+    name: String,
+    // The channel closes first: what wakes from `poll` then also sees `stopped`.
+    stop: Option<(Sender<Infallible>, PipeWriter)>,
+    ended: Receiver<Infallible>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// Starts `body` on a thread called `name` (at most 15 bytes are shown by the host).
+    pub(crate) fn spawn(name: &str, body: impl FnOnce(&StopToken) + Send + 'static) -> io::Result<Self> {
+        let (reader, writer) = io::pipe()?;
+        let (stop_tx, stop_rx) = bounded(0);
+        let (ended_tx, ended_rx) = bounded(0);
+        let token = StopToken { pipe: reader, channel: stop_rx };
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let _ended: Sender<Infallible> = ended_tx;
+            body(&token);
+        })?;
+        let stop = Some((stop_tx, writer));
+        Ok(Self { name: name.to_owned(), stop, ended: ended_rx, thread: Some(thread) })
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if self.ended.recv_timeout(STOP_WAIT) == Err(RecvTimeoutError::Timeout) {
+            tracing::warn!(thread = %self.name, "A thread is stuck in a system call and was left to end by itself.");
+            return;
+        }
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!(thread = %self.name, "A thread panicked.");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn dropping_a_worker_ends_a_thread_that_waits_for_input() {
+        let (input, _keep_open) = io::pipe().unwrap();
+        let stopped = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&stopped);
+        let worker = Worker::spawn("test", move |stop| {
+            let wait = stop.wait_readable(input.as_fd(), None).unwrap();
+            seen.store(wait == Wait::Stopped && stop.stopped(), Ordering::SeqCst);
+        })
+        .unwrap();
+        drop(worker);
+        assert!(stopped.load(Ordering::SeqCst));
+    }
+
+    #[test]
+    fn dropping_a_worker_ends_a_thread_that_waits_for_room_in_the_queue() {
+        let (events, keep_full) = bounded(0);
+        let worker = Worker::spawn("test", move |stop| {
+            assert!(!stop.send(&events, Event::PowerButton));
+        })
+        .unwrap();
+        drop(worker);
+        assert_eq!(keep_full.try_recv(), Err(TryRecvError::Disconnected));
+    }
+
+    #[test]
+    fn waiting_tells_input_from_timeout() {
+        let (input, output) = io::pipe().unwrap();
+        let (verdicts, results) = bounded(2);
+        let _worker = Worker::spawn("test", move |stop| {
+            verdicts.send(stop.wait_readable(input.as_fd(), Some(Duration::ZERO)).unwrap()).unwrap();
+            drop(output);
+            verdicts.send(stop.wait_readable(input.as_fd(), None).unwrap()).unwrap();
+        })
+        .unwrap();
+        assert_eq!(results.recv(), Ok(Wait::TimedOut));
+        assert_eq!(results.recv(), Ok(Wait::Ready));
+    }
+}
