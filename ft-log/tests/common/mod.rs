@@ -1,0 +1,80 @@
+//! Values of every kind, for the tests.
+#![allow(dead_code, reason = "each test program uses a part")]
+
+use ft_log::{
+    Ack, Batch, ByeReason, CpuIdentity, Cursor, DiskStatus, Entry, Event, GuestTime, Heartbeat, Hello,
+    Message, Role, StateDigest, Welcome,
+};
+
+/// A cursor that is not at zero, so that a codec that forgets it is noticed.
+pub const START: Cursor = Cursor { time: GuestTime(1_000), anchor: 50 };
+
+/// One entry of every kind, in an order that [`START`] allows.
+pub fn entries() -> Vec<Entry> {
+    let event = |anchor, event| Entry::Event { anchor, event };
+    vec![
+        Entry::Clock(GuestTime(1_000)),
+        Entry::Clock(GuestTime(1_063)),
+        Entry::Clock(GuestTime(9_254)),
+        event(50, Event::Tick { now: GuestTime(9_254) }),
+        event(53, Event::Tick { now: GuestTime(45_049) }),
+        event(54, Event::Frame { data: vec![0xde, 0xad] }),
+        event(565, Event::DiskDone { id: 300, status: DiskStatus::Ok, data: vec![7; 3] }),
+        event(565, Event::DiskDone { id: 301, status: DiskStatus::IoError, data: vec![] }),
+        event(566, Event::Console { data: b"ls\n".to_vec() }),
+        event(567, Event::Entropy { data: vec![1, 2, 3, 4] }),
+        event(568, Event::PowerButton),
+        Entry::Check { anchor: 1_024, digest: 0x1234_5678 },
+        Entry::Clock(GuestTime(45_050)),
+        Entry::End { anchor: 2_000, digest: StateDigest { registers: 1, memory: 2, devices: 3 } },
+    ]
+}
+
+/// One message of every kind.
+pub fn messages() -> Vec<Message> {
+    vec![
+        Message::Hello(hello()),
+        Message::Hello(Hello { disk_bytes: None, ..hello() }),
+        Message::Welcome(Welcome {
+            view: 7,
+            guest_name: "web".into(),
+            memory_bytes: 256 << 20,
+            config_digest: 0x1111_2222_3333_4444,
+            cpuid_digest: 0x5555_6666_7777_8888,
+            host_name: "alpha".into(),
+            start: START,
+        }),
+        Message::Refuse { reason: "No".into() },
+        Message::Snapshot(b"piece".to_vec()),
+        Message::SnapshotEnd,
+        Message::Batch(Batch { seq: 300, reached: 70_000, released: 298, entries: vec![0x7e, 0xfe, 0x7f] }),
+        Message::Ack(Ack { received: 300, executed: 69_999, executed_time: GuestTime(45_049) }),
+        Message::Bye { reason: ByeReason::Diverged, text: "registers".into() },
+    ]
+}
+
+pub fn hello() -> Hello {
+    Hello {
+        monitor_version: "0.1.0".into(),
+        cpu: CpuIdentity { vendor: *b"AuthenticAMD", family: 0x17, model: 0x31, stepping: 2 },
+        guest_name: "web".into(),
+        disk_bytes: Some(1 << 30),
+        claims_id: *b"0123456789abcdef",
+        host_name: "beta".into(),
+    }
+}
+
+pub const HEARTBEAT: Heartbeat =
+    Heartbeat { view: 7, counter: 513, guest: 0x0102_0304_0506_0708, role: Role::Backup };
+
+/// Bytes without a pattern that a compressor could use (xorshift64).
+pub fn incompressible(len_bytes: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    };
+    (0..len_bytes).map(|_| next()).collect()
+}

@@ -1,0 +1,258 @@
+//! What holds for all values and all bytes: what is written is read back, there is one form for each value,
+//! and no bytes make a decoder panic.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+mod common;
+
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use ft_log::{
+    Ack, Batch, ByeReason, Cursor, Decoder, DiskStatus, Encoder, Entry, Event, FrameDecoder, FrameReader,
+    FrameWriter, GuestTime, Heartbeat, LogError, Message, PAGE_BYTES, RECORDING_MAGIC, RecordingReader, Role,
+    SNAPSHOT_MAGIC, SnapshotPart, SnapshotReader, SnapshotWriter, StateDigest,
+};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+/// A number of any magnitude, small ones as likely as large ones.
+fn magnitude(bits: u32) -> impl Strategy<Value = u64> {
+    (0..=bits, any::<u64>()).prop_map(|(bits, value)| value.checked_shr(64 - bits).unwrap_or(0))
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    let data = || vec(any::<u8>(), 0..300);
+    let status = prop_oneof![Just(DiskStatus::Ok), Just(DiskStatus::IoError)];
+    prop_oneof![
+        magnitude(50).prop_map(|ticks| Event::Tick { now: GuestTime(ticks) }),
+        data().prop_map(|data| Event::Frame { data }),
+        (any::<u64>(), status, data()).prop_map(|(id, status, data)| Event::DiskDone { id, status, data }),
+        data().prop_map(|data| Event::Console { data }),
+        data().prop_map(|data| Event::Entropy { data }),
+        Just(Event::PowerButton),
+    ]
+}
+
+/// An entry whose times and anchors are still distances; [`absolute`] adds them up.
+fn any_entry() -> impl Strategy<Value = Entry> {
+    prop_oneof![
+        4 => magnitude(50).prop_map(|ticks| Entry::Clock(GuestTime(ticks))),
+        3 => (magnitude(50), any_event()).prop_map(|(anchor, event)| Entry::Event { anchor, event }),
+        1 => (magnitude(50), any::<u32>()).prop_map(|(anchor, digest)| Entry::Check { anchor, digest }),
+    ]
+}
+
+fn absolute(start: Cursor, distances: Vec<Entry>) -> Vec<Entry> {
+    let Cursor { time: GuestTime(mut time), anchor: mut position } = start;
+    let mut entries = distances;
+    for entry in &mut entries {
+        if let Entry::Event { anchor, .. } | Entry::Check { anchor, .. } = entry {
+            position += *anchor;
+            *anchor = position;
+        }
+        if let Entry::Clock(now) | Entry::Event { event: Event::Tick { now }, .. } = entry {
+            time += now.0;
+            now.0 = time;
+        }
+    }
+    let digest = StateDigest { registers: time, memory: position, devices: u64::MAX };
+    entries.push(Entry::End { anchor: position, digest });
+    entries
+}
+
+fn decode_all(decoder: &mut Decoder, bytes: &[u8]) -> (Vec<Entry>, usize, Result<(), LogError>) {
+    let mut rest = bytes;
+    let mut entries = Vec::new();
+    loop {
+        match decoder.next(&mut rest) {
+            Ok(Some(entry)) => entries.push(entry),
+            Ok(None) => return (entries, bytes.len(), Ok(())),
+            Err(error) => return (entries, bytes.len() - rest.len(), Err(error)),
+        }
+    }
+}
+
+fn any_message() -> impl Strategy<Value = Message> {
+    let batch = (any::<u64>(), any::<u64>(), any::<u64>(), vec(any::<u8>(), 0..300)).prop_map(
+        |(seq, reached, released, entries)| Batch { seq, reached, released: released.min(seq), entries },
+    );
+    let ack = (any::<u64>(), any::<u64>(), any::<u64>()).prop_map(|(received, executed, ticks)| Ack {
+        received,
+        executed,
+        executed_time: GuestTime(ticks),
+    });
+    prop_oneof![
+        proptest::sample::select(common::messages()),
+        batch.prop_map(Message::Batch),
+        ack.prop_map(Message::Ack),
+        vec(any::<u8>(), 0..300).prop_map(Message::Snapshot),
+        any::<String>().prop_map(|reason| Message::Refuse { reason }),
+        any::<String>().prop_map(|text| Message::Bye { reason: ByeReason::LostClaim, text }),
+    ]
+}
+
+fn send_all(messages: &[Message]) -> Vec<u8> {
+    let mut writer = FrameWriter::new(Vec::new());
+    for message in messages {
+        writer.send(message).unwrap();
+    }
+    writer.get_ref().clone()
+}
+
+/// Gives the bytes of a slice in pieces of the given lengths, over and over, with a timeout before each.
+struct Pieces<'a> {
+    rest: &'a [u8],
+    lengths: std::iter::Cycle<std::vec::IntoIter<usize>>,
+    timed_out: bool,
+}
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.timed_out = !self.timed_out;
+        if self.timed_out {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let len = self.lengths.next().unwrap_or(1).min(bytes.len());
+        self.rest.read(&mut bytes[..len])
+    }
+}
+
+proptest! {
+    #[test]
+    fn entries_are_read_back(
+        time in magnitude(50),
+        anchor in magnitude(50),
+        distances in vec(any_entry(), 0..40),
+    ) {
+        let start = Cursor { time: GuestTime(time), anchor };
+        let entries = absolute(start, distances);
+        let mut encoder = Encoder::new(start);
+        let mut decoder = Decoder::new(start);
+        for entry in &entries {
+            encoder.push(entry).unwrap();
+        }
+        let bytes = encoder.take();
+        let (read, _, result) = decode_all(&mut decoder, &bytes);
+        prop_assert_eq!(result, Ok(()));
+        prop_assert_eq!(read, entries);
+        prop_assert_eq!(decoder.cursor(), encoder.cursor());
+    }
+
+    #[test]
+    fn entry_bytes_have_one_form(bytes in vec(any::<u8>(), 0..200)) {
+        let (entries, consumed, _) = decode_all(&mut Decoder::new(common::START), &bytes);
+        let mut encoder = Encoder::new(common::START);
+        for entry in &entries {
+            encoder.push(entry).unwrap();
+        }
+        prop_assert_eq!(encoder.take(), &bytes[..consumed]);
+    }
+
+    #[test]
+    fn messages_are_read_back_from_pieces_and_over_timeouts(
+        messages in vec(any_message(), 0..6),
+        lengths in vec(1usize..50, 1..8),
+    ) {
+        let bytes = send_all(&messages);
+        let pieces = Pieces { rest: &bytes, lengths: lengths.into_iter().cycle(), timed_out: false };
+        let mut reader = FrameReader::new(pieces);
+        let mut read = Vec::new();
+        loop {
+            match reader.receive() {
+                Ok(Some(message)) => read.push(message),
+                Ok(None) => break,
+                Err(error) => prop_assert!(error.is_timeout(), "{error}"),
+            }
+        }
+        prop_assert_eq!(read, messages);
+    }
+
+    #[test]
+    fn message_payloads_have_one_form(kind in 0u8..10, payload in vec(any::<u8>(), 0..120)) {
+        let mut frame = vec![kind, 1, 0, 0, payload.len() as u8, 0, 0, 0];
+        let crc = crc32fast::hash(&[&frame[..], &payload].concat());
+        frame.extend(crc.to_le_bytes());
+        frame.extend(payload);
+        if let Ok(message) = FrameReader::new(&frame[..]).receive() {
+            prop_assert_eq!(send_all(&[message.unwrap()]), frame);
+        }
+    }
+
+    #[test]
+    fn random_bytes_do_not_make_frames_panic(bytes in vec(any::<u8>(), 0..200)) {
+        let mut decoder = FrameDecoder::default();
+        for piece in bytes.chunks(7) {
+            decoder.feed(piece);
+            while let Ok(Some(_)) = decoder.next_message() {}
+        }
+    }
+
+    #[test]
+    fn heartbeats_are_read_back(view: u64, counter: u64, guest: u64, primary: bool) {
+        let role = if primary { Role::Primary } else { Role::Backup };
+        let heartbeat = Heartbeat { view, counter, guest, role };
+        prop_assert_eq!(Heartbeat::decode(&heartbeat.encode()), Ok(heartbeat));
+    }
+
+    #[test]
+    fn random_datagrams_are_no_heartbeats(bytes in vec(any::<u8>(), 0..60), behind_header: bool) {
+        let mut datagram = common::HEARTBEAT.encode()[..if behind_header { 12 } else { 0 }].to_vec();
+        datagram.extend(bytes);
+        prop_assert!(Heartbeat::decode(&datagram).is_err());
+    }
+
+    #[test]
+    fn memory_is_read_back(fills in vec(0u8..3, 0..150), first_page in 0u64..1 << 40) {
+        // Each page: all zero, one byte set at its very end, or incompressible.
+        let mut memory = Vec::new();
+        for fill in fills {
+            let mut page = if fill == 2 { common::incompressible(PAGE_BYTES) } else { vec![0; PAGE_BYTES] };
+            page[PAGE_BYTES - 1] = fill;
+            memory.extend(page);
+        }
+        let gpa = first_page * PAGE_BYTES as u64;
+        let mut writer = SnapshotWriter::new(Vec::new()).unwrap();
+        writer.memory(gpa, &memory).unwrap();
+        let container = writer.finish().unwrap();
+
+        let mut copy = vec![0; memory.len()];
+        let mut reader = SnapshotReader::new(&container[..]).unwrap();
+        while let Some(part) = reader.next_part().unwrap() {
+            let SnapshotPart::Pages { gpa: at, bytes } = part else { panic!("no payload was written") };
+            prop_assert!(bytes.as_chunks::<PAGE_BYTES>().0.iter().all(|page| *page != [0; PAGE_BYTES]));
+            let at = (at - gpa) as usize;
+            copy[at..at + bytes.len()].copy_from_slice(&bytes);
+        }
+        prop_assert_eq!(copy, memory);
+    }
+
+    #[test]
+    fn random_bytes_do_not_make_snapshots_panic(tag in 0u8..5, bytes in vec(any::<u8>(), 0..200)) {
+        let container = [&SNAPSHOT_MAGIC[..], &[1, 0, 0, 0, tag], &bytes].concat();
+        let mut reader = SnapshotReader::new(&container[..]).unwrap();
+        while let Ok(Some(_)) = reader.next_part() {}
+    }
+
+    #[test]
+    fn recordings_of_any_messages_do_not_panic(messages in vec(any_message(), 0..8)) {
+        let file = [&RECORDING_MAGIC[..], &[1, 0, 0, 0], &send_all(&messages)].concat();
+        let mut reader = RecordingReader::new(&file[..], Path::new("any")).unwrap();
+        let _ = reader.snapshot().read_to_end(&mut Vec::new());
+        while let Ok(Some(_)) = reader.next_batch() {}
+    }
+}
+
+#[test]
+fn snapshot_pieces_larger_than_a_message_are_read_back() {
+    let bytes = common::incompressible(2_500_000);
+    let mut writer = FrameWriter::new(Vec::new());
+    let mut sink = writer.snapshot();
+    sink.write_all(&bytes).unwrap();
+    sink.finish().unwrap();
+    let mut read = Vec::new();
+    let mut reader = FrameReader::new(&writer.get_ref()[..]);
+    reader.snapshot().read_to_end(&mut read).unwrap();
+    assert!(read == bytes, "the bytes differ");
+    assert_eq!(reader.receive().unwrap(), None);
+}

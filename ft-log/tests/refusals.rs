@@ -1,0 +1,401 @@
+//! What is refused, and what the refusal says.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+mod common;
+
+use std::error::Error;
+use std::io::{Cursor as Bytes, Read, Write};
+
+use ft_log::{
+    Batch, ByeReason, Cursor, Decoder, Encoder, Entry, Event, FrameReader, FrameWriter, GuestTime, Heartbeat,
+    HeartbeatError, LogError, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES,
+    MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message, PAGE_BYTES, SnapshotError, SnapshotReader, SnapshotWriter,
+    StateDigest, StreamError, read_preamble,
+};
+
+fn encoded(entries: &[Entry]) -> Vec<u8> {
+    let mut encoder = Encoder::new(common::START);
+    for entry in entries {
+        encoder.push(entry).unwrap();
+    }
+    encoder.take()
+}
+
+fn first(start: Cursor, bytes: &[u8]) -> Result<Option<Entry>, LogError> {
+    Decoder::new(start).next(&mut &*bytes)
+}
+
+fn frame(message: &Message) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    FrameWriter::new(&mut bytes).send(message).unwrap();
+    bytes
+}
+
+/// A frame whose header is altered and whose checksum is right.
+fn forged(kind: u8, version: u8, reserved: u16, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![kind, version];
+    bytes.extend(reserved.to_le_bytes());
+    bytes.extend((payload.len() as u32).to_le_bytes());
+    let crc = crc32fast::hash(&[&bytes[..], payload].concat());
+    bytes.extend(crc.to_le_bytes());
+    bytes.extend(payload);
+    bytes
+}
+
+fn refusal(bytes: &[u8]) -> String {
+    FrameReader::new(bytes).receive().unwrap_err().to_string()
+}
+
+#[test]
+fn entries_cut_at_any_byte_are_refused_and_change_nothing() {
+    let bytes = encoded(&common::entries());
+    for cut in 0..bytes.len() {
+        let mut decoder = Decoder::new(common::START);
+        let mut encoder = Encoder::new(common::START);
+        let mut rest = &bytes[..cut];
+        while let Ok(Some(entry)) = decoder.next(&mut rest) {
+            encoder.push(&entry).unwrap();
+        }
+        assert_eq!(encoder.len_bytes(), cut - rest.len());
+        assert_eq!(encoder.cursor(), decoder.cursor());
+        if !rest.is_empty() {
+            assert!(matches!(decoder.next(&mut rest), Err(LogError::Truncated { .. })), "cut at {cut}");
+        }
+    }
+}
+
+#[test]
+fn time_and_anchor_that_go_back_are_not_encoded() {
+    let mut encoder = Encoder::new(common::START);
+    let back = encoder.push(&Entry::Clock(GuestTime(999)));
+    assert_eq!(back, Err(LogError::TimeWentBack { previous: 1_000, next: 999 }));
+    let back = encoder.push(&Entry::Event { anchor: 60, event: Event::Tick { now: GuestTime(999) } });
+    assert_eq!(back, Err(LogError::TimeWentBack { previous: 1_000, next: 999 }));
+    let back = encoder.push(&Entry::Event { anchor: 49, event: Event::Tick { now: GuestTime(1_001) } });
+    assert_eq!(back, Err(LogError::AnchorWentBack { previous: 50, next: 49 }));
+    assert!(encoder.is_empty());
+    assert_eq!(encoder.cursor(), common::START);
+}
+
+#[test]
+fn numbers_that_overflow_are_refused() {
+    let late = Cursor { time: GuestTime(u64::MAX), anchor: u64::MAX };
+    // Clock +1; Tick at +0 with one tick; PowerButton at anchor +1.
+    assert_eq!(first(late, &[0x02]), Err(LogError::Overflow { what: "guest time" }));
+    assert_eq!(first(late, &[0x03, 0x01]), Err(LogError::Overflow { what: "guest time" }));
+    assert_eq!(first(late, &[0x2d]), Err(LogError::Overflow { what: "anchor" }));
+    let mut encoder = Encoder::new(Cursor::default());
+    let leap = encoder.push(&Entry::Clock(GuestTime(u64::MAX)));
+    assert_eq!(leap, Err(LogError::Overflow { what: "clock delta" }));
+    let leap = encoder.push(&Entry::Check { anchor: 1 << 59, digest: 0 });
+    assert_eq!(leap, Err(LogError::Overflow { what: "anchor delta" }));
+    assert!(encoder.is_empty());
+    encoder.push(&Entry::Check { anchor: (1 << 59) - 1, digest: 0 }).unwrap();
+}
+
+#[test]
+fn unknown_entry_tags_and_statuses_are_refused() {
+    for tag in [0u8, 9, 10, 11, 12, 13, 14, 15] {
+        let refused = first(common::START, &[tag << 1 | 1, 0, 0, 0, 0]);
+        assert_eq!(refused, Err(LogError::UnknownTag { what: "entry tag", tag }));
+    }
+    for tag in [0, 3] {
+        let refused = first(common::START, &[3 << 1 | 1, 1, tag, 0]);
+        assert_eq!(refused, Err(LogError::UnknownTag { what: "disk status", tag }));
+    }
+}
+
+#[test]
+fn nothing_follows_the_end_of_a_log() {
+    let end = Entry::End { anchor: 60, digest: StateDigest::default() };
+    let mut encoder = Encoder::new(common::START);
+    encoder.push(&end).unwrap();
+    let after = Err(LogError::AfterEnd { anchor: 60 });
+    assert_eq!(encoder.push(&Entry::Clock(GuestTime(1_000))), after);
+    let mut bytes = encoder.take();
+    bytes.push(0);
+    let mut decoder = Decoder::new(common::START);
+    let mut rest = &bytes[..];
+    assert_eq!(decoder.next(&mut rest), Ok(Some(end)));
+    assert_eq!(decoder.next(&mut rest).map(|_| ()), after);
+}
+
+#[test]
+fn event_data_is_held_to_its_limit_on_both_sides() {
+    let of = |tag: u8, len: usize| {
+        let data = vec![0; len];
+        match tag {
+            2 => Event::Frame { data },
+            3 => Event::DiskDone { id: 0, status: ft_log::DiskStatus::Ok, data },
+            4 => Event::Console { data },
+            _ => Event::Entropy { data },
+        }
+    };
+    for (tag, limit) in
+        [(2, MAX_FRAME_BYTES), (3, MAX_DISK_BYTES), (4, MAX_CONSOLE_BYTES), (5, MAX_ENTROPY_BYTES)]
+    {
+        let longest = Entry::Event { anchor: 50, event: of(tag, limit) };
+        let mut bytes = encoded(std::slice::from_ref(&longest));
+        assert_eq!(first(common::START, &bytes), Ok(Some(longest)));
+
+        let too_long = Entry::Event { anchor: 50, event: of(tag, limit + 1) };
+        let mut encoder = Encoder::new(common::START);
+        assert!(matches!(encoder.push(&too_long), Err(LogError::TooLong { .. })));
+        assert!(encoder.is_empty());
+
+        // One more than the limit, by adding one to the length's first byte: no limit ends in 0x7f.
+        bytes.push(0);
+        let length_at = if tag == 3 { 3 } else { 1 };
+        bytes[length_at] += 1;
+        assert!(matches!(first(common::START, &bytes), Err(LogError::TooLong { .. })));
+    }
+}
+
+#[test]
+fn an_encoder_is_full_before_a_batch_is_too_long() {
+    let mut encoder = Encoder::new(Cursor::default());
+    let mut pushed = 0;
+    while !encoder.is_full() {
+        let data = vec![0; MAX_DISK_BYTES];
+        let event = Event::DiskDone { id: u64::MAX, status: ft_log::DiskStatus::Ok, data };
+        encoder.push(&Entry::Event { anchor: (1 << 59) - 1, event }).unwrap();
+        pushed += 1;
+    }
+    assert_eq!(pushed, 1);
+    let batch = Batch { seq: u64::MAX, reached: u64::MAX, released: 0, entries: encoder.take() };
+    assert!(frame(&Message::Batch(batch)).len() < MAX_MESSAGE_BYTES);
+}
+
+#[test]
+fn messages_cut_at_any_byte_are_truncated_or_absent() {
+    for message in common::messages() {
+        let bytes = frame(&message);
+        assert_eq!(FrameReader::new(&bytes[..0]).receive().unwrap(), None);
+        for cut in 1..bytes.len() {
+            match FrameReader::new(&bytes[..cut]).receive() {
+                Err(StreamError::Truncated { len_bytes }) => assert_eq!(len_bytes, cut),
+                other => panic!("{message:?} cut at {cut} gives {other:?}"),
+            }
+        }
+    }
+}
+
+/// As above, with a header that says that the shorter payload is whole.
+#[test]
+fn payloads_cut_at_any_byte_are_refused() {
+    for message in common::messages() {
+        let bytes = frame(&message);
+        let payload = &bytes[12..];
+        // These carry bytes of any length at their end.
+        let open_end = match &message {
+            Message::Snapshot(_) => payload.len(),
+            Message::Batch(batch) => batch.entries.len(),
+            _ => 0,
+        };
+        for cut in 0..payload.len() - open_end {
+            let result = FrameReader::new(&forged(bytes[0], 1, 0, &payload[..cut])[..]).receive();
+            let Err(StreamError::Payload { source: LogError::Truncated { .. }, .. }) = result else {
+                panic!("{message:?} cut at {cut} gives {result:?}");
+            };
+        }
+        if open_end == 0 {
+            let longer = [payload, &[0]].concat();
+            let result = FrameReader::new(&forged(bytes[0], 1, 0, &longer)[..]).receive();
+            let Err(StreamError::Payload { source: LogError::Trailing { len_bytes: 1, .. }, .. }) = result
+            else {
+                panic!("{message:?} with a byte more gives {result:?}");
+            };
+        }
+    }
+}
+
+#[test]
+fn a_flipped_bit_anywhere_in_a_frame_is_noticed() {
+    let bytes = frame(&common::messages()[0]);
+    for bit in 0..bytes.len() * 8 {
+        let mut damaged = bytes.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        assert!(FrameReader::new(&damaged[..]).receive().is_err(), "bit {bit}");
+    }
+}
+
+#[test]
+fn frame_headers_are_refused_by_name() {
+    assert_eq!(refusal(&forged(0, 1, 0, &[])), "The frame kind 0 is not known");
+    assert_eq!(refusal(&forged(9, 1, 0, &[])), "The frame kind 9 is not known");
+    assert_eq!(refusal(&forged(5, 2, 0, &[])), "The frame has version 2, this monitor knows 1");
+    assert_eq!(refusal(&forged(5, 1, 0x100, &[])), "The reserved field of a frame is 0x0100, it must be 0");
+    let mut long = forged(4, 1, 0, &[]);
+    long[4..8].copy_from_slice(&(MAX_MESSAGE_BYTES as u32 + 1).to_le_bytes());
+    assert_eq!(refusal(&long), "A Snapshot message has 8388609 bytes, the limit is 8388608");
+}
+
+#[test]
+fn messages_over_a_limit_are_not_sent() {
+    let mut writer = FrameWriter::new(Vec::new());
+    let snapshot = writer.send(&Message::Snapshot(vec![0; MAX_MESSAGE_BYTES + 1]));
+    assert!(matches!(snapshot, Err(StreamError::TooLong { .. })));
+    let text = "x".repeat(MAX_TEXT_BYTES + 1);
+    let bye = writer.send(&Message::Bye { reason: ByeReason::Shutdown, text });
+    assert!(matches!(bye, Err(StreamError::Payload { source: LogError::TooLong { .. }, .. })));
+    let ahead = writer.send(&Message::Batch(Batch { seq: 1, released: 2, ..Batch::default() }));
+    assert!(matches!(ahead, Err(StreamError::Payload { source: LogError::Overflow { .. }, .. })));
+    assert!(writer.get_ref().is_empty());
+}
+
+#[test]
+fn a_batch_is_not_sent_before_the_snapshot_is_finished() {
+    let batch = Message::Batch(Batch { seq: 1, ..Batch::default() });
+    let mut writer = FrameWriter::new(Vec::new());
+    writer.snapshot().write_all(b"half").unwrap();
+    assert!(matches!(writer.send(&batch), Err(StreamError::Unexpected { .. })));
+    writer.snapshot().finish().unwrap();
+    writer.send(&batch).unwrap();
+}
+
+#[test]
+fn a_frame_is_one_write() {
+    struct Count(usize);
+    impl Write for Count {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0 += 1;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut writer = FrameWriter::new(Count(0));
+    for message in common::messages() {
+        writer.send(&message).unwrap();
+    }
+    assert_eq!(writer.get_ref().0, common::messages().len());
+}
+
+#[test]
+fn a_snapshot_that_the_peer_breaks_off_says_why() {
+    let mut bytes = frame(&Message::Snapshot(b"half".to_vec()));
+    bytes.extend(frame(&Message::Bye { reason: ByeReason::HostFailure, text: "disk full".into() }));
+    let error = FrameReader::new(&bytes[..]).snapshot().read_to_end(&mut Vec::new()).unwrap_err();
+    assert_eq!(error.to_string(), "the peer broke the snapshot off: disk full");
+    let error = FrameReader::new(&bytes[..16]).snapshot().read_to_end(&mut Vec::new()).unwrap_err();
+    assert_eq!(error.to_string(), "Expected a piece of the snapshot, found the end of the stream");
+}
+
+#[test]
+fn a_peer_of_another_version_is_refused_by_name() {
+    let refused = read_preamble(&mut &b"VMFTLINK\x07\0\0\0"[..]).unwrap_err();
+    assert_eq!(refused.to_string(), "The peer speaks protocol version 7, this monitor speaks 1");
+    let refused = read_preamble(&mut &b"GET / HT\x01\0\0\0"[..]).unwrap_err();
+    assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
+    assert!(matches!(read_preamble(&mut &b"VMFTLINK\x01\0\0"[..]), Err(StreamError::Io(_))));
+}
+
+#[test]
+fn heartbeats_are_refused_when_cut_longer_or_changed() {
+    let bytes = common::HEARTBEAT.encode();
+    for cut in 0..bytes.len() {
+        let refused = Heartbeat::decode(&bytes[..cut]);
+        assert_eq!(refused, Err(HeartbeatError::Length { len_bytes: cut }));
+    }
+    assert!(Heartbeat::decode(&[&bytes[..], &[0]].concat()).is_err());
+    for bit in 0..bytes.len() * 8 {
+        let mut damaged = bytes;
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        assert!(Heartbeat::decode(&damaged).is_err(), "bit {bit}");
+    }
+}
+
+#[test]
+fn heartbeat_fields_are_refused_even_with_a_right_checksum() {
+    let forged = |at: usize, value: u8| {
+        let mut bytes = common::HEARTBEAT.encode();
+        bytes[at] = value;
+        let crc = crc32fast::hash(&bytes[..40]);
+        bytes[40..].copy_from_slice(&crc.to_le_bytes());
+        Heartbeat::decode(&bytes)
+    };
+    assert_eq!(forged(8, 2), Err(HeartbeatError::Version { found: 2 }));
+    assert_eq!(forged(36, 3), Err(HeartbeatError::Field(LogError::UnknownTag { what: "role", tag: 3 })));
+    assert_eq!(forged(39, 1), Err(HeartbeatError::Reserved));
+}
+
+fn container() -> Vec<u8> {
+    let mut writer = SnapshotWriter::new(Vec::new()).unwrap();
+    writer.payload("uart", 1, b"state").unwrap();
+    writer.memory(0x3000, &[0xaa; PAGE_BYTES]).unwrap();
+    writer.finish().unwrap()
+}
+
+fn read_container(bytes: &[u8]) -> Result<usize, SnapshotError> {
+    let mut reader = SnapshotReader::new(bytes)?;
+    let mut parts = 0;
+    while reader.next_part()?.is_some() {
+        parts += 1;
+    }
+    Ok(parts)
+}
+
+#[test]
+fn snapshots_are_refused_when_cut_longer_or_changed() {
+    let bytes = container();
+    assert_eq!(read_container(&bytes).unwrap(), 2);
+    for cut in 0..bytes.len() {
+        let refused = read_container(&bytes[..cut]);
+        assert!(matches!(refused, Err(SnapshotError::Truncated { .. })), "cut at {cut}");
+    }
+    assert!(matches!(read_container(&[&bytes[..], &[0]].concat()), Err(SnapshotError::Trailing)));
+    for bit in 0..bytes.len() * 8 {
+        let mut damaged = bytes.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        assert!(read_container(&damaged).is_err(), "bit {bit}");
+    }
+}
+
+#[test]
+fn snapshot_parts_are_refused_by_name() {
+    let part = |bytes: &[u8]| {
+        let container = [b"VMFTSNAP\x01\0\0\0", bytes].concat();
+        read_container(&container).unwrap_err().to_string()
+    };
+    let pages = |packing: u8, pages: u8, reserved: u8, gpa: u64, len: u32| {
+        let header = [2, packing, pages, reserved];
+        part(&[&header[..], &gpa.to_le_bytes(), &len.to_le_bytes(), &[0; 64]].concat())
+    };
+    assert_eq!(part(&[0]), "The part tag 0 is not known");
+    assert_eq!(part(&[4]), "The part tag 4 is not known");
+    assert_eq!(pages(0, 1, 0, 0, 64), "The packing 0 is not known");
+    assert_eq!(pages(2, 0, 0, 0, 64), "The number of pages is 0, it must be from 1 to 64");
+    assert_eq!(pages(2, 65, 0, 0, 64), "The number of pages is 65, it must be from 1 to 64");
+    assert_eq!(pages(2, 1, 1, 0, 64), "The reserved byte of pages is 1, it must be from 0 to 0");
+    assert_eq!(pages(2, 1, 0, 0, 4096), "The length of stored pages is 4096, it must be from 1 to 4095");
+    assert_eq!(pages(1, 1, 0, 0, 4095), "The length of stored pages is 4095, it must be from 4096 to 4096");
+    assert_eq!(pages(2, 1, 0, 0x5000, 64), "The compressed pages at 0x5000 are damaged");
+    let range = "is not whole pages inside the 64-bit address space";
+    assert_eq!(pages(2, 1, 0, 1, 64), format!("Memory of 4096 bytes at 0x1 {range}"));
+    let top = u64::MAX - 0xfff;
+    assert_eq!(pages(2, 1, 0, top, 64), format!("Memory of 4096 bytes at {top:#x} {range}"));
+    let long = [&[1, 0, 0, 0][..], &u32::MAX.to_le_bytes()].concat();
+    assert_eq!(part(&long), "The payload's length is 4294967295, it must be from 0 to 268435456");
+    assert_eq!(part(&[1, 1, 0xff, 0, 0, 0, 0, 0, 0]), "A payload's kind is not UTF-8 text");
+}
+
+#[test]
+fn memory_that_is_not_whole_pages_is_not_written() {
+    let mut writer = SnapshotWriter::new(Bytes::new(Vec::new())).unwrap();
+    for (gpa, len_bytes) in [(1, PAGE_BYTES), (0, PAGE_BYTES - 1), (u64::MAX - 0xfff, PAGE_BYTES)] {
+        let refused = writer.memory(gpa, &vec![1; len_bytes]);
+        assert!(matches!(refused, Err(SnapshotError::Range { .. })), "{gpa:#x}, {len_bytes}");
+    }
+    let kind = "k".repeat(256);
+    assert!(matches!(writer.payload(&kind, 1, &[]), Err(SnapshotError::Size { .. })));
+    assert_eq!(writer.finish().unwrap().into_inner().len(), 12 + 5);
+}
+
+#[test]
+fn an_invalid_message_keeps_its_cause() {
+    let error = FrameReader::new(&forged(8, 1, 0, &[9, 0])[..]).receive().unwrap_err();
+    assert_eq!(error.to_string(), "A Bye message is not valid");
+    assert_eq!(error.source().unwrap().to_string(), "The reason 9 is not known");
+}

@@ -1,0 +1,203 @@
+//! The rules of a connection, and recordings on a disk.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+mod common;
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::Path;
+
+use ft_log::{
+    Ack, Batch, BatchReceiver, BatchSender, CpuIdentity, Expected, GuestTime, Hello, Mismatch,
+    RecordingError, RecordingReader, RecordingWriter, SequenceError, check_hello,
+};
+
+fn expected() -> Expected {
+    let Hello { monitor_version, cpu, guest_name, disk_bytes, claims_id, .. } = common::hello();
+    Expected { monitor_version, cpu, guest_name, disk_bytes, claims_id }
+}
+
+#[test]
+fn a_backup_that_fits_is_accepted() {
+    assert_eq!(check_hello(&common::hello(), &expected()), Ok(()));
+}
+
+#[test]
+fn a_backup_that_differs_is_told_in_what() {
+    let says =
+        |hello: Hello| check_hello(&hello, &expected()).map_err(|mismatch: Mismatch| mismatch.to_string());
+    let cpu = common::hello().cpu;
+    let cases = [
+        (
+            Hello { monitor_version: "0.2.0".into(), ..common::hello() },
+            "Backup host beta runs monitor version 0.2.0, the primary runs 0.1.0",
+        ),
+        (
+            Hello { guest_name: "mail".into(), ..common::hello() },
+            "Backup host beta wants to follow guest \"mail\", the primary runs guest \"web\"",
+        ),
+        (
+            Hello { cpu: CpuIdentity { stepping: 3, ..cpu }, ..common::hello() },
+            "Backup host beta has the CPU AuthenticAMD family 23 model 49 stepping 3, \
+             the primary has AuthenticAMD family 23 model 49 stepping 2",
+        ),
+        (
+            Hello { disk_bytes: None, ..common::hello() },
+            "Backup host beta has no disk, the primary has a disk of 1073741824 bytes",
+        ),
+        (
+            Hello { claims_id: [0xab; 16], ..common::hello() },
+            "Backup host beta sees claims directory abababababababababababababababab, the primary sees \
+             30313233343536373839616263646566: both must mount the same directory",
+        ),
+    ];
+    for (hello, sentence) in cases {
+        assert_eq!(says(hello), Err(sentence.into()));
+    }
+}
+
+fn batch(seq: u64, reached: u64, released: u64) -> Batch {
+    Batch { seq, reached, released, entries: vec![0x02] }
+}
+
+#[test]
+fn batches_come_once_and_in_order() {
+    let mut receiver = BatchReceiver::default();
+    assert_eq!(receiver.accept(&batch(2, 5, 0)), Err(SequenceError::Gap { expected: 1, found: 2 }));
+    assert_eq!(receiver.accept(&batch(0, 5, 0)), Err(SequenceError::Repeated { expected: 1, found: 0 }));
+    receiver.accept(&batch(1, 5, 0)).unwrap();
+    receiver.accept(&batch(2, 5, 1)).unwrap();
+    assert_eq!(receiver.accept(&batch(2, 6, 1)), Err(SequenceError::Repeated { expected: 3, found: 2 }));
+    assert_eq!(receiver.accept(&batch(4, 6, 1)), Err(SequenceError::Gap { expected: 3, found: 4 }));
+    let back = receiver.accept(&batch(3, 4, 1));
+    assert_eq!(back, Err(SequenceError::WentBack { what: "reached anchor", previous: 5, found: 4 }));
+    let back = receiver.accept(&batch(3, 6, 0));
+    assert_eq!(back, Err(SequenceError::WentBack { what: "released batch", previous: 1, found: 0 }));
+    let ahead = receiver.accept(&batch(3, 6, 4));
+    assert_eq!(ahead, Err(SequenceError::Ahead { what: "released batch", found: 4, sent: 3 }));
+    assert_eq!((receiver.received(), receiver.reached(), receiver.released()), (2, 5, 1));
+}
+
+#[test]
+fn acknowledgements_go_forward_and_not_ahead() {
+    let ack = |received, executed, ticks| Ack { received, executed, executed_time: GuestTime(ticks) };
+    let mut sender = BatchSender::default();
+    let ahead = |found, sent| Err(SequenceError::Ahead { what: "acknowledged batch", found, sent });
+    assert_eq!(sender.accept(&ack(1, 0, 0)), ahead(1, 0));
+    assert_eq!((sender.next_seq(), sender.next_seq()), (1, 2));
+    sender.accept(&ack(2, 7, 70)).unwrap();
+    assert_eq!(sender.accept(&ack(3, 7, 70)), ahead(3, 2));
+    for (back, what) in [
+        (ack(1, 7, 70), "acknowledged batch"),
+        (ack(2, 6, 70), "executed anchor"),
+        (ack(2, 7, 69), "executed time"),
+    ] {
+        let refused = sender.accept(&back).unwrap_err();
+        assert!(matches!(refused, SequenceError::WentBack { what: named, .. } if named == what), "{refused}");
+    }
+    assert_eq!(sender.acked(), ack(2, 7, 70));
+    assert_eq!(sender.sent(), 2);
+}
+
+/// A recording with a snapshot of 5 bytes and two batches, not finished.
+fn record(path: &Path) -> RecordingWriter {
+    let mut writer = RecordingWriter::create(path).unwrap();
+    let mut sink = writer.snapshot();
+    sink.write_all(b"state").unwrap();
+    sink.finish().unwrap();
+    writer.batch(batch(1, 5, 0)).unwrap();
+    writer.batch(batch(2, 6, 1)).unwrap();
+    writer
+}
+
+fn replay<R: Read>(mut reader: RecordingReader<R>) -> Result<u64, RecordingError> {
+    let mut snapshot = Vec::new();
+    if reader.snapshot().read_to_end(&mut snapshot).is_ok() {
+        assert_eq!(snapshot, b"state");
+    }
+    let mut batches = 0;
+    while reader.next_batch()?.is_some() {
+        batches += 1;
+    }
+    Ok(batches)
+}
+
+#[test]
+fn a_recording_gets_its_name_when_it_is_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run");
+    let incomplete = directory.path().join("run.incomplete");
+    let writer = record(&path);
+    assert!(!path.exists() && incomplete.exists());
+    writer.finish().unwrap();
+    assert!(path.exists() && !incomplete.exists());
+    assert_eq!(replay(RecordingReader::open(&path).unwrap()).unwrap(), 2);
+}
+
+#[test]
+fn a_recording_that_was_not_finished_is_told_and_still_readable() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run");
+    let incomplete = directory.path().join("run.incomplete");
+    drop(record(&path));
+    let refused = RecordingReader::open(&path).unwrap_err();
+    assert!(matches!(&refused, RecordingError::Incomplete { incomplete: named, .. } if *named == incomplete));
+    let mut reader = RecordingReader::open(&incomplete).unwrap();
+    reader.snapshot().read_to_end(&mut Vec::new()).unwrap();
+    assert_eq!(reader.next_batch().unwrap(), Some(batch(1, 5, 0)));
+    assert_eq!(reader.next_batch().unwrap(), Some(batch(2, 6, 1)));
+    let cut = reader.next_batch().unwrap_err().to_string();
+    assert_eq!(cut, format!("{} is cut off after 2 whole batches", incomplete.display()));
+}
+
+#[test]
+fn a_recording_cut_at_any_byte_is_never_taken_for_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run");
+    record(&path).finish().unwrap();
+    let bytes = fs::read(&path).unwrap();
+    assert_eq!(replay(RecordingReader::new(&bytes[..], &path).unwrap()).unwrap(), 2);
+    for cut in 0..bytes.len() {
+        let result = RecordingReader::new(&bytes[..cut], &path).and_then(replay);
+        assert!(matches!(result, Err(RecordingError::Truncated { .. })), "cut at {cut}: {result:?}");
+    }
+    // Behind the end there is neither another message nor a part of one.
+    for extra in [&bytes[12..], &bytes[12..20]] {
+        let longer = [&bytes[..], extra].concat();
+        assert!(RecordingReader::new(&longer[..], &path).and_then(replay).is_err());
+    }
+}
+
+#[test]
+fn no_recording_is_overwritten() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run");
+    File::create(&path).unwrap();
+    assert!(
+        matches!(RecordingWriter::create(&path), Err(RecordingError::Exists { path: named }) if named == path)
+    );
+    let path = directory.path().join("other");
+    drop(record(&path));
+    let incomplete = directory.path().join("other.incomplete");
+    assert!(
+        matches!(RecordingWriter::create(&path), Err(RecordingError::Exists { path: named }) if named == incomplete)
+    );
+}
+
+#[test]
+fn a_recording_is_written_in_its_order() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut writer = RecordingWriter::create(&directory.path().join("run")).unwrap();
+    assert!(matches!(writer.batch(batch(1, 0, 0)), Err(RecordingError::Stream { .. })));
+    assert!(matches!(writer.finish(), Err(RecordingError::Stream { .. })));
+    let mut writer = record(&directory.path().join("other"));
+    assert!(matches!(writer.batch(batch(4, 9, 1)), Err(RecordingError::Sequence { .. })));
+}
+
+#[test]
+fn other_files_and_versions_are_refused_by_name() {
+    let open = |bytes: &[u8]| RecordingReader::new(bytes, Path::new("run")).unwrap_err().to_string();
+    assert_eq!(open(b"VMFTREC\0\x07\0\0\0"), "run is a recording of version 7, this monitor knows 1");
+    assert_eq!(open(b"#!/bin/sh\nls"), "run is not a recording: it starts with #!/bin/s");
+}
