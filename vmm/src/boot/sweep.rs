@@ -1,0 +1,48 @@
+//! Goes over a kernel's code instruction by instruction.
+//!
+//! Owns: [`sweep`], the one linear pass that all rewriting shares. Must never: change a byte.
+
+use iced_x86::{ConstantOffsets, Decoder, DecoderOptions, Instruction, Mnemonic};
+
+use super::image::{KernelImage, Span};
+
+/// An instruction and where it is in the file.
+pub(super) struct Site<'a, 'code> {
+    /// The instruction, with the address that it is linked to.
+    pub instruction: &'a Instruction,
+    /// File offset of its first byte.
+    pub offset: usize,
+    decoder: &'a Decoder<'code>,
+}
+
+impl Site<'_, '_> {
+    /// File offset of the lowest byte of its immediate operand.
+    pub fn immediate_offset(&self) -> Option<usize> {
+        let constants: ConstantOffsets = self.decoder.get_constant_offsets(self.instruction);
+        constants.has_immediate().then(|| self.offset + constants.immediate_offset())
+    }
+}
+
+/// Calls `visit` for each instruction of the image's code.
+pub(super) fn sweep(image: &KernelImage, mut visit: impl FnMut(&Site<'_, '_>)) {
+    for span in &image.code {
+        sweep_span(&image.bytes, span, &mut visit);
+    }
+}
+
+/// One run of code. Behind bytes that are no instruction the sweep goes on at the next byte.
+fn sweep_span(bytes: &[u8], span: &Span, visit: &mut impl FnMut(&Site<'_, '_>)) {
+    let mut decoder = Decoder::with_ip(64, &bytes[span.file.clone()], span.vaddr, DecoderOptions::NONE);
+    let mut instruction = Instruction::default();
+    while decoder.can_decode() {
+        let at = decoder.position();
+        decoder.decode_out(&mut instruction);
+        if instruction.mnemonic() != Mnemonic::INVALID {
+            visit(&Site { instruction: &instruction, offset: span.file.start + at, decoder: &decoder });
+        } else if decoder.set_position(at + 1).is_ok() {
+            decoder.set_ip(span.vaddr.wrapping_add(at as u64 + 1));
+        } else {
+            break;
+        }
+    }
+}
