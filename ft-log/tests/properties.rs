@@ -256,3 +256,26 @@ fn snapshot_pieces_larger_than_a_message_are_read_back() {
     assert!(read == bytes, "the bytes differ");
     assert_eq!(reader.receive().unwrap(), None);
 }
+
+/// 20 wake-ups a second after a day of running, each in a batch of its own: a timer tick, four clock reads.
+#[test]
+fn an_idle_guest_takes_less_than_650_bytes_a_second() {
+    let day = 86_400 * GuestTime::HZ;
+    let start = Cursor { time: GuestTime(day), anchor: 200_000_000 };
+    let mut encoder = Encoder::new(start);
+    let mut writer = FrameWriter::new(Vec::new());
+    let first_seq = 1_700_000;
+    for wake in 0..20 {
+        let mut now = day + (wake + 1) * GuestTime::HZ / 20;
+        let anchor = start.anchor + wake * 6;
+        encoder.push(&Entry::Event { anchor, event: Event::Tick { now: GuestTime(now) } }).unwrap();
+        for _ in 0..4 {
+            now += 50;
+            encoder.push(&Entry::Clock(GuestTime(now))).unwrap();
+        }
+        let (seq, entries) = (first_seq + wake, encoder.take());
+        writer.send(&Message::Batch(Batch { seq, reached: anchor + 5, released: seq - 1, entries })).unwrap();
+    }
+    let sent_bytes = writer.get_ref().len();
+    assert!(sent_bytes < 650, "{sent_bytes}");
+}
