@@ -44,6 +44,8 @@ use crossbeam_channel::{RecvTimeoutError, bounded};
 use ft_log::Role;
 use nix::errno::Errno;
 
+use crate::host::random_bytes;
+
 const CLAIM_HEADER: &str = "vmft-claim 1";
 const DIRECTORY_HEADER: &str = "vmft-directory 1";
 const DIRECTORY_ID_FILE: &str = "vmft-id";
@@ -61,7 +63,7 @@ pub struct Owner {
     pub host: String,
     /// Its process there.
     pub pid: u32,
-    /// Random, made by [`random_id`] when the monitor started.
+    /// Random, made when the monitor started.
     pub uuid: [u8; 16],
     /// What it is at the time of the claim.
     pub role: Role,
@@ -157,14 +159,6 @@ pub enum ClaimError {
         /// What the host said.
         source: io::Error,
     },
-}
-
-/// Sixteen random bytes of the host.
-pub fn random_id() -> io::Result<[u8; 16]> {
-    let mut id = [0u8; 16];
-    // SAFETY: `id` takes the 16 bytes that are asked for. So few are given whole or not at all.
-    let got = unsafe { libc::getrandom(id.as_mut_ptr().cast(), id.len(), 0) };
-    if got == id.len() as isize { Ok(id) } else { Err(io::Error::last_os_error()) }
 }
 
 /// The claims of one guest in one directory. All methods may take as long as the file system does, except
@@ -356,6 +350,12 @@ impl Claims {
         // One way to write a number: "+1" and "01" are not ours.
         (view.to_string() == digits).then_some(view)
     }
+}
+
+fn random_id() -> io::Result<[u8; 16]> {
+    let mut id = [0; 16];
+    random_bytes(&mut id)?;
+    Ok(id)
 }
 
 /// A file with a random name, durable, removed on drop.

@@ -23,7 +23,7 @@ use crate::host::{StopToken, Wait, Worker};
 
 /// Why heartbeats cannot be exchanged.
 #[derive(Debug, thiserror::Error)]
-pub enum LinkError {
+pub enum HeartbeatsError {
     /// The address cannot be listened on.
     #[error(
         "Heartbeats cannot be received on {address} (UDP); choose an address of this host and a free port"
@@ -42,9 +42,9 @@ pub enum LinkError {
     },
 }
 
-/// What a [`HeartbeatLink`] needs to know.
+/// What a [`Heartbeats`] needs to know.
 #[derive(Clone, Debug)]
-pub struct LinkConfig {
+pub struct HeartbeatConfig {
     /// Where heartbeats are received, and sent from.
     pub listen: SocketAddr,
     /// Where they are sent, if that is known already.
@@ -61,7 +61,7 @@ pub struct LinkConfig {
 
 /// Datagrams since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LinkStats {
+pub struct HeartbeatStats {
     /// Heartbeats sent.
     pub sent: u64,
     /// Heartbeats that the host refused to send.
@@ -76,7 +76,7 @@ pub struct LinkStats {
 
 /// Everything but socket and clock. `now` is the time of [`boot_time`].
 #[derive(Debug)]
-struct Link {
+struct Exchange {
     guest: u64,
     view: u64,
     role: Role,
@@ -85,10 +85,10 @@ struct Link {
     heard_counter: Option<u64>,
     heard_at: Duration,
     newer_view: Option<u64>,
-    stats: LinkStats,
+    stats: HeartbeatStats,
 }
 
-impl Link {
+impl Exchange {
     fn set_peer(&mut self, peer: Option<SocketAddr>, now: Duration) {
         self.peer = peer;
         // Another monitor counts from its own start.
@@ -125,70 +125,22 @@ impl Link {
     }
 }
 
-/// Asks and tells about the peer, from any thread.
-#[derive(Clone, Debug)]
-pub struct Monitor {
-    link: Arc<Mutex<Link>>,
-}
-
-impl Monitor {
-    fn lock(&self) -> MutexGuard<'_, Link> {
-        self.link.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How long nothing has been heard of the peer; at first, since the start or the last
-    /// [`Monitor::set_peer`].
-    pub fn silent_for(&self) -> Duration {
-        let heard_at = self.lock().heard_at;
-        boot_time().saturating_sub(heard_at)
-    }
-
-    /// Something else than a heartbeat came from the peer: log traffic shows it alive just as well.
-    pub fn note_heard(&self) {
-        self.lock().heard_at = boot_time();
-    }
-
-    /// Sends heartbeats to `peer` from now on, or to nobody. Whoever is there now has the full time to be
-    /// heard, and may count from where it likes.
-    pub fn set_peer(&self, peer: Option<SocketAddr>) {
-        self.lock().set_peer(peer, boot_time());
-    }
-
-    /// This side is in `view` now, as `role`.
-    pub fn set_view(&self, view: u64, role: Role) {
-        let mut link = self.lock();
-        link.view = view;
-        link.role = role;
-    }
-
-    /// The highest view beyond ours in which a heartbeat of this guest was seen: a hint, not a proof, that
-    /// another monitor runs it by now.
-    pub fn newer_view(&self) -> Option<u64> {
-        let link = self.lock();
-        link.newer_view.filter(|view| *view > link.view)
-    }
-
-    /// Datagrams so far.
-    pub fn stats(&self) -> LinkStats {
-        self.lock().stats
-    }
-}
-
-/// The socket and the thread that sends and receives. Dropping it ends both.
-pub struct HeartbeatLink {
+/// The exchange of heartbeats with one peer: a socket and a thread, both ended on drop. All methods may be
+/// called from any thread.
+pub struct Heartbeats {
     _worker: Worker,
-    monitor: Monitor,
+    exchange: Arc<Mutex<Exchange>>,
     local_address: SocketAddr,
 }
 
-impl HeartbeatLink {
+impl Heartbeats {
     /// Starts to listen, and to send if the peer is known.
-    pub fn start(config: &LinkConfig) -> Result<Self, LinkError> {
-        let bind = |source| LinkError::Bind { address: config.listen, source };
+    pub fn start(config: &HeartbeatConfig) -> Result<Self, HeartbeatsError> {
+        let bind = |source| HeartbeatsError::Bind { address: config.listen, source };
         let socket = UdpSocket::bind(config.listen).map_err(bind)?;
         let local_address = socket.local_addr().map_err(bind)?;
         socket.set_nonblocking(true).map_err(bind)?;
-        let link = Link {
+        let exchange = Exchange {
             guest: guest_name_hash(&config.guest),
             view: config.view,
             role: config.role,
@@ -197,17 +149,17 @@ impl HeartbeatLink {
             heard_counter: None,
             heard_at: boot_time(),
             newer_view: None,
-            stats: LinkStats::default(),
+            stats: HeartbeatStats::default(),
         };
-        let monitor = Monitor { link: Arc::new(Mutex::new(link)) };
-        let (shared, interval) = (monitor.clone(), Duration::from_millis(config.interval_ms.max(1)));
+        let exchange = Arc::new(Mutex::new(exchange));
+        let (shared, interval) = (Arc::clone(&exchange), Duration::from_millis(config.interval_ms.max(1)));
         let worker = Worker::spawn("heartbeat", move |stop| {
-            if let Err(error) = exchange(stop, &socket, &shared, interval) {
+            if let Err(error) = run(stop, &socket, &shared, interval) {
                 tracing::error!(%error, "Heartbeats are neither sent nor received any more.");
             }
         })
-        .map_err(|source| LinkError::Start { source })?;
-        Ok(Self { _worker: worker, monitor, local_address })
+        .map_err(|source| HeartbeatsError::Start { source })?;
+        Ok(Self { _worker: worker, exchange, local_address })
     }
 
     /// Where heartbeats are received: what the other side has to be told.
@@ -215,20 +167,61 @@ impl HeartbeatLink {
         self.local_address
     }
 
-    /// A handle for other threads.
-    pub fn monitor(&self) -> Monitor {
-        self.monitor.clone()
+    /// How long nothing has been heard of the peer; at first, since the start or the last
+    /// [`Heartbeats::set_peer`].
+    pub fn silent_for(&self) -> Duration {
+        let heard_at = lock(&self.exchange).heard_at;
+        boot_time().saturating_sub(heard_at)
+    }
+
+    /// Something else than a heartbeat came from the peer: log traffic shows it alive just as well.
+    pub fn note_heard(&self) {
+        lock(&self.exchange).heard_at = boot_time();
+    }
+
+    /// Sends heartbeats to `peer` from now on, or to nobody. Whoever is there now has the full time to be
+    /// heard, and may count from where it likes.
+    pub fn set_peer(&self, peer: Option<SocketAddr>) {
+        lock(&self.exchange).set_peer(peer, boot_time());
+    }
+
+    /// This side is in `view` now, as `role`.
+    pub fn set_view(&self, view: u64, role: Role) {
+        let mut exchange = lock(&self.exchange);
+        exchange.view = view;
+        exchange.role = role;
+    }
+
+    /// The highest view beyond ours in which a heartbeat of this guest was seen: a hint, not a proof, that
+    /// another monitor runs it by now.
+    pub fn newer_view(&self) -> Option<u64> {
+        let exchange = lock(&self.exchange);
+        exchange.newer_view.filter(|view| *view > exchange.view)
+    }
+
+    /// Datagrams so far.
+    pub fn stats(&self) -> HeartbeatStats {
+        lock(&self.exchange).stats
     }
 }
 
-fn exchange(stop: &StopToken, socket: &UdpSocket, monitor: &Monitor, interval: Duration) -> io::Result<()> {
+fn lock(exchange: &Mutex<Exchange>) -> MutexGuard<'_, Exchange> {
+    exchange.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn run(
+    stop: &StopToken,
+    socket: &UdpSocket,
+    exchange: &Mutex<Exchange>,
+    interval: Duration,
+) -> io::Result<()> {
     // One byte more than a heartbeat, so that a longer datagram is seen as such.
     let mut buffer = [0; HEARTBEAT_BYTES + 1];
     let mut next = boot_time();
     loop {
         let now = boot_time();
         if now >= next {
-            send(socket, monitor);
+            send(socket, exchange);
             // From now, not from when it was due: no burst after the host was frozen.
             next = now + interval;
         }
@@ -238,17 +231,17 @@ fn exchange(stop: &StopToken, socket: &UdpSocket, monitor: &Monitor, interval: D
             // An error is a datagram that was damaged or, reported late, one of ours that nobody wanted.
             Wait::Ready => {
                 if let Ok((len, _)) = socket.recv_from(&mut buffer) {
-                    monitor.lock().received(&buffer[..len], boot_time());
+                    lock(exchange).received(&buffer[..len], boot_time());
                 }
             }
         }
     }
 }
 
-fn send(socket: &UdpSocket, monitor: &Monitor) {
-    let Some((heartbeat, peer)) = monitor.lock().next_heartbeat() else { return };
+fn send(socket: &UdpSocket, exchange: &Mutex<Exchange>) {
+    let Some((heartbeat, peer)) = lock(exchange).next_heartbeat() else { return };
     let sent = socket.send_to(&heartbeat.encode(), peer);
-    let stats = &mut monitor.lock().stats;
+    let stats = &mut lock(exchange).stats;
     match sent {
         Ok(_) => stats.sent += 1,
         Err(error) => {
@@ -278,8 +271,8 @@ mod tests {
 
     const GUEST: &str = "web-1";
 
-    fn link(role: Role) -> Link {
-        Link {
+    fn exchange(role: Role) -> Exchange {
+        Exchange {
             guest: guest_name_hash(GUEST),
             view: 3,
             role,
@@ -288,7 +281,7 @@ mod tests {
             heard_counter: None,
             heard_at: Duration::ZERO,
             newer_view: None,
-            stats: LinkStats::default(),
+            stats: HeartbeatStats::default(),
         }
     }
 
@@ -302,9 +295,9 @@ mod tests {
 
     #[test]
     fn only_newer_heartbeats_of_the_peer_count() {
-        let mut link = link(Role::Primary);
-        link.received(&heartbeat(5).encode(), at(1));
-        assert_eq!((link.heard_at, link.stats.heard), (at(1), 1));
+        let mut exchange = exchange(Role::Primary);
+        exchange.received(&heartbeat(5).encode(), at(1));
+        assert_eq!((exchange.heard_at, exchange.stats.heard), (at(1), 1));
         let refused = [
             heartbeat(5),
             heartbeat(4),
@@ -314,95 +307,94 @@ mod tests {
             Heartbeat { role: Role::Primary, ..heartbeat(6) },
         ];
         for (count, other) in refused.iter().enumerate() {
-            link.received(&other.encode(), at(2));
-            assert_eq!((link.heard_at, link.stats.ignored), (at(1), count as u64 + 1), "{other:?}");
+            exchange.received(&other.encode(), at(2));
+            assert_eq!((exchange.heard_at, exchange.stats.ignored), (at(1), count as u64 + 1), "{other:?}");
         }
-        link.received(&heartbeat(9).encode(), at(3));
-        assert_eq!(link.heard_at, at(3));
+        exchange.received(&heartbeat(9).encode(), at(3));
+        assert_eq!(exchange.heard_at, at(3));
     }
 
     #[test]
     fn damaged_datagrams_are_counted_and_ignored() {
-        let mut link = link(Role::Primary);
+        let mut exchange = exchange(Role::Primary);
         let mut flipped = heartbeat(1).encode();
         flipped[20] ^= 1;
         let longer = [&heartbeat(1).encode()[..], &[0]].concat();
         for datagram in [&b""[..], b"hello", &flipped, &longer] {
-            link.received(datagram, at(1));
+            exchange.received(datagram, at(1));
         }
-        let stats = LinkStats { damaged: 4, ..LinkStats::default() };
-        assert_eq!((link.stats, link.heard_at), (stats, Duration::ZERO));
+        let stats = HeartbeatStats { damaged: 4, ..HeartbeatStats::default() };
+        assert_eq!((exchange.stats, exchange.heard_at), (stats, Duration::ZERO));
     }
 
     #[test]
     fn a_newer_view_of_this_guest_is_remembered() {
-        let monitor = Monitor { link: Arc::new(Mutex::new(link(Role::Primary))) };
-        let see = |heartbeat: Heartbeat| monitor.lock().received(&heartbeat.encode(), at(1));
+        let primary = start(Role::Primary, None);
+        let see = |heartbeat: Heartbeat| lock(&primary.exchange).received(&heartbeat.encode(), at(1));
         see(Heartbeat { view: 9, guest: 1, ..heartbeat(1) });
         see(Heartbeat { view: 2, ..heartbeat(1) });
-        assert_eq!(monitor.newer_view(), None);
+        assert_eq!(primary.newer_view(), None);
         see(Heartbeat { view: 5, role: Role::Primary, ..heartbeat(1) });
         see(Heartbeat { view: 4, ..heartbeat(1) });
-        assert_eq!(monitor.newer_view(), Some(5));
-        monitor.set_view(5, Role::Backup);
-        assert_eq!(monitor.newer_view(), None);
+        assert_eq!(primary.newer_view(), Some(5));
+        primary.set_view(5, Role::Backup);
+        assert_eq!(primary.newer_view(), None);
     }
 
     #[test]
     fn a_new_peer_counts_from_its_own_start_and_has_the_full_time() {
-        let mut link = link(Role::Primary);
-        link.received(&heartbeat(1_000).encode(), at(1));
-        link.set_peer(None, at(50));
-        assert_eq!(link.heard_at, at(50));
-        link.received(&heartbeat(1).encode(), at(51));
-        assert_eq!((link.heard_at, link.stats.heard), (at(51), 2));
+        let mut exchange = exchange(Role::Primary);
+        exchange.received(&heartbeat(1_000).encode(), at(1));
+        exchange.set_peer(None, at(50));
+        assert_eq!(exchange.heard_at, at(50));
+        exchange.received(&heartbeat(1).encode(), at(51));
+        assert_eq!((exchange.heard_at, exchange.stats.heard), (at(51), 2));
     }
 
     #[test]
     fn nothing_is_sent_while_the_peer_is_unknown() {
-        let mut link = link(Role::Backup);
-        assert_eq!(link.next_heartbeat(), None);
+        let mut exchange = exchange(Role::Backup);
+        assert_eq!(exchange.next_heartbeat(), None);
         let peer = "127.0.0.1:9".parse().unwrap();
-        link.set_peer(Some(peer), at(1));
-        assert_eq!(link.next_heartbeat(), Some((heartbeat(1), peer)));
-        assert_eq!(link.next_heartbeat(), Some((heartbeat(2), peer)));
+        exchange.set_peer(Some(peer), at(1));
+        assert_eq!(exchange.next_heartbeat(), Some((heartbeat(1), peer)));
+        assert_eq!(exchange.next_heartbeat(), Some((heartbeat(2), peer)));
     }
 
-    fn start(role: Role, peer: Option<SocketAddr>) -> HeartbeatLink {
+    fn start(role: Role, peer: Option<SocketAddr>) -> Heartbeats {
         let listen = "127.0.0.1:0".parse().unwrap();
         let guest = GUEST.to_owned();
-        HeartbeatLink::start(&LinkConfig { listen, peer, guest, view: 3, role, interval_ms: 1 }).unwrap()
+        Heartbeats::start(&HeartbeatConfig { listen, peer, guest, view: 3, role, interval_ms: 1 }).unwrap()
     }
 
     #[test]
     fn two_sides_hear_each_other_once_both_know_the_address() {
         let primary = start(Role::Primary, None);
         let backup = start(Role::Backup, Some(primary.local_address()));
-        let (at_primary, at_backup) = (primary.monitor(), backup.monitor());
-        while at_primary.stats().heard < 3 {
+        while primary.stats().heard < 3 {
             thread::yield_now();
         }
-        assert_eq!(at_backup.stats().heard, 0);
-        at_primary.set_peer(Some(backup.local_address()));
-        while at_backup.stats().heard < 3 {
+        assert_eq!(backup.stats().heard, 0);
+        primary.set_peer(Some(backup.local_address()));
+        while backup.stats().heard < 3 {
             thread::yield_now();
         }
         drop(backup);
-        let heard = at_primary.stats().heard;
-        let before = at_primary.silent_for();
-        while at_primary.silent_for() < before + Duration::from_millis(20) {
+        let heard = primary.stats().heard;
+        let before = primary.silent_for();
+        while primary.silent_for() < before + Duration::from_millis(20) {
             thread::yield_now();
         }
         // At most what was in the socket when the other side ended.
-        assert!(at_primary.stats().heard <= heard + 100);
-        at_primary.note_heard();
-        assert!(at_primary.silent_for() < before + Duration::from_millis(20));
+        assert!(primary.stats().heard <= heard + 100);
+        primary.note_heard();
+        assert!(primary.silent_for() < before + Duration::from_millis(20));
     }
 
     #[test]
     fn an_address_in_use_is_refused_by_name() {
         let first = start(Role::Primary, None);
-        let config = LinkConfig {
+        let config = HeartbeatConfig {
             listen: first.local_address(),
             peer: None,
             guest: GUEST.to_owned(),
@@ -410,7 +402,7 @@ mod tests {
             role: Role::Backup,
             interval_ms: 1,
         };
-        let error = HeartbeatLink::start(&config).err().unwrap();
+        let error = Heartbeats::start(&config).err().unwrap();
         assert!(error.to_string().contains(&first.local_address().to_string()));
     }
 }

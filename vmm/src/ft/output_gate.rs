@@ -45,25 +45,20 @@ pub enum Output {
 }
 
 impl Output {
+    fn from_effect(effect: Effect) -> Option<Self> {
+        match effect {
+            Effect::Frame(data) => Some(Self::Frame(data)),
+            Effect::Disk(request) => Some(Self::Disk(request)),
+            Effect::Console(byte) => Some(Self::Console(vec![byte])),
+            Effect::Entropy { .. } | Effect::Reset | Effect::PowerOff => None,
+        }
+    }
+
     fn len_bytes(&self) -> usize {
         match self {
             Self::Frame(data) | Self::Console(data) => data.len(),
             Self::Disk(DiskRequest { op: devices::DiskOp::Write { data, .. }, .. }) => data.len(),
             Self::Disk(_) => 0,
-        }
-    }
-}
-
-impl TryFrom<Effect> for Output {
-    /// Effects that stay inside the monitor are given back.
-    type Error = Effect;
-
-    fn try_from(effect: Effect) -> Result<Self, Effect> {
-        match effect {
-            Effect::Frame(data) => Ok(Self::Frame(data)),
-            Effect::Disk(request) => Ok(Self::Disk(request)),
-            Effect::Console(byte) => Ok(Self::Console(vec![byte])),
-            inside @ (Effect::Entropy { .. } | Effect::Reset | Effect::PowerOff) => Err(inside),
         }
     }
 }
@@ -144,12 +139,21 @@ struct Queue {
     limits: Limits,
     acknowledged: u64,
     held: VecDeque<Held>,
+    /// The batch of the output that is on its way out.
+    performing: Option<u64>,
     stats: GateStats,
 }
 
 impl Queue {
     fn new(mode: Mode, limits: Limits) -> Self {
-        Self { mode, limits, acknowledged: 0, held: VecDeque::new(), stats: GateStats::default() }
+        Self {
+            mode,
+            limits,
+            acknowledged: 0,
+            held: VecDeque::new(),
+            performing: None,
+            stats: GateStats::default(),
+        }
     }
 
     fn push(&mut self, seq: u64, output: Output, now: Instant) {
@@ -196,6 +200,7 @@ impl Queue {
         self.stats.released += 1;
         self.stats.delay_sum_us += delay_us;
         self.stats.delay_max_us = self.stats.delay_max_us.max(delay_us);
+        self.performing = Some(held.seq);
         Some(held.output)
     }
 
@@ -203,6 +208,21 @@ impl Queue {
         let held = self.held.pop_front()?;
         self.stats.held_bytes -= held.output.len_bytes();
         Some(held)
+    }
+
+    fn protect(&mut self) {
+        if self.mode == Mode::Unprotected {
+            // These were free to go before the backup came, whatever they had waited for until then.
+            self.held.iter_mut().for_each(|held| held.seq = 0);
+        }
+        self.acknowledged = 0;
+        self.set_mode(Mode::Protected);
+    }
+
+    fn released_seq(&self) -> u64 {
+        // The one that is being performed comes before those that wait.
+        let next = self.performing.or_else(|| self.held.front().map(|held| held.seq));
+        next.map_or(self.acknowledged, |seq| self.acknowledged.min(seq.saturating_sub(1)))
     }
 
     fn released(&mut self, seq: u64) {
@@ -227,82 +247,84 @@ impl Queue {
     }
 }
 
-struct State {
-    queue: Queue,
-    /// A thread is performing, and looks at the queue again before it stops.
-    performing: bool,
-}
-
 /// Where the guest's outputs wait to be let out.
-pub struct OutputGate {
-    state: Mutex<State>,
+pub struct OutputGate<P> {
+    queue: Mutex<Queue>,
     /// Signalled when outputs have left, the mode has changed or performing has stopped.
     changed: Condvar,
-    performer: Box<dyn Performer>,
+    performer: P,
     lease: Lease,
 }
 
-impl OutputGate {
+impl<P: Performer> OutputGate<P> {
     /// A gate in `mode` that performs with `performer` while `lease` says so.
-    pub fn new(mode: Mode, limits: Limits, performer: Box<dyn Performer>, lease: Lease) -> Self {
-        let state = State { queue: Queue::new(mode, limits), performing: false };
-        Self { state: Mutex::new(state), changed: Condvar::new(), performer, lease }
+    pub fn new(mode: Mode, limits: Limits, performer: P, lease: Lease) -> Self {
+        let queue = Mutex::new(Queue::new(mode, limits));
+        Self { queue, changed: Condvar::new(), performer, lease }
     }
 
-    /// Takes an output that may leave once batch `seq_needed` is acknowledged. It is taken even when full.
-    pub fn push(&self, seq_needed: u64, output: Output) -> Room {
-        let mut state = self.lock();
-        state.queue.push(seq_needed, output, Instant::now());
-        self.perform(state).queue.room()
+    /// Takes an effect that may leave once batch `seq_needed` is acknowledged. It is taken even when full.
+    /// Effects that are not seen outside are none of the gate's business and are ignored.
+    pub fn push(&self, seq_needed: u64, effect: Effect) -> Room {
+        let mut queue = self.lock();
+        let Some(output) = Output::from_effect(effect) else { return queue.room() };
+        queue.push(seq_needed, output, Instant::now());
+        self.perform(queue).room()
     }
 
     /// The backup has acknowledged all batches up to `seq`: lets out what waited for them.
     pub fn acknowledged(&self, seq: u64) {
-        let mut state = self.lock();
-        state.queue.acknowledged = state.queue.acknowledged.max(seq);
-        drop(self.perform(state));
+        let mut queue = self.lock();
+        queue.acknowledged = queue.acknowledged.max(seq);
+        drop(self.perform(queue));
     }
 
     /// Lets out what may leave. Needed after the lease has been won back; all else does it by itself.
-    pub fn release(&self) {
+    pub fn retry(&self) {
         drop(self.perform(self.lock()));
     }
 
     /// Waits until there is room, at most for `timeout`.
     pub fn wait_for_room(&self, timeout: Duration) -> Room {
-        let full = |state: &mut State| state.queue.room() == Room::Full;
+        let full = |queue: &mut Queue| queue.room() == Room::Full;
         let waited = self.changed.wait_timeout_while(self.lock(), timeout, full);
-        waited.unwrap_or_else(PoisonError::into_inner).0.queue.room()
+        waited.unwrap_or_else(PoisonError::into_inner).0.room()
     }
 
-    /// A backup follows from here on and has acknowledged up to `acknowledged`. What waits, and what comes,
-    /// waits for its batch.
-    pub fn protect(&self, acknowledged: u64) {
-        let mut state = self.lock();
-        state.queue.acknowledged = acknowledged;
-        state.queue.set_mode(Mode::Protected);
-        drop(self.perform(state));
+    /// A backup follows from here on. Its batches are counted from 1; none is acknowledged yet.
+    pub fn protect(&self) {
+        self.lock().protect();
+    }
+
+    /// The highest acknowledged batch up to which all outputs have left: what a follower is told.
+    pub fn released_seq(&self) -> u64 {
+        self.lock().released_seq()
+    }
+
+    /// Who performs.
+    pub fn performer(&self) -> &P {
+        &self.performer
     }
 
     /// There is no backup, and the view is ours for certain: lets out everything.
     pub fn unprotect(&self) {
-        let mut state = self.lock();
-        state.queue.set_mode(Mode::Unprotected);
-        drop(self.perform(state));
+        let mut queue = self.lock();
+        queue.set_mode(Mode::Unprotected);
+        drop(self.perform(queue));
     }
 
     /// The view is lost: drops everything, now and later. When this returns, nothing is being performed.
     pub fn close(&self) {
-        let mut state = self.lock();
-        state.queue.set_mode(Mode::Closed);
+        let mut queue = self.lock();
+        queue.set_mode(Mode::Closed);
         self.changed.notify_all();
-        let performing = |state: &mut State| state.performing;
-        drop(self.changed.wait_while(state, performing).unwrap_or_else(PoisonError::into_inner));
+        let performing = |queue: &mut Queue| queue.performing.is_some();
+        drop(self.changed.wait_while(queue, performing).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// A follower's: the primary has let out everything up to batch `seq`. Nothing in other modes.
     pub fn released(&self, seq: u64) {
-        self.lock().queue.released(seq);
+        self.lock().released(seq);
         self.changed.notify_all();
     }
 
@@ -310,34 +332,33 @@ impl OutputGate {
     /// output may then be seen twice, never not at all. Disk requests among it are also among those that the
     /// block device has not seen completed; they are to be done once.
     pub fn take_all(&self) -> Vec<Output> {
-        let mut state = self.lock();
-        let all = std::iter::from_fn(|| state.queue.take_first()).map(|held| held.output).collect();
+        let mut queue = self.lock();
+        let all = std::iter::from_fn(|| queue.take_first()).map(|held| held.output).collect();
         self.changed.notify_all();
         all
     }
 
     /// The mode.
     pub fn mode(&self) -> Mode {
-        self.lock().queue.mode
+        self.lock().mode
     }
 
     /// Numbers so far.
     pub fn stats(&self) -> GateStats {
-        self.lock().queue.stats()
+        self.lock().stats()
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Performs what may leave, unless a thread is at it already: that one then sees what has changed.
-    fn perform<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        if state.performing {
-            return state;
+    fn perform<'a>(&'a self, mut queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
+        if queue.performing.is_some() {
+            return queue;
         }
-        while let Some(output) = state.queue.next(Instant::now(), &*self.lease) {
-            state.performing = true;
-            drop(state);
+        while let Some(output) = queue.next(Instant::now(), &*self.lease) {
+            drop(queue);
             let close_on_panic = CloseOnPanic(self);
             match output {
                 Output::Frame(frame) => self.performer.frame(&frame),
@@ -345,24 +366,23 @@ impl OutputGate {
                 Output::Console(bytes) => self.performer.console(&bytes),
             }
             drop(close_on_panic);
-            state = self.lock();
+            queue = self.lock();
+            queue.performing = None;
             self.changed.notify_all();
         }
-        state.performing = false;
-        self.changed.notify_all();
-        state
+        queue
     }
 }
 
 /// Whether the output at which a performer panicked went out is not known, so nothing may follow it.
-struct CloseOnPanic<'a>(&'a OutputGate);
+struct CloseOnPanic<'a, P: Performer>(&'a OutputGate<P>);
 
-impl Drop for CloseOnPanic<'_> {
+impl<P: Performer> Drop for CloseOnPanic<'_, P> {
     fn drop(&mut self) {
         if thread::panicking() {
-            let mut state = self.0.lock();
-            state.queue.set_mode(Mode::Closed);
-            state.performing = false;
+            let mut queue = self.0.lock();
+            queue.set_mode(Mode::Closed);
+            queue.performing = None;
             self.0.changed.notify_all();
         }
     }
@@ -394,12 +414,12 @@ mod tests {
         }
     }
 
-    fn gate(mode: Mode, limits: Limits, lease: Lease) -> (OutputGate, Receiver<Output>) {
+    fn gate(mode: Mode, limits: Limits, lease: Lease) -> (OutputGate<Recorder>, Receiver<Output>) {
         let (sender, performed) = unbounded();
-        (OutputGate::new(mode, limits, Box::new(Recorder(sender)), lease), performed)
+        (OutputGate::new(mode, limits, Recorder(sender), lease), performed)
     }
 
-    fn protected() -> (OutputGate, Receiver<Output>) {
+    fn protected() -> (OutputGate<Recorder>, Receiver<Output>) {
         gate(Mode::Protected, LIMITS, Box::new(|| true))
     }
 
@@ -411,8 +431,18 @@ mod tests {
         Output::Disk(DiskRequest { id, op: DiskOp::Flush })
     }
 
-    fn push(gate: &OutputGate, seq: u64, output: Output) {
-        assert_eq!(gate.push(seq, output), Room::Available);
+    fn push_for_room<P: Performer>(gate: &OutputGate<P>, seq: u64, output: Output) -> Room {
+        match output {
+            Output::Frame(data) => gate.push(seq, Effect::Frame(data)),
+            Output::Disk(request) => gate.push(seq, Effect::Disk(request)),
+            Output::Console(bytes) => {
+                bytes.into_iter().fold(Room::Available, |_, byte| gate.push(seq, Effect::Console(byte)))
+            }
+        }
+    }
+
+    fn push<P: Performer>(gate: &OutputGate<P>, seq: u64, output: Output) {
+        assert_eq!(push_for_room(gate, seq, output), Room::Available);
     }
 
     fn taken(performed: &Receiver<Output>) -> Vec<Output> {
@@ -444,8 +474,8 @@ mod tests {
         gate.unprotect();
         push(&gate, 6, frame(2));
         assert_eq!(taken(&performed), [frame(1), frame(2)]);
-        gate.protect(6);
-        push(&gate, 7, frame(3));
+        gate.protect();
+        push(&gate, 1, frame(3));
         assert_eq!(taken(&performed), []);
         assert_eq!(gate.stats().lease_refusals, 0);
     }
@@ -454,11 +484,48 @@ mod tests {
     fn a_new_backup_is_not_credited_with_what_the_last_one_acknowledged() {
         let (gate, performed) = protected();
         gate.acknowledged(1_000);
-        gate.protect(10);
-        push(&gate, 11, frame(1));
+        gate.unprotect();
+        gate.protect();
+        push(&gate, 1, frame(1));
         assert_eq!(taken(&performed), []);
-        gate.acknowledged(11);
+        gate.acknowledged(1);
         assert_eq!(taken(&performed), [frame(1)]);
+    }
+
+    #[test]
+    fn what_was_free_to_go_before_a_backup_came_does_not_wait_for_it() {
+        let now = Instant::now();
+        let mut queue = Queue::new(Mode::Protected, LIMITS);
+        for (seq, output) in [(u64::MAX, frame(1)), (u64::MAX, frame(2))] {
+            queue.push(seq, output, now);
+        }
+        queue.set_mode(Mode::Unprotected);
+        assert_eq!(queue.next(now, &|| true), Some(frame(1)));
+        queue.protect();
+        queue.push(1, frame(3), now);
+        assert_eq!(queue.next(now, &|| true), Some(frame(2)));
+        assert_eq!(queue.next(now, &|| true), None);
+    }
+
+    #[test]
+    fn a_batch_counts_as_released_once_its_last_output_has_left() {
+        let now = Instant::now();
+        let mut queue = Queue::new(Mode::Protected, LIMITS);
+        for (seq, output) in [(2, frame(1)), (2, frame(2)), (5, frame(3))] {
+            queue.push(seq, output, now);
+        }
+        assert_eq!(queue.released_seq(), 0);
+        queue.acknowledged = 6;
+        assert_eq!(queue.released_seq(), 1);
+        assert_eq!(queue.next(now, &|| true), Some(frame(1)));
+        assert_eq!(queue.released_seq(), 1);
+        assert_eq!(queue.next(now, &|| true), Some(frame(2)));
+        assert_eq!(queue.released_seq(), 1, "the second one is on its way");
+        queue.performing = None;
+        assert_eq!(queue.released_seq(), 4);
+        assert_eq!(queue.next(now, &|| true), Some(frame(3)));
+        queue.performing = None;
+        assert_eq!(queue.released_seq(), 6);
     }
 
     #[test]
@@ -472,7 +539,7 @@ mod tests {
         assert_eq!(taken(&performed), []);
         assert_eq!(gate.stats().lease_refusals, 1);
         lease.store(true, Ordering::SeqCst);
-        gate.release();
+        gate.retry();
         assert_eq!(taken(&performed), [frame(1), frame(2)]);
     }
 
@@ -496,8 +563,8 @@ mod tests {
         gate.acknowledged(1);
         push(&gate, 2, frame(2));
         gate.unprotect();
-        gate.protect(9);
-        gate.release();
+        gate.protect();
+        gate.retry();
         assert_eq!(gate.mode(), Mode::Closed);
         assert_eq!(gate.take_all(), []);
         assert_eq!(taken(&performed), []);
@@ -510,9 +577,9 @@ mod tests {
         let small = Limits { count: 100, bytes: 120 };
         for limits in [few, small] {
             let (gate, performed) = gate(Mode::Protected, limits, Box::new(|| true));
-            assert_eq!(gate.push(1, frame(1)), Room::Available);
-            assert_eq!(gate.push(2, frame(2)), Room::Full);
-            assert_eq!(gate.push(3, frame(3)), Room::Full);
+            assert_eq!(push_for_room(&gate, 1, frame(1)), Room::Available);
+            assert_eq!(push_for_room(&gate, 2, frame(2)), Room::Full);
+            assert_eq!(push_for_room(&gate, 3, frame(3)), Room::Full);
             assert_eq!(gate.wait_for_room(Duration::ZERO), Room::Full);
             gate.acknowledged(2);
             assert_eq!(gate.wait_for_room(Duration::ZERO), Room::Available);
@@ -526,7 +593,7 @@ mod tests {
         for closing in [false, true] {
             let limits = Limits { count: 1, bytes: 100_000 };
             let (gate, _performed) = gate(Mode::Protected, limits, Box::new(|| true));
-            assert_eq!(gate.push(1, frame(1)), Room::Full);
+            assert_eq!(push_for_room(&gate, 1, frame(1)), Room::Full);
             thread::scope(|scope| {
                 let guest = scope.spawn(|| gate.wait_for_room(Duration::from_secs(60)));
                 if closing {
@@ -542,9 +609,7 @@ mod tests {
     #[test]
     fn console_bytes_of_one_batch_are_written_together() {
         let (gate, performed) = protected();
-        for byte in *b"hello" {
-            push(&gate, 1, Output::try_from(Effect::Console(byte)).unwrap());
-        }
+        push(&gate, 1, Output::Console(b"hello".to_vec()));
         push(&gate, 2, Output::Console(b"!".to_vec()));
         assert_eq!((gate.stats().held, gate.stats().held_bytes), (2, 6));
         gate.acknowledged(1);
@@ -553,11 +618,13 @@ mod tests {
     }
 
     #[test]
-    fn effects_that_stay_inside_are_given_back() {
+    fn effects_that_are_not_seen_outside_are_ignored() {
+        let (gate, performed) = gate(Mode::Unprotected, LIMITS, Box::new(|| true));
         for effect in [Effect::Reset, Effect::PowerOff, Effect::Entropy { len_bytes: 8 }] {
-            assert_eq!(Output::try_from(effect.clone()), Err(effect));
+            assert_eq!(gate.push(1, effect), Room::Available);
         }
-        assert_eq!(Output::try_from(Effect::Frame(vec![1; 60])), Ok(frame(1)));
+        assert_eq!(taken(&performed), []);
+        assert_eq!(gate.stats(), GateStats::default());
     }
 
     #[test]
@@ -622,14 +689,14 @@ mod tests {
         let acknowledged = Arc::new(AtomicU64::new(0));
         let checker = Checker { acknowledged: Arc::clone(&acknowledged), frames };
         let limits = Limits { count: 16, bytes: 100_000 };
-        let gate = OutputGate::new(Mode::Protected, limits, Box::new(checker), Box::new(|| true));
+        let gate = OutputGate::new(Mode::Protected, limits, checker, Box::new(|| true));
         let (log, backup) = bounded(4);
         thread::scope(|scope| {
             let gate = &gate;
             scope.spawn(move || {
                 for seq in 1..=COUNT {
                     log.send(seq).unwrap();
-                    if gate.push(seq, Output::Frame(seq.to_le_bytes().to_vec())) == Room::Full {
+                    if gate.push(seq, Effect::Frame(seq.to_le_bytes().to_vec())) == Room::Full {
                         assert_eq!(gate.wait_for_room(Duration::from_secs(60)), Room::Available);
                     }
                 }
@@ -654,7 +721,7 @@ mod tests {
 
     #[test]
     fn a_performer_that_panics_closes_the_gate() {
-        let gate = OutputGate::new(Mode::Protected, LIMITS, Box::new(Broken), Box::new(|| true));
+        let gate = OutputGate::new(Mode::Protected, LIMITS, Broken, Box::new(|| true));
         push(&gate, 1, frame(1));
         let panicked = thread::scope(|scope| scope.spawn(|| gate.acknowledged(1)).join());
         assert!(panicked.is_err());
@@ -681,7 +748,7 @@ mod tests {
     fn closing_waits_for_the_output_that_is_on_its_way_and_stops_the_next() {
         let ((entered_tx, entered), (leave, leave_rx)) = (bounded(1), bounded(1));
         let slow = Slow { entered: entered_tx, leave: leave_rx };
-        let gate = OutputGate::new(Mode::Protected, LIMITS, Box::new(slow), Box::new(|| true));
+        let gate = OutputGate::new(Mode::Protected, LIMITS, slow, Box::new(|| true));
         push(&gate, 1, frame(1));
         push(&gate, 1, frame(2));
         let (closed_tx, closed) = bounded(1);

@@ -25,6 +25,26 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 /// takes longer; the thread then ends by itself when the call returns.
 const STOP_WAIT: Duration = Duration::from_secs(5);
 
+/// Fills `bytes` with random bytes of the host's kernel.
+pub fn random_bytes(bytes: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < bytes.len() {
+        let rest = &mut bytes[filled..];
+        // SAFETY: the kernel writes at most `rest.len()` bytes to `rest`.
+        let got = unsafe { libc::getrandom(rest.as_mut_ptr().cast(), rest.len(), 0) };
+        match usize::try_from(got) {
+            Ok(got) => filled += got,
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Why [`StopToken::wait_readable`] returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wait {
@@ -150,6 +170,14 @@ mod tests {
         .unwrap();
         drop(worker);
         assert_eq!(keep_full.try_recv(), Err(TryRecvError::Disconnected));
+    }
+
+    #[test]
+    fn random_bytes_fill_more_than_one_call_gives() {
+        // The kernel gives at most 32 MiB - 1 at once.
+        let mut bytes = vec![0; 33 << 20];
+        random_bytes(&mut bytes).unwrap();
+        assert!(bytes.chunks(64).all(|chunk| chunk.iter().any(|byte| *byte != 0)));
     }
 
     #[test]
