@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the images that test hosts and guests boot, from Debian's packages, unpatched.
 #
-#   build.sh images        vmlinuz, host.cpio.gz, guest.cpio.gz, vmft-agent; prints the directory that holds them
+#   build.sh images        kernel, initramfs of hosts and guests, and their programs; prints the directory
 #   build.sh small-kernel  vmlinux of a small kernel with built-in drivers (minutes); prints its path
 #   build.sh disk FILE MIB a raw disk with a fresh ext4 file system
 #
@@ -128,6 +128,7 @@ build_images() {
         tree_with_busybox "$work/guest" "$here/init/guest"
         strip -o "$work/host/bin/vmft-agent" "$bin/vmft-agent"
         strip -o "$work/guest/bin/vmft-demo" "$bin/vmft-demo"
+        cp "$work/host/bin/vmft-agent" "$work/guest/bin/vmft-demo" "$work/"
         # shellcheck disable=SC2046 # the manifest's lists are words
         add_modules "$work/host" "$kernel" $(setting host)
         # shellcheck disable=SC2046
@@ -135,7 +136,6 @@ build_images() {
         cp "$kernel/release" "$work/guest/release"
         pack "$work/host" "$work/host.cpio.gz"
         pack "$work/guest" "$work/guest.cpio.gz"
-        mv "$work/host/bin/vmft-agent" "$work/"
         rm -r "$work/host" "$work/guest"
         cp "$kernel/vmlinuz" "$work/"
         basename "$kernel" >"$work/versions"
@@ -153,7 +153,8 @@ build_small_kernel() {
     need make gcc flex bison bc xz
     package=$(setting kernel_source)
     deb=$(package_file "$package")
-    name=small-$(basename "$deb" .deb)-$(cat "$here/build.sh" "$here/small-kernel.config" | sha256sum | cut -c1-16)
+    name=small-$(basename "$deb" .deb)-$( (declare -f build_small_kernel; cat "$here/small-kernel.config") |
+        sha256sum | cut -c1-16)
     if [ ! -d "$cache/$name" ]; then
         begin
         say "building the small kernel from $(basename "$deb"): this takes minutes"
@@ -191,9 +192,14 @@ make_disk() {
     mv "$file.tmp" "$file"
 }
 
-case "${1:-} $#" in
-    "images 1") build_images ;;
-    "small-kernel 1") build_small_kernel ;;
-    "disk 3") make_disk "$2" "$3" ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
-esac
+main() {
+    case "${1:-} $#" in
+        "images 1") build_images ;;
+        "small-kernel 1") build_small_kernel ;;
+        "disk 3") make_disk "$2" "$3" ;;
+        *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    esac
+}
+
+# One line: a shell reads a script as it goes, and this one may be edited while it runs.
+main "$@"; exit

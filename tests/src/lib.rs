@@ -1,7 +1,9 @@
 //! Test hosts and a client of the demo service: what the end-to-end tests of vmft stand on.
 //!
 //! - [`hosts`]: machines to run monitors on, their network, and the faults that befall them.
+//! - [`client`]: a client of the demo service that checks each reply and measures the gaps between them.
 //!
 //! Nothing here is part of the product, and the product depends on nothing here.
 
+pub mod client;
 pub mod hosts;

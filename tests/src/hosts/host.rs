@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -72,10 +72,13 @@ enum Machine {
 /// A host of a test. It goes away on drop.
 #[derive(Debug)]
 pub struct TestHost {
+    // Dropped before the network that it is in.
+    machine: Mutex<Machine>,
     net: Arc<Net>,
     config: HostConfig,
-    machine: Mutex<Machine>,
     boot_deadline: Instant,
+    /// Connections of the processes that were started here.
+    processes: Mutex<Vec<Weak<TcpStream>>>,
 }
 
 impl TestHost {
@@ -107,7 +110,13 @@ impl TestHost {
             }
             HostKind::Netns => Machine::Netns(NetnsMachine::start(net, config.index, &dir)?),
         };
-        Ok(TestHost { net: Arc::clone(net), config, machine: Mutex::new(machine), boot_deadline })
+        Ok(TestHost {
+            machine: Mutex::new(machine),
+            net: Arc::clone(net),
+            config,
+            boot_deadline,
+            processes: Mutex::default(),
+        })
     }
 
     /// Waits until the agent of the host listens.
@@ -181,6 +190,11 @@ impl TestHost {
             cwd: cwd.map(Path::to_owned),
         };
         let (stream, answers) = self.request(&request, &[])?;
+        let stream = Arc::new(stream);
+        let mut processes = lock(&self.processes);
+        processes.retain(|process| process.strong_count() > 0);
+        processes.push(Arc::downgrade(&stream));
+        drop(processes);
         HostProcess::attach(self.name(), argv.join(" "), stream, answers)
     }
 
@@ -206,11 +220,15 @@ impl TestHost {
         }
     }
 
-    /// Loss of power: the host and all on it are gone at once.
+    /// Loss of power: the host and all on it are gone at once. Its processes then are [`super::Ending::Lost`].
     pub fn kill(&self) {
-        match &mut *self.machine() {
+        match &mut *lock(&self.machine) {
             Machine::Qemu(machine) => machine.kill(),
             Machine::Netns(machine) => machine.kill(),
+        }
+        for process in lock(&self.processes).drain(..).filter_map(|process| process.upgrade()) {
+            // The dead host cannot close the connection. An error means that it is closed already.
+            let _ = process.shutdown(Shutdown::Both);
         }
     }
 
@@ -236,7 +254,7 @@ impl TestHost {
 
     /// True while the host has power, frozen or not.
     pub fn is_running(&self) -> bool {
-        match &mut *self.machine() {
+        match &mut *lock(&self.machine) {
             Machine::Qemu(machine) => machine.is_running(),
             Machine::Netns(machine) => machine.is_running(),
         }
@@ -244,25 +262,24 @@ impl TestHost {
 
     /// Everything that the host has written to its console.
     pub fn console(&self) -> String {
-        match &*self.machine() {
+        match &*lock(&self.machine) {
             Machine::Qemu(machine) => machine.console(),
             Machine::Netns(machine) => machine.console(),
         }
     }
 
     fn freeze(&self, stop: bool) {
-        match &mut *self.machine() {
+        match &mut *lock(&self.machine) {
             Machine::Qemu(machine) => machine.freeze(stop),
             Machine::Netns(machine) => machine.freeze(stop),
         }
     }
 
-    fn machine(&self) -> MutexGuard<'_, Machine> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Sends a request with the bytes that belong to it; returns the connection and the first answer.
     fn request(&self, request: &Request, bytes: &[u8]) -> Result<(TcpStream, Answers), HostError> {
+        if !self.is_running() {
+            return Err(self.unreachable(io::Error::other("it has no power")));
+        }
         let address = SocketAddr::from((self.address(Link::Ctl), AGENT_PORT));
         let exchange = |mut stream: TcpStream| -> io::Result<_> {
             stream.set_read_timeout(Some(REQUEST_TIMEOUT))?;
@@ -286,6 +303,10 @@ impl TestHost {
     fn unreachable(&self, source: io::Error) -> HostError {
         HostError::Unreachable { host: self.name(), source, console: tail(&self.console()) }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The first answer to a request, and where more come from.

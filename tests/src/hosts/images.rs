@@ -47,10 +47,31 @@ impl Images {
         self.dir.join("vmft-agent")
     }
 
+    /// The demo service of the default guest, to run it elsewhere.
+    pub fn demo(&self) -> PathBuf {
+        self.dir.join("vmft-demo")
+    }
+
     /// Initramfs of the default guest.
     pub fn guest_initrd(&self) -> PathBuf {
         self.dir.join("guest.cpio.gz")
     }
+}
+
+/// Builds the monitor (release profile) if it is out of date, and returns its path.
+pub fn build_vmft() -> Result<PathBuf, HostError> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "-q", "--release", "-p", "vmft", "--bin", "vmft", "--message-format", "json"]);
+    let messages = tool::output(cargo.current_dir(env!("CARGO_MANIFEST_DIR")))?;
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .find_map(|message| Some(PathBuf::from(message.get("executable")?.as_str()?)))
+        .ok_or_else(|| HostError::ToolFailed {
+            program: tool::describe(&cargo),
+            status: "success".into(),
+            stderr: "cargo named no executable".into(),
+        })
 }
 
 /// Makes `file` a raw disk of `size_mib` MiB with a fresh ext4 file system.

@@ -25,6 +25,6 @@ mod tool;
 
 pub use error::HostError;
 pub use host::{HostConfig, HostKind, TestHost};
-pub use images::{Images, make_disk};
+pub use images::{Images, build_vmft, make_disk};
 pub use net::{Link, Net};
 pub use process::{Ending, HostProcess, Output};

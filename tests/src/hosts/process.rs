@@ -90,7 +90,7 @@ pub struct HostProcess {
     host: String,
     command: String,
     pid: u32,
-    control: TcpStream,
+    control: Arc<TcpStream>,
     shared: Arc<Shared>,
 }
 
@@ -99,7 +99,7 @@ impl HostProcess {
     pub(super) fn attach(
         host: String,
         command: String,
-        control: TcpStream,
+        control: Arc<TcpStream>,
         answers: Answers,
     ) -> Result<HostProcess, HostError> {
         let Event::Started { pid } = answers.first else {
@@ -183,7 +183,7 @@ impl HostProcess {
 
     /// Sends a signal to the process and its group.
     pub fn kill(&self, signal: Signal) -> Result<(), HostError> {
-        protocol::send(&mut &self.control, &Request::Signal(signal as i32)).map_err(|source| {
+        protocol::send(&mut &*self.control, &Request::Signal(signal as i32)).map_err(|source| {
             HostError::Unreachable { host: self.host.clone(), source, console: String::new() }
         })
     }

@@ -22,6 +22,9 @@ pub(super) struct QemuMachine {
     qemu: Child,
     file_servers: Vec<Child>,
     console: PathBuf,
+    /// The test's namespace, and this machine's taps in it.
+    namespace: String,
+    taps: Vec<String>,
 }
 
 impl QemuMachine {
@@ -49,8 +52,8 @@ impl QemuMachine {
         command.arg("-initrd").arg(images.host_initrd());
         command.arg("-append").arg(kernel_command_line(config.index));
         command.arg("-serial").arg(format!("file:{}", console.display()));
-        for link in Link::ALL {
-            let tap = link.interface(config.index);
+        let taps = Link::ALL.map(|link| link.interface(config.index));
+        for (link, tap) in Link::ALL.into_iter().zip(&taps) {
             net.ip(&format!("tuntap add mode tap name {tap}"))?;
             net.ip(&format!("link set {tap} master {} up", link.bridge()))?;
             command.arg("-netdev").arg(format!("tap,id={tap},ifname={tap},script=no,downscript=no"));
@@ -76,7 +79,13 @@ impl QemuMachine {
             .stderr(log_file)
             .spawn()
             .map_err(|source| HostError::Tool { program, source })?;
-        Ok(QemuMachine { qemu, file_servers, console })
+        Ok(QemuMachine {
+            qemu,
+            file_servers,
+            console,
+            namespace: net.namespace().to_owned(),
+            taps: taps.into(),
+        })
     }
 
     /// Everything on the console so far, and what QEMU itself complained about.
@@ -97,6 +106,12 @@ impl QemuMachine {
             // Errors mean that it has already ended.
             let _ = child.kill();
             let _ = child.wait();
+        }
+        // A machine with the same number can be started after this one.
+        for tap in self.taps.drain(..) {
+            if let Err(error) = tool::run(&format!("ip -n {} link del {tap}", self.namespace)) {
+                eprintln!("{error}");
+            }
         }
     }
 
@@ -124,8 +139,10 @@ fn in_namespace(net: &Net) -> Command {
 
 fn kernel_command_line(index: u8) -> String {
     let [lan, log, ctl] = Link::ALL.map(|link| format!("{}/24", link.host_address(index)));
+    // On a busy machine QEMU's timers come late: without these the kernel may take its timer for broken.
+    let steady = "no_timer_check tsc=reliable";
     format!(
-        "console=ttyS0 panic=-1 quiet mitigations=off tsc=reliable vmft.lan={lan} vmft.log={log} vmft.ctl={ctl}"
+        "console=ttyS0 panic=-1 quiet mitigations=off {steady} vmft.lan={lan} vmft.log={log} vmft.ctl={ctl}"
     )
 }
 
