@@ -146,3 +146,92 @@ impl Device for AcpiPm {
         input.check("reset_control", self.reset_control.into(), self.reset_control & !RESET_SYSTEM == 0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const T: GuestTime = GuestTime(0x0123_4567);
+
+    fn write16(pm: &mut AcpiPm, port: u16, value: u16) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        for (offset, byte) in (0..).zip(value.to_le_bytes()) {
+            pm.write(port + offset, byte, &mut effects);
+        }
+        effects
+    }
+
+    fn read16(pm: &AcpiPm, port: u16) -> u16 {
+        u16::from_le_bytes([pm.read(port, T), pm.read(port + 1, T)])
+    }
+
+    #[test]
+    fn registers_keep_their_masks() {
+        let mut pm = AcpiPm::new();
+        for (port, writable, fixed) in [(0x602, 0x0721, 0), (0x604, 0x1c02, 1), (0x606, 0, 0)] {
+            for value in [0xdfff, 0x0000, 0x85a5, 0x5a5a] {
+                assert_eq!(write16(&mut pm, port, value), []);
+                assert_eq!(read16(&pm, port), value & writable | fixed, "port {port:#x}");
+            }
+        }
+        write16(&mut pm, 0x600, 0xffff);
+        assert_eq!(read16(&pm, 0x600), 0, "status bits cannot be set by writing");
+    }
+
+    #[test]
+    fn timer_is_guest_time_modulo_24_bits_and_read_only() {
+        let mut pm = AcpiPm::new();
+        write16(&mut pm, 0x608, 0xffff);
+        let value = [0x608, 0x609, 0x60a, 0x60b].map(|port| pm.read(port, T));
+        assert_eq!(u32::from_le_bytes(value), 0x0023_4567);
+    }
+
+    #[test]
+    fn power_button_interrupts_while_enabled_and_is_cleared_by_writing_one() {
+        let mut pm = AcpiPm::new();
+        pm.press_power_button();
+        assert!(!pm.interrupt());
+        write16(&mut pm, 0x602, 0x0100);
+        assert!(pm.interrupt());
+        write16(&mut pm, 0x600, 0x0001);
+        assert_eq!(read16(&pm, 0x600), 0x0100, "writing another bit clears nothing");
+        write16(&mut pm, 0x600, 0x0100);
+        assert!(!pm.interrupt());
+        assert_eq!(read16(&pm, 0x600), 0);
+    }
+
+    #[test]
+    fn timer_status_is_set_when_the_top_bit_changes() {
+        let mut pm = AcpiPm::new();
+        write16(&mut pm, 0x602, 0x0001);
+        assert_eq!(pm.next_event(GuestTime(5)), Some(GuestTime(1 << 23)));
+        pm.advance(GuestTime(5), GuestTime((1 << 23) - 1));
+        assert!(!pm.interrupt());
+        pm.advance(GuestTime((1 << 23) - 1), GuestTime(1 << 23));
+        assert!(pm.interrupt());
+        assert_eq!(pm.next_event(GuestTime(1 << 23)), None, "it is pending already");
+        write16(&mut pm, 0x600, 0x0001);
+        assert_eq!(pm.next_event(GuestTime(1 << 23)), Some(GuestTime(1 << 24)));
+    }
+
+    #[test]
+    fn only_s5_with_sleep_enable_powers_off() {
+        let mut pm = AcpiPm::new();
+        assert_eq!(write16(&mut pm, 0x604, 5 << 10), []);
+        assert_eq!(write16(&mut pm, 0x604, 3 << 10 | 1 << 13), []);
+        assert_eq!(write16(&mut pm, 0x604, 5 << 10 | 1 << 13), [Effect::PowerOff]);
+        assert_eq!(read16(&pm, 0x604) >> 13, 0, "sleep enable is write-only");
+    }
+
+    #[test]
+    fn reset_register_resets_on_bit_2_and_keeps_bit_1() {
+        let mut pm = AcpiPm::new();
+        for (value, kept, effects) in
+            [(0xfb, 0x02, vec![]), (0x00, 0, vec![]), (0x06, 0x02, vec![Effect::Reset])]
+        {
+            let mut seen = Vec::new();
+            pm.write(RESET_PORT, value, &mut seen);
+            assert_eq!((pm.read(RESET_PORT, T), seen), (kept, effects));
+        }
+    }
+}

@@ -36,7 +36,14 @@ const UART_LAST_PORT: u16 = UART_PORT + 7;
 const PM_LAST_PORT: u16 = PM_TIMER_PORT + 3;
 const PM_TIMER_LAST_PORT: u16 = PM_TIMER_PORT + 3;
 const PM1A_EVENT_LAST_PORT: u16 = PM1A_EVENT_PORT + 3;
+const PCI_ADDRESS_PORT: u16 = 0xcf8;
 const VIRTIO_OFFSET_MASK: u64 = VIRTIO_WINDOW_BYTES - 1;
+
+/// Whether an access is to the PCI configuration address: wider than a byte, at a port whose second byte
+/// alone is the reset control register. There is no PCI.
+fn is_pci_address(port: u16, len_bytes: usize) -> bool {
+    len_bytes > 1 && (PCI_ADDRESS_PORT..=RESET_PORT).contains(&port)
+}
 
 /// What a board is made of. Primary and backup must use the same.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -180,6 +187,9 @@ impl Board {
     /// many in a row. What no device claims reads as ones.
     #[inline]
     pub fn pio_read(&mut self, port: u16, data: &mut [u8], _effects: &mut Vec<Effect>) {
+        if is_pci_address(port, data.len()) {
+            return data.fill(0xff);
+        }
         for (offset, byte) in (0..).zip(data.iter_mut()) {
             *byte = self.read_port(port.wrapping_add(offset));
         }
@@ -211,8 +221,8 @@ impl Board {
     /// row.
     #[inline]
     pub fn pio_write(&mut self, port: u16, data: &[u8], effects: &mut Vec<Effect>) {
-        if port != RESET_PORT && (port..).zip(data).any(|(port, _)| port == RESET_PORT) {
-            return; // a PCI configuration address, not the reset control register inside it
+        if is_pci_address(port, data.len()) {
+            return;
         }
         for (offset, byte) in (0..).zip(data) {
             self.write_port(port.wrapping_add(offset), *byte, effects);

@@ -10,6 +10,7 @@
 //! A guest reads the fields one by one, and every read comes at another time. Reading the seconds therefore
 //! copies the whole time, and the other fields are read from that copy while it is less than a second old:
 //! no guest sees 10:59:59 become 10:00:00 or 11:59:59. So the update-in-progress bit need never be set.
+//! Setting the time keeps the moment at which seconds change.
 
 use crate::DeviceError;
 use crate::schema::{Decoder, Device, Encoder};
@@ -85,8 +86,8 @@ pub(crate) struct Cmos {
     offset_s: i64,
     /// The time registers as last read or set.
     copy: [u8; 8],
-    /// Guest time of `copy` in whole seconds.
-    copied_at_s: Option<u64>,
+    /// When `copy` was made.
+    copied_at: Option<GuestTime>,
 }
 
 impl Cmos {
@@ -105,7 +106,7 @@ impl Cmos {
         put(0x34, above(16 << 20) >> 16, 0xffff); // units of 64 KiB above 16 MiB
         memory[usize::from(STATUS_A)] = 0x26; // 32,768 Hz divider, 1,024 Hz rate
         let epoch_s = i64::try_from(epoch_s).unwrap_or(LAST_SECOND).min(LAST_SECOND);
-        Self { epoch_s, index: 0, memory, offset_s: 0, copy: [0; 8], copied_at_s: None }
+        Self { epoch_s, index: 0, memory, offset_s: 0, copy: [0; 8], copied_at: None }
     }
 
     /// Whether reading or writing the data port depends on the time.
@@ -117,7 +118,8 @@ impl Cmos {
         self.memory[usize::from(STATUS_B)] & STATUS_B_SET != 0
     }
 
-    fn refresh(&mut self, guest_s: u64) {
+    fn refresh(&mut self, now: GuestTime) {
+        let guest_s = now.0 / GuestTime::HZ;
         let now_s = self.epoch_s.saturating_add_unsigned(guest_s).saturating_add(self.offset_s);
         let now_s = now_s.clamp(0, LAST_SECOND);
         let (days, second) = (now_s / 86_400, now_s % 86_400);
@@ -125,21 +127,20 @@ impl Cmos {
         let weekday = (days + 4) % 7 + 1; // 1970-01-01 was a Thursday, Sunday is 1
         let fields = [second % 60, second / 60 % 60, second / 3_600, weekday, day, month, year, year / 100];
         self.copy = fields.map(to_bcd);
-        self.copied_at_s = Some(guest_s);
+        self.copied_at = Some(now);
     }
 
     /// Makes the clock go on from `copy`.
-    fn set(&mut self, guest_s: u64) {
+    fn set(&mut self, now: GuestTime) {
         let field = |at: usize| from_bcd(self.copy[at]);
         let year = field(COPY_CENTURY) * 100 + field(COPY_YEAR);
         let days = days_of(year, field(COPY_MONTH), field(COPY_DAY));
         let second = field(COPY_HOUR) * 3_600 + field(COPY_MINUTE) * 60 + field(COPY_SECOND);
-        let running_s = self.epoch_s.saturating_add_unsigned(guest_s);
+        let running_s = self.epoch_s.saturating_add_unsigned(now.0 / GuestTime::HZ);
         self.offset_s = (days * 86_400 + second).saturating_sub(running_s);
     }
 
     fn read_data(&mut self, now: GuestTime) -> u8 {
-        let guest_s = now.0 / GuestTime::HZ;
         match self.index {
             STATUS_C => return 0, // no interrupt is ever pending
             STATUS_D => return STATUS_D_VALID,
@@ -149,40 +150,39 @@ impl Cmos {
         let Some(field) = TIME_REGISTERS.iter().position(|register| *register == self.index) else {
             return self.memory[usize::from(self.index)];
         };
-        let stale = self.index == SECONDS || self.copied_at_s != Some(guest_s);
-        if stale && !self.is_setting() {
-            self.refresh(guest_s);
+        let fresh = self.copied_at.is_some_and(|at| now.0.saturating_sub(at.0) < GuestTime::HZ);
+        if (self.index == SECONDS || !fresh) && !self.is_setting() {
+            self.refresh(now);
         }
         self.copy[field]
     }
 
     fn write_data(&mut self, value: u8, now: GuestTime) {
-        let guest_s = now.0 / GuestTime::HZ;
         if let Some(field) = TIME_REGISTERS.iter().position(|register| *register == self.index) {
             if !self.is_setting() {
-                self.refresh(guest_s);
+                self.refresh(now);
             }
             self.copy[field] = value;
             if !self.is_setting() {
-                self.set(guest_s);
+                self.set(now);
             }
             return;
         }
         match self.index {
             STATUS_A => self.memory[usize::from(STATUS_A)] = value & STATUS_A_MASK,
-            STATUS_B => self.write_status_b(value, guest_s),
+            STATUS_B => self.write_status_b(value, now),
             STATUS_C | STATUS_D => {}
             index => self.memory[usize::from(index)] = value,
         }
     }
 
     /// While `SET` is 1 the time registers stand still; when it becomes 0 the clock goes on from them.
-    fn write_status_b(&mut self, value: u8, guest_s: u64) {
+    fn write_status_b(&mut self, value: u8, now: GuestTime) {
         let was_setting = self.is_setting();
         self.memory[usize::from(STATUS_B)] = value & STATUS_B_MASK;
         match (was_setting, self.is_setting()) {
-            (false, true) => self.refresh(guest_s),
-            (true, false) => self.set(guest_s),
+            (false, true) => self.refresh(now),
+            (true, false) => self.set(now),
             _ => {}
         }
     }
@@ -217,7 +217,7 @@ impl Device for Cmos {
         out.array(&self.memory);
         out.i64(self.offset_s);
         out.array(&self.copy);
-        out.option(self.copied_at_s, Encoder::u64);
+        out.option(self.copied_at, |out, at| out.u64(at.0));
     }
 
     fn load(&mut self, input: &mut Decoder<'_>) -> Result<(), DeviceError> {
@@ -226,7 +226,149 @@ impl Device for Cmos {
         self.memory = input.array("memory")?;
         self.offset_s = input.i64("offset_s")?;
         self.copy = input.array("copy")?;
-        self.copied_at_s = input.option("copied_at_s", Decoder::u64)?;
+        self.copied_at = input.option("copied_at", Decoder::u64)?.map(GuestTime);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Friday 2024-03-01 10:59:59 UTC, the day after a leap day.
+    const EPOCH_S: u64 = 1_709_290_799;
+
+    fn at_ms(ms: u64) -> GuestTime {
+        GuestTime(ms * GuestTime::HZ / 1_000 + 1)
+    }
+
+    fn read(cmos: &mut Cmos, index: u8, now: GuestTime) -> u8 {
+        cmos.write(0x70, index, now);
+        cmos.read(0x71, now)
+    }
+
+    fn write(cmos: &mut Cmos, index: u8, value: u8, now: GuestTime) {
+        cmos.write(0x70, index, now);
+        cmos.write(0x71, value, now);
+    }
+
+    /// Seconds, minutes, hours, weekday, day, month, year, century.
+    fn time(cmos: &mut Cmos, now: GuestTime) -> [u8; 8] {
+        TIME_REGISTERS.map(|register| read(cmos, register, now))
+    }
+
+    #[test]
+    fn time_is_epoch_plus_guest_time_in_bcd() {
+        let mut cmos = Cmos::new(EPOCH_S, 0);
+        assert_eq!(time(&mut cmos, at_ms(0)), [0x59, 0x59, 0x10, 0x06, 0x01, 0x03, 0x24, 0x20]);
+        assert_eq!(time(&mut cmos, at_ms(1_000)), [0x00, 0x00, 0x11, 0x06, 0x01, 0x03, 0x24, 0x20]);
+        assert_eq!(time(&mut Cmos::new(0, 0), at_ms(0)), [0, 0, 0, 0x05, 0x01, 0x01, 0x70, 0x19]);
+    }
+
+    #[test]
+    fn dates_round_trip_over_leap_years() {
+        for (days, date) in [
+            (0, (1970, 1, 1)),
+            (11_016, (2000, 2, 29)),
+            (19_782, (2024, 2, 29)),
+            (19_783, (2024, 3, 1)),
+            (47_540, (2100, 2, 28)),
+            (47_541, (2100, 3, 1)),
+            (2_932_896, (9999, 12, 31)),
+        ] {
+            assert_eq!(date_of(days), date);
+            assert_eq!(days_of(date.0, date.1, date.2), days);
+        }
+    }
+
+    #[test]
+    fn fields_read_after_the_seconds_belong_to_the_same_moment() {
+        let mut cmos = Cmos::new(EPOCH_S, 0);
+        assert_eq!(read(&mut cmos, 0x00, at_ms(900)), 0x59);
+        assert_eq!(read(&mut cmos, 0x02, at_ms(1_100)), 0x59, "10:59:59, not 10:00:59");
+        assert_eq!(read(&mut cmos, 0x04, at_ms(1_100)), 0x10);
+        assert_eq!(read(&mut cmos, 0x02, at_ms(1_950)), 0x00, "the copy is too old");
+        assert_eq!(read(&mut cmos, 0x0a, at_ms(1_999)) & 0x80, 0, "never updating");
+    }
+
+    #[test]
+    fn setting_the_time_freezes_it_and_goes_on_from_there() {
+        let mut cmos = Cmos::new(EPOCH_S, 0);
+        write(&mut cmos, STATUS_B, 0x82, at_ms(0));
+        let new_year = [0x58, 0x59, 0x23, 0x03, 0x31, 0x12, 0x30, 0x20];
+        for (register, value) in TIME_REGISTERS.into_iter().zip(new_year) {
+            write(&mut cmos, register, value, at_ms(2_500));
+        }
+        assert_eq!(time(&mut cmos, at_ms(9_000)), new_year);
+        write(&mut cmos, STATUS_B, 0x02, at_ms(9_000));
+        assert_eq!(time(&mut cmos, at_ms(11_000)), [0, 0, 0, 0x04, 0x01, 0x01, 0x31, 0x20]);
+    }
+
+    #[test]
+    fn field_written_while_running_changes_only_that_field() {
+        let mut cmos = Cmos::new(EPOCH_S, 0);
+        write(&mut cmos, 0x04, 0x07, at_ms(0));
+        assert_eq!(time(&mut cmos, at_ms(0)), [0x59, 0x59, 0x07, 0x06, 0x01, 0x03, 0x24, 0x20]);
+    }
+
+    #[test]
+    fn nonsense_in_the_time_registers_is_survived() {
+        let mut cmos = Cmos::new(u64::MAX, u64::MAX);
+        for value in [0xff, 0x00] {
+            for register in TIME_REGISTERS {
+                write(&mut cmos, register, value, GuestTime(u64::MAX));
+            }
+            assert!(time(&mut cmos, GuestTime(u64::MAX))[0] <= 0x59);
+        }
+    }
+
+    #[test]
+    fn registers_keep_their_masks() {
+        let mut cmos = Cmos::new(EPOCH_S, 0);
+        let now = at_ms(0);
+        for (index, writable, fixed) in [
+            (0x0a, 0x7f, 0),
+            (0x0b, 0xf8, 0x02),
+            (0x0c, 0, 0),
+            (0x0d, 0, 0x80),
+            (0x01, 0xff, 0),
+            (0x03, 0xff, 0),
+            (0x05, 0xff, 0),
+            (0x0f, 0xff, 0),
+            (0x7f, 0xff, 0),
+        ] {
+            for value in [0xff, 0x00, 0xa5, 0x5a] {
+                write(&mut cmos, index, value, now);
+                assert_eq!(read(&mut cmos, index, now), value & writable | fixed, "register {index:#x}");
+            }
+        }
+        assert_eq!(cmos.read(0x70, now), 0xff, "the index is write-only");
+    }
+
+    #[test]
+    fn memory_size_is_told_in_kilobytes_and_in_64_kilobyte_units() {
+        let mut cmos = Cmos::new(0, 256 << 20);
+        let mut word =
+            |at| u16::from_le_bytes([read(&mut cmos, at, at_ms(0)), read(&mut cmos, at + 1, at_ms(0))]);
+        assert_eq!([word(0x15), word(0x17), word(0x30), word(0x34)], [640, 0xffff, 0xffff, 240 * 16]);
+    }
+
+    #[test]
+    fn only_time_registers_need_the_time() {
+        let mut cmos = Cmos::new(0, 0);
+        for (index, reads, writes) in [
+            (0x00, true, true),
+            (0x32, true, true),
+            (0x0a, false, false),
+            (0x0b, false, true),
+            (0x10, false, false),
+        ] {
+            cmos.write(0x70, index, at_ms(0));
+            assert_eq!(
+                (cmos.needs_time(false), cmos.needs_time(true)),
+                (reads, writes),
+                "register {index:#x}"
+            );
+        }
     }
 }

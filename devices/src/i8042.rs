@@ -177,3 +177,105 @@ impl Device for I8042 {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FULL: u8 = STATUS_OUTPUT_FULL;
+
+    /// Writes to the ports in order; the answer, if there is one, with its status.
+    fn run(controller: &mut I8042, writes: &[(u16, u8)]) -> (Vec<Effect>, Option<(u8, u8)>) {
+        let mut effects = Vec::new();
+        for (port, value) in writes {
+            controller.write(*port, *value, &mut effects);
+        }
+        let status = controller.read(0x64);
+        let answer = (status & FULL != 0).then(|| (controller.read(0x60), status));
+        (effects, answer)
+    }
+
+    fn answer(controller: &mut I8042, writes: &[(u16, u8)]) -> Option<u8> {
+        run(controller, writes).1.map(|(value, _)| value)
+    }
+
+    #[test]
+    fn new_controller_is_idle_and_ready() {
+        let mut controller = I8042::new();
+        assert_eq!(controller.read(0x64), STATUS_UNLOCKED | STATUS_SYSTEM);
+        assert_eq!(controller.read(0x60), 0);
+    }
+
+    #[test]
+    fn tests_are_answered_at_once() {
+        let mut controller = I8042::new();
+        assert_eq!(answer(&mut controller, &[(0x64, 0xaa)]), Some(0x55));
+        assert_eq!(answer(&mut controller, &[(0x64, 0xab)]), Some(0x00));
+        assert_eq!(answer(&mut controller, &[(0x64, 0xa9)]), Some(0x01), "no auxiliary device");
+        assert_eq!(answer(&mut controller, &[(0x64, 0xc0)]), Some(0x80));
+        assert_eq!(controller.read(0x64) & FULL, 0);
+    }
+
+    #[test]
+    fn command_byte_keeps_seven_bits() {
+        let mut controller = I8042::new();
+        for value in [0xff, 0x00, 0xa5, 0x5a] {
+            assert_eq!(
+                answer(&mut controller, &[(0x64, 0x60), (0x60, value), (0x64, 0x20)]),
+                Some(value & 0x7f)
+            );
+        }
+    }
+
+    #[test]
+    fn enable_commands_change_the_command_byte() {
+        let mut controller = I8042::new();
+        for (command, expected) in [(0xae, 0x24), (0xa8, 0x04), (0xad, 0x14), (0xa7, 0x34)] {
+            assert_eq!(answer(&mut controller, &[(0x64, command), (0x64, 0x20)]), Some(expected));
+        }
+    }
+
+    #[test]
+    fn auxiliary_loop_comes_back_without_the_auxiliary_bit() {
+        let (_, answer) = run(&mut I8042::new(), &[(0x64, 0xd3), (0x60, 0x5a)]);
+        let (value, status) = answer.unwrap();
+        assert_eq!((value, status & STATUS_AUX), (0x5a, 0));
+    }
+
+    #[test]
+    fn absent_devices_answer_resend_with_time_out() {
+        let (_, keyboard) = run(&mut I8042::new(), &[(0x60, 0xf2)]);
+        let (value, status) = keyboard.unwrap();
+        assert_eq!((value, status & (STATUS_TIMEOUT | STATUS_AUX)), (0xfe, STATUS_TIMEOUT));
+        let (_, mouse) = run(&mut I8042::new(), &[(0x64, 0xd4), (0x60, 0xf2)]);
+        let (value, status) = mouse.unwrap();
+        assert_eq!((value, status & (STATUS_TIMEOUT | STATUS_AUX)), (0xfe, STATUS_TIMEOUT | STATUS_AUX));
+    }
+
+    #[test]
+    fn keyboard_interrupt_follows_the_output_buffer_while_enabled() {
+        let mut controller = I8042::new();
+        let mut effects = Vec::new();
+        for (port, value) in [(0x64, 0xd2), (0x60, 0x1c)] {
+            controller.write(port, value, &mut effects);
+        }
+        assert!(!controller.interrupt());
+        for (port, value) in [(0x64, 0x60), (0x60, 0x45)] {
+            controller.write(port, value, &mut effects);
+        }
+        assert!(controller.interrupt());
+        assert_eq!(controller.read(0x60), 0x1c);
+        assert!(!controller.interrupt());
+    }
+
+    #[test]
+    fn reset_line_resets_and_other_pulses_do_not() {
+        let mut controller = I8042::new();
+        assert_eq!(run(&mut controller, &[(0x64, 0xfe)]).0, [Effect::Reset]);
+        assert_eq!(run(&mut controller, &[(0x64, 0xf0)]).0, [Effect::Reset]);
+        assert_eq!(run(&mut controller, &[(0x64, 0xff)]).0, []);
+        assert_eq!(run(&mut controller, &[(0x64, 0xd1), (0x60, 0xdf)]).0, []);
+        assert_eq!(answer(&mut controller, &[(0x64, 0xd0)]), Some(0xdf));
+        assert_eq!(run(&mut controller, &[(0x64, 0xd1), (0x60, 0xfe)]).0, [Effect::Reset]);
+    }
+}

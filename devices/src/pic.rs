@@ -406,3 +406,220 @@ impl Device for Pic {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Initialised as Linux does it: vectors 0x30 and 0x38, nothing masked.
+    fn initialised() -> Pic {
+        let mut pic = Pic::new(0);
+        for (command, base, wiring) in [(0x20, 0x30, 0x04), (0xa0, 0x38, 0x02)] {
+            pic.write(command, 0x11);
+            pic.write(command + 1, base);
+            pic.write(command + 1, wiring);
+            pic.write(command + 1, 0x01);
+        }
+        pic
+    }
+
+    fn pulse(pic: &mut Pic, irq: u8) {
+        pic.set_line(irq, true);
+        pic.set_line(irq, false);
+    }
+
+    fn in_service(pic: &mut Pic, command: u16) -> u8 {
+        pic.write(command, 0x0b);
+        pic.read(command)
+    }
+
+    fn requests(pic: &mut Pic, command: u16) -> u8 {
+        pic.write(command, 0x0a);
+        pic.read(command)
+    }
+
+    #[test]
+    fn mask_registers_take_every_bit_and_elcrs_only_their_mask() {
+        let mut pic = initialised();
+        for (port, writable) in [(0x21, 0xff), (0xa1, 0xff), (0x4d0, 0xf8), (0x4d1, 0xde)] {
+            for value in [0xff, 0x00, 0xa5, 0x5a] {
+                pic.write(port, value);
+                assert_eq!(pic.read(port), value & writable, "port {port:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn new_controllers_have_every_line_masked_and_the_given_lines_level_triggered() {
+        let mut pic = Pic::new(1 << 5 | 1 << 9 | 1 << 13);
+        assert_eq!([0x21, 0xa1, 0x4d0, 0x4d1].map(|port| pic.read(port)), [0xff, 0xff, 0x20, 0x02]);
+    }
+
+    #[test]
+    fn lower_line_numbers_come_first_and_block_the_rest_until_their_end() {
+        let mut pic = initialised();
+        pulse(&mut pic, 4);
+        pulse(&mut pic, 1);
+        assert_eq!(pic.acknowledge(), 0x31);
+        assert!(!pic.interrupt_pending(), "line 4 waits for line 1");
+        pulse(&mut pic, 0);
+        assert_eq!(pic.acknowledge(), 0x30, "line 0 interrupts the service of line 1");
+        pic.write(0x20, 0x20);
+        assert_eq!(in_service(&mut pic, 0x20), 1 << 1, "a non-specific end is for line 0");
+        pic.write(0x20, 0x61);
+        assert_eq!(pic.acknowledge(), 0x34);
+    }
+
+    #[test]
+    fn second_chip_interrupts_through_input_2() {
+        let mut pic = initialised();
+        pulse(&mut pic, 12);
+        assert!(pic.interrupt_pending());
+        assert_eq!(requests(&mut pic, 0x20), 1 << 2);
+        assert_eq!(pic.acknowledge(), 0x3c);
+        assert_eq!((in_service(&mut pic, 0x20), in_service(&mut pic, 0xa0)), (1 << 2, 1 << 4));
+        pulse(&mut pic, 14);
+        pic.write(0xa0, 0x64);
+        pic.write(0x20, 0x62);
+        assert_eq!(pic.acknowledge(), 0x3e, "line 14 was not lost behind line 12");
+    }
+
+    #[test]
+    fn edge_is_latched_once_and_a_level_for_as_long_as_it_lasts() {
+        let mut pic = initialised();
+        pic.set_line(5, true);
+        assert_eq!(pic.acknowledge(), 0x35);
+        pic.write(0x20, 0x20);
+        assert!(!pic.interrupt_pending(), "a high edge-triggered line asks once");
+
+        pic.write(0x4d0, 1 << 6);
+        pic.set_line(6, true);
+        assert_eq!(pic.acknowledge(), 0x36);
+        pic.write(0x20, 0x20);
+        assert!(pic.interrupt_pending(), "a high level-triggered line asks again");
+        pic.set_line(6, false);
+        assert!(!pic.interrupt_pending());
+    }
+
+    #[test]
+    fn vanished_request_gives_spurious_7_and_15_without_service() {
+        let mut pic = initialised();
+        assert_eq!(pic.acknowledge(), 0x37);
+        assert_eq!(in_service(&mut pic, 0x20), 0);
+
+        pulse(&mut pic, 10);
+        pic.write(0xa1, 0xff);
+        assert_eq!(pic.acknowledge(), 0x3f);
+        assert_eq!((in_service(&mut pic, 0x20), in_service(&mut pic, 0xa0)), (1 << 2, 0));
+    }
+
+    #[test]
+    fn initialisation_forgets_edges_and_masks_but_not_levels() {
+        let mut pic = initialised();
+        pulse(&mut pic, 3);
+        pic.write(0x4d0, 1 << 5);
+        pic.set_line(5, true);
+        pic.write(0x21, 0xff);
+        pic.write(0x20, 0x11);
+        assert_eq!(pic.read(0x21), 0);
+        assert_eq!(requests(&mut pic, 0x20), 1 << 5);
+    }
+
+    #[test]
+    fn single_chip_without_icw4_needs_two_words() {
+        let mut pic = initialised();
+        pic.write(0x20, 0x12);
+        pic.write(0x21, 0x40);
+        pic.write(0x21, 0xfe);
+        assert_eq!(pic.read(0x21), 0xfe, "the third word is the mask");
+    }
+
+    #[test]
+    fn first_chip_does_not_lose_the_second_when_it_is_initialised() {
+        let mut pic = initialised();
+        pulse(&mut pic, 8);
+        for (port, value) in [(0x20, 0x11), (0x21, 0x50), (0x21, 4), (0x21, 1)] {
+            pic.write(port, value);
+        }
+        assert_eq!(pic.acknowledge(), 0x38);
+    }
+
+    #[test]
+    fn rotation_makes_the_served_line_the_lowest() {
+        let mut pic = initialised();
+        pulse(&mut pic, 3);
+        pic.acknowledge();
+        pic.write(0x20, 0xa0); // rotate on non-specific end
+        pulse(&mut pic, 3);
+        pulse(&mut pic, 7);
+        assert_eq!(pic.acknowledge(), 0x37);
+        pic.write(0x20, 0xe7); // rotate on specific end of 7
+        pic.write(0x20, 0xc2); // 2 is the lowest, so 3 the highest
+        pulse(&mut pic, 0);
+        assert_eq!(pic.acknowledge(), 0x33);
+    }
+
+    #[test]
+    fn automatic_end_leaves_nothing_in_service_and_rotates_if_told() {
+        let mut pic = initialised();
+        for (port, value) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 3), (0x20, 0x80)] {
+            pic.write(port, value);
+        }
+        pulse(&mut pic, 1);
+        pulse(&mut pic, 4);
+        assert_eq!(pic.acknowledge(), 0x31);
+        assert_eq!(in_service(&mut pic, 0x20), 0);
+        pulse(&mut pic, 1);
+        assert_eq!(pic.acknowledge(), 0x34, "line 1 went to the end");
+        pic.write(0x20, 0x00);
+        assert_eq!(pic.acknowledge(), 0x31);
+        pulse(&mut pic, 4);
+        pulse(&mut pic, 1);
+        assert_eq!(pic.acknowledge(), 0x31, "without rotation line 4 is still the lowest");
+    }
+
+    #[test]
+    fn special_mask_lets_lower_lines_in_and_shields_the_masked_service() {
+        let mut pic = initialised();
+        pulse(&mut pic, 1);
+        pic.acknowledge();
+        pic.write(0x21, 1 << 1);
+        pulse(&mut pic, 6);
+        assert!(!pic.interrupt_pending());
+        pic.write(0x20, 0x68);
+        assert_eq!(pic.acknowledge(), 0x36);
+        pic.write(0x20, 0x20);
+        assert_eq!(in_service(&mut pic, 0x20), 1 << 1, "the end was for line 6");
+        pic.write(0x20, 0x48);
+        pulse(&mut pic, 6);
+        assert!(!pic.interrupt_pending());
+    }
+
+    #[test]
+    fn special_fully_nested_first_chip_takes_a_higher_line_of_the_second() {
+        let mut pic = initialised();
+        for (port, value) in [(0x20, 0x11), (0x21, 0x30), (0x21, 4), (0x21, 0x11)] {
+            pic.write(port, value);
+        }
+        pulse(&mut pic, 12);
+        assert_eq!(pic.acknowledge(), 0x3c);
+        pulse(&mut pic, 9);
+        assert_eq!(pic.acknowledge(), 0x39);
+        pulse(&mut pic, 5);
+        assert!(!pic.interrupt_pending(), "lines below the cascade still wait");
+    }
+
+    #[test]
+    fn poll_acknowledges_once_and_says_when_there_is_nothing() {
+        let mut pic = initialised();
+        pulse(&mut pic, 5);
+        pic.write(0x20, 0x0c);
+        assert_eq!(pic.read(0x20), 0x85);
+        assert_eq!(in_service(&mut pic, 0x20), 1 << 5);
+        pic.write(0x20, 0x0c);
+        assert_eq!(pic.read(0x20) & 0x80, 0);
+        pulse(&mut pic, 9);
+        pic.write(0xa0, 0x0c);
+        assert_eq!(pic.read(0xa0), 0x81);
+    }
+}

@@ -61,7 +61,7 @@ struct Counter {
 impl Counter {
     fn new(gate: bool) -> Self {
         Self {
-            mode: 3,
+            mode: 0,
             access: ACCESS_BOTH,
             bcd: false,
             gate,
@@ -275,7 +275,7 @@ impl Counter {
         // Bounds that keep the arithmetic above from overflowing.
         let tick = |input: &mut Decoder<'_>, field| {
             let value = input.u64(field)?;
-            input.check(field, value, value <= ticks(GuestTime(u64::MAX)) + 1)?;
+            input.check(field, value, value <= ticks(GuestTime(u64::MAX)) + 0x1_0001)?;
             Ok(value)
         };
         let count = |input: &mut Decoder<'_>, field| {
@@ -316,7 +316,7 @@ pub(crate) struct Pit {
 }
 
 impl Pit {
-    /// Nothing counts yet; the gate of counter 2 is low.
+    /// Nothing counts yet: all outputs and the gate of counter 2 are low.
     pub(crate) fn new() -> Self {
         Self { counters: [Counter::new(true), Counter::new(true), Counter::new(false)], control: 0 }
     }
@@ -415,5 +415,212 @@ impl Device for Pit {
         }
         self.control = input.u8("control")?;
         input.check("control", self.control.into(), self.control & !CONTROL_MASK == 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const T0: u64 = 1_000;
+
+    fn at(tick: u64) -> GuestTime {
+        GuestTime(tick * 3)
+    }
+
+    fn program(pit: &mut Pit, counter: u16, mode: u8, count: u16, tick: u64) {
+        pit.write(0x43, (counter as u8) << 6 | 0x30 | mode << 1, at(tick));
+        for byte in count.to_le_bytes() {
+            pit.write(0x40 + counter, byte, at(tick));
+        }
+    }
+
+    fn counter(mode: u8, count: u16) -> Pit {
+        let mut pit = Pit::new();
+        program(&mut pit, 0, mode, count, T0);
+        pit
+    }
+
+    /// The count, latched and read as two bytes.
+    fn latched(pit: &mut Pit, counter: u16, tick: u64) -> u16 {
+        pit.write(0x43, (counter as u8) << 6, at(tick));
+        u16::from_le_bytes([pit.read(0x40 + counter, at(tick)), pit.read(0x40 + counter, at(tick))])
+    }
+
+    fn outputs(pit: &Pit, ticks: std::ops::Range<u64>) -> String {
+        ticks.map(|tick| if pit.output(at(T0 + tick)) { '1' } else { '0' }).collect()
+    }
+
+    // The drawings of the datasheet start with the tick at which the count is written; the count is loaded
+    // one tick later.
+
+    #[test]
+    fn mode_0_rises_at_the_end_of_the_count_and_stays() {
+        let mut pit = counter(0, 4);
+        assert_eq!(outputs(&pit, 0..9), "000001111");
+        assert_eq!(latched(&mut pit, 0, T0 + 3), 2);
+        assert_eq!(latched(&mut pit, 0, T0 + 6), 0xffff, "it counts on below 0");
+    }
+
+    #[test]
+    fn mode_0_is_stopped_by_the_first_byte_of_a_new_count() {
+        let mut pit = counter(0, 4);
+        assert!(pit.output(at(T0 + 10)));
+        pit.write(0x40, 3, at(T0 + 10));
+        assert!(!pit.output(at(T0 + 20)));
+        pit.write(0x40, 0, at(T0 + 20));
+        assert_eq!(outputs(&pit, 20..26), "000011");
+    }
+
+    #[test]
+    fn mode_2_is_low_for_the_last_tick_of_each_period() {
+        let mut pit = counter(2, 4);
+        assert_eq!(outputs(&pit, 0..13), "1111011101110");
+        assert_eq!([1, 2, 4, 5].map(|tick| latched(&mut pit, 0, T0 + tick)), [4, 3, 1, 4]);
+    }
+
+    #[test]
+    fn mode_3_is_a_square_wave_and_counts_by_two() {
+        let mut even = counter(3, 4);
+        assert_eq!(outputs(&even, 0..10), "1110011001");
+        assert_eq!([1, 2, 3, 4].map(|tick| latched(&mut even, 0, T0 + tick)), [4, 2, 4, 2]);
+        let mut odd = counter(3, 5);
+        assert_eq!(outputs(&odd, 0..12), "111100111001");
+        assert_eq!([1, 2, 3, 4, 5].map(|tick| latched(&mut odd, 0, T0 + tick)), [4, 2, 0, 4, 2]);
+    }
+
+    #[test]
+    fn mode_4_strobes_once() {
+        assert_eq!(outputs(&counter(4, 3), 0..9), "111101111");
+    }
+
+    #[test]
+    fn modes_1_and_5_wait_for_the_gate() {
+        for (mode, expected) in [(1, "100011"), (5, "111101")] {
+            let mut pit = Pit::new();
+            program(&mut pit, 2, mode, 3, T0);
+            let output = |pit: &mut Pit, tick| pit.read(0x61, at(T0 + tick)) & 0x20 != 0;
+            assert!(output(&mut pit, 50), "mode {mode} before the gate");
+            pit.write(0x61, 1, at(T0 + 100));
+            let seen: String =
+                (100..106).map(|tick| if output(&mut pit, tick) { '1' } else { '0' }).collect();
+            assert_eq!(seen, expected, "mode {mode}");
+        }
+    }
+
+    #[test]
+    fn gate_of_counter_2_holds_the_count() {
+        let mut pit = Pit::new();
+        pit.write(0x61, 1, at(0));
+        program(&mut pit, 2, 0, 10, T0);
+        pit.write(0x61, 0, at(T0 + 5));
+        assert_eq!(latched(&mut pit, 2, T0 + 500), 6);
+        assert_eq!(pit.read(0x61, at(T0 + 500)) & 0x20, 0);
+        pit.write(0x61, 1, at(T0 + 500));
+        assert_eq!(pit.read(0x61, at(T0 + 505)) & 0x20, 0);
+        assert_eq!(pit.read(0x61, at(T0 + 506)) & 0x20, 0x20);
+    }
+
+    #[test]
+    fn low_gate_raises_a_periodic_output_and_its_rise_starts_the_period_anew() {
+        let mut pit = Pit::new();
+        pit.write(0x61, 1, at(0));
+        program(&mut pit, 2, 3, 10, T0);
+        assert_eq!(pit.read(0x61, at(T0 + 7)) & 0x20, 0);
+        pit.write(0x61, 0, at(T0 + 7));
+        assert_eq!(pit.read(0x61, at(T0 + 7)) & 0x20, 0x20);
+        pit.write(0x61, 1, at(T0 + 100));
+        assert_eq!(latched(&mut pit, 2, T0 + 101), 10);
+    }
+
+    #[test]
+    fn count_of_zero_is_65536() {
+        let mut pit = counter(2, 0);
+        assert_eq!(pit.next_edge(at(T0)), Some(at(T0 + 1 + 65_536)));
+        assert_eq!(latched(&mut pit, 0, T0 + 2), 0xffff);
+    }
+
+    #[test]
+    fn forbidden_count_of_one_acts_as_two() {
+        assert_eq!(counter(2, 1).next_edge(at(T0)), Some(at(T0 + 3)));
+    }
+
+    #[test]
+    fn several_periods_give_one_edge_and_stay_in_phase() {
+        let mut pit = counter(2, 100);
+        assert!(!pit.advance(at(T0), at(T0 + 100)));
+        assert!(pit.advance(at(T0 + 100), at(T0 + 1_000)));
+        assert_eq!(pit.next_edge(at(T0 + 1_000)), Some(at(T0 + 1_001)));
+        assert!(pit.advance(at(T0 + 1_000), at(T0 + 1_001)));
+    }
+
+    #[test]
+    fn new_count_of_a_periodic_counter_waits_for_the_period() {
+        let mut pit = counter(2, 100);
+        pit.write(0x40, 10, at(T0 + 50));
+        pit.write(0x40, 0, at(T0 + 50));
+        assert_eq!(pit.next_edge(at(T0 + 50)), Some(at(T0 + 101)));
+        assert!(pit.advance(at(T0 + 50), at(T0 + 105)));
+        assert_eq!(pit.next_edge(at(T0 + 105)), Some(at(T0 + 111)));
+    }
+
+    #[test]
+    fn one_shot_edges_come_once() {
+        for (mode, edge) in [(0, 21), (4, 22)] {
+            let pit = counter(mode, 20);
+            assert_eq!(pit.next_edge(at(T0)), Some(at(T0 + edge)), "mode {mode}");
+            assert_eq!(pit.next_edge(at(T0 + edge)), None, "mode {mode}");
+        }
+    }
+
+    #[test]
+    fn latch_holds_until_both_bytes_are_read() {
+        let mut pit = counter(2, 0x1234);
+        pit.write(0x43, 0x00, at(T0 + 1));
+        pit.write(0x43, 0x00, at(T0 + 100));
+        assert_eq!([pit.read(0x40, at(T0 + 200)), pit.read(0x40, at(T0 + 300))], [0x34, 0x12]);
+        assert_eq!(pit.read(0x40, at(T0 + 0x35)), 0x00, "not latched any more");
+    }
+
+    #[test]
+    fn one_byte_access_reads_and_writes_that_byte() {
+        let mut pit = Pit::new();
+        pit.write(0x43, 0x14, at(T0)); // low byte, mode 2
+        pit.write(0x40, 0x80, at(T0));
+        assert_eq!([pit.read(0x40, at(T0 + 1)), pit.read(0x40, at(T0 + 2))], [0x80, 0x7f]);
+        pit.write(0x43, 0x24, at(T0)); // high byte, mode 2
+        pit.write(0x40, 0x80, at(T0));
+        assert_eq!([pit.read(0x40, at(T0 + 1)), pit.read(0x40, at(T0 + 2))], [0x80, 0x7f]);
+    }
+
+    #[test]
+    fn read_back_latches_status_before_count_of_the_selected_counters() {
+        let mut pit = counter(2, 0x1234);
+        program(&mut pit, 1, 3, 8, T0);
+        pit.write(0x43, 0xc2, at(T0 + 1)); // count and status of counter 0
+        assert_eq!(pit.read(0x40, at(T0 + 9)), 0b1011_0100);
+        assert_eq!([pit.read(0x40, at(T0 + 9)), pit.read(0x40, at(T0 + 9))], [0x34, 0x12]);
+        pit.write(0x43, 0x56, at(T0 + 9)); // counter 1: low byte, mode 3, no count yet
+        pit.write(0x43, 0xe4, at(T0 + 9)); // status of counter 1 only
+        assert_eq!(pit.read(0x41, at(T0 + 9)), 0b1101_0110);
+    }
+
+    #[test]
+    fn modes_6_and_7_are_2_and_3() {
+        for (written, kept) in [(6, 2), (7, 3)] {
+            let mut pit = counter(written, 8);
+            pit.write(0x43, 0xe2, at(T0));
+            assert_eq!(pit.read(0x40, at(T0)) >> 1 & 7, kept);
+        }
+    }
+
+    #[test]
+    fn control_port_keeps_four_bits_and_shows_the_refresh_toggle() {
+        let mut pit = Pit::new();
+        for value in [0xff, 0x00, 0xa5, 0x5a] {
+            pit.write(0x61, value, at(0));
+            assert_eq!(pit.read(0x61, at(0)) & 0xcf, value & 0x0f);
+        }
+        assert_eq!([17, 18, 36].map(|tick| pit.read(0x61, at(tick)) & 0x10), [0, 0x10, 0]);
     }
 }

@@ -266,3 +266,158 @@ impl Device for Uart {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(uart: &mut Uart, offset: u16, value: u8) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        uart.write(offset, value, &mut effects);
+        effects
+    }
+
+    fn uart_with(registers: &[(u16, u8)]) -> Uart {
+        let mut uart = Uart::new();
+        for (offset, value) in registers {
+            write(&mut uart, *offset, *value);
+        }
+        uart
+    }
+
+    #[test]
+    fn registers_keep_their_masks() {
+        let mut uart = Uart::new();
+        for (offset, writable) in [(1, 0x0f), (4, 0x1f), (7, 0xff)] {
+            for value in [0xff, 0x00, 0xa5, 0x5a] {
+                write(&mut uart, offset, value);
+                assert_eq!(uart.read(offset), value & writable, "register {offset}");
+            }
+        }
+        for value in [0xff, 0x00, 0xa5, 0x5a] {
+            write(&mut uart, 3, value);
+            assert_eq!(uart.read(3), value);
+        }
+        write(&mut uart, 4, 0);
+        for offset in [5, 6] {
+            uart.read(6);
+            let before = uart.read(offset);
+            write(&mut uart, offset, !before);
+            assert_eq!(uart.read(offset), before, "register {offset} is read-only");
+        }
+    }
+
+    #[test]
+    fn divisor_hides_data_and_interrupt_enable() {
+        let mut uart = uart_with(&[(1, 0x05), (3, 0x80)]);
+        for value in [0xff, 0x01] {
+            assert_eq!(write(&mut uart, 0, value), []);
+            assert_eq!(write(&mut uart, 1, !value), []);
+            assert_eq!([uart.read(0), uart.read(1)], [value, !value]);
+        }
+        write(&mut uart, 3, 0x03);
+        assert_eq!(uart.read(1), 0x05);
+        assert_eq!(write(&mut uart, 0, b'x'), [Effect::Console(b'x')]);
+    }
+
+    #[test]
+    fn fifo_is_identified_as_16550a() {
+        let mut uart = Uart::new();
+        assert_eq!(uart.read(2), 0x01);
+        write(&mut uart, 2, 0x01);
+        assert_eq!(uart.read(2), 0xc1);
+        write(&mut uart, 2, 0xa1);
+        assert_eq!(uart.read(2), 0xc1, "bit 5 would be a 16750");
+        write(&mut uart, 2, 0x00);
+        assert_eq!(uart.read(2), 0x01);
+    }
+
+    #[test]
+    fn enabling_the_transmitter_interrupt_raises_it_every_time() {
+        let mut uart = Uart::new();
+        for _ in 0..2 {
+            write(&mut uart, 1, 0x02);
+            assert!(uart.interrupt());
+            assert_eq!(uart.read(2), 0x02);
+            assert_eq!(uart.read(2), 0x01, "reading the identification clears it");
+            assert!(!uart.interrupt());
+            write(&mut uart, 1, 0x00);
+        }
+    }
+
+    #[test]
+    fn sent_byte_pulses_the_line() {
+        let mut uart = uart_with(&[(1, 0x02)]);
+        let mut effects = Vec::new();
+        assert!(uart.write(0, b'a', &mut effects), "the line was high, fell and rose");
+        uart.read(2);
+        assert!(!uart.interrupt());
+        uart.write(0, b'b', &mut effects);
+        assert!(uart.interrupt());
+        assert_eq!(effects, [Effect::Console(b'a'), Effect::Console(b'b')]);
+        uart.receive(b"x");
+        write(&mut uart, 1, 0x03);
+        assert!(!uart.write(0, b'c', &mut effects), "the received byte holds the line");
+    }
+
+    #[test]
+    fn received_bytes_interrupt_at_the_trigger_or_by_time_out() {
+        let mut uart = uart_with(&[(2, 0x81), (1, 0x01)]);
+        uart.receive(b"1234567");
+        assert_eq!(uart.read(2), 0xcc, "fewer than the trigger of 8");
+        uart.receive(b"8");
+        assert_eq!(uart.read(2), 0xc4);
+        assert_eq!((0..8).map(|_| uart.read(0)).collect::<Vec<_>>(), b"12345678");
+        assert_eq!((uart.read(2), uart.read(0), uart.read(5)), (0xc1, 0, 0x60));
+    }
+
+    #[test]
+    fn full_input_queue_drops_the_newest_and_tells_once() {
+        let mut uart = uart_with(&[(1, 0x04)]);
+        uart.receive(&[7; INPUT_MAX_BYTES]);
+        assert!(!uart.interrupt());
+        uart.receive(b"late");
+        assert_eq!(uart.read(2), 0x06);
+        assert_eq!([uart.read(5), uart.read(5)], [0x63, 0x61]);
+        assert_eq!(
+            (0..INPUT_MAX_BYTES).map(|_| uart.read(0)).filter(|byte| *byte == 7).count(),
+            INPUT_MAX_BYTES
+        );
+        assert_eq!(uart.read(5), 0x60);
+    }
+
+    #[test]
+    fn clearing_the_receiver_drops_what_the_fifo_holds() {
+        let mut uart = uart_with(&[(2, 0x01)]);
+        uart.receive(&[1; FIFO_BYTES]);
+        uart.receive(b"next");
+        write(&mut uart, 2, 0x03);
+        assert_eq!(uart.read(0), b'n');
+    }
+
+    #[test]
+    fn loopback_connects_outputs_to_inputs() {
+        let mut uart = Uart::new();
+        assert_eq!(uart.read(6), 0xb0);
+        write(&mut uart, 4, 0x1a); // loopback, OUT2, RTS: how Linux looks for a port
+        assert_eq!(uart.read(6) & 0xf0, 0x90);
+        for (output, input) in [(0x11, 0x20), (0x12, 0x10), (0x14, 0x40), (0x18, 0x80)] {
+            write(&mut uart, 4, output);
+            assert_eq!(uart.read(6) & 0xf0, input);
+        }
+        assert_eq!(write(&mut uart, 0, 0x42), []);
+        assert_eq!(uart.read(0), 0x42);
+    }
+
+    #[test]
+    fn modem_changes_are_told_once() {
+        let mut uart = uart_with(&[(1, 0x08), (4, 0x10)]);
+        assert_eq!(uart.read(2), 0x00);
+        assert_eq!([uart.read(6), uart.read(6)], [0x0b, 0x00], "CTS, DSR and DCD fell");
+        assert!(!uart.interrupt());
+        write(&mut uart, 4, 0x14);
+        assert_eq!(uart.read(6), 0x40, "a rising ring indicator is no event");
+        write(&mut uart, 4, 0x10);
+        assert_eq!(uart.read(6), 0x04);
+    }
+}

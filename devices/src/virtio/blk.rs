@@ -44,8 +44,8 @@ const _: () = assert!(SEGMENTS_MAX as usize * SEGMENT_MAX_BYTES as usize <= MAX_
 /// `struct virtio_blk_req` (section 5.2.6): type, reserved, sector; data follows, then one status byte.
 const HEADER_BYTES: usize = 16;
 
-/// What the driver reads as the disk's serial number.
-const DEVICE_ID: &[u8] = b"vmft-disk";
+/// What the driver reads as the disk's serial number, padded with zeros.
+const SERIAL: &[u8; VIRTIO_BLK_ID_BYTES as usize] = b"vmft-disk\0\0\0\0\0\0\0\0\0\0\0";
 
 /// Where a completion goes: the last byte of the buffers is the status.
 struct Target {
@@ -190,9 +190,7 @@ impl Blk {
                 None => Verdict::Answer(VIRTIO_BLK_S_IOERR, &[]),
             },
             VIRTIO_BLK_T_FLUSH => Verdict::Submit(DiskOp::Flush),
-            VIRTIO_BLK_T_GET_ID if read_bytes >= VIRTIO_BLK_ID_BYTES as usize => {
-                Verdict::Answer(VIRTIO_BLK_S_OK, DEVICE_ID)
-            }
+            VIRTIO_BLK_T_GET_ID if read_bytes >= SERIAL.len() => Verdict::Answer(VIRTIO_BLK_S_OK, SERIAL),
             VIRTIO_BLK_T_GET_ID => Verdict::Answer(VIRTIO_BLK_S_IOERR, &[]),
             _ => Verdict::Answer(VIRTIO_BLK_S_UNSUPP, &[]),
         };
@@ -220,7 +218,9 @@ fn answer(
     let status_at = buffers.len_bytes().checked_sub(1).ok_or(Broken)?;
     buffers.write(ram, 0, data)?;
     buffers.write(ram, status_at, &[status as u8])?;
-    ring.push_used(head, data.len() + 1)
+    // The used length counts what was written without a gap from the start (section 2.7.8.2).
+    let written_bytes = if data.len() == status_at { data.len() + 1 } else { data.len() };
+    ring.push_used(head, written_bytes)
 }
 
 impl Backend for Blk {

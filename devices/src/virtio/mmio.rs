@@ -142,14 +142,8 @@ impl<B: Backend> Transport<B> {
     fn reset(&mut self) {
         self.backend.reset();
         self.queues.clear();
-        self.queues.resize_with(B::QUEUES, || {
-            let state = virtio_queue::QueueState {
-                max_size: QUEUE_MAX_SIZE,
-                size: QUEUE_MAX_SIZE,
-                ..Default::default()
-            };
-            Queue::try_from(state).unwrap_or_default()
-        });
+        // Any power of two is a valid size.
+        self.queues.resize_with(B::QUEUES, || Queue::new(QUEUE_MAX_SIZE).expect("a valid queue size"));
         self.status = 0;
         self.interrupt_status = 0;
         self.driver_features = 0;
