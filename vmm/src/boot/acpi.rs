@@ -142,3 +142,93 @@ fn virtio_device(number: u8, window: &VirtioWindow) -> Result<Vec<u8>, BootError
     let settings = aml::Name::new("_CRS".into(), &resources);
     Ok(bytes_of(&aml::Device::new(name.as_str().into(), vec![&id, &unique, &coherent, &settings])))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::testing::ram;
+    use devices::VirtioKind;
+
+    fn bytes(ram: &GuestRam, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        ram.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        bytes
+    }
+
+    fn number(table: &[u8], at: usize, len: usize) -> u64 {
+        table[at..at + len].iter().rev().fold(0, |n, b| n << 8 | u64::from(*b))
+    }
+
+    /// The table at `at`, with its signature, alignment and checksum checked.
+    fn table(ram: &GuestRam, at: u64, signature: &[u8; 4]) -> Vec<u8> {
+        assert_eq!(at % TABLE_ALIGN, 0);
+        let table = bytes(ram, at, number(&bytes(ram, at, 8), 4, 4) as usize);
+        assert_eq!(&table[..4], signature);
+        assert!(at + table.len() as u64 <= TABLES_END);
+        if signature != b"FACS" {
+            assert_eq!(table.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0);
+        }
+        table
+    }
+
+    /// FADT and DSDT of a guest with these windows, found the way an operating system does.
+    fn tables(windows: &[VirtioWindow]) -> (Vec<u8>, Vec<u8>) {
+        let ram = ram(2);
+        write_tables(&ram, windows).unwrap();
+        let rsdp = bytes(&ram, TABLES_START, 36);
+        assert_eq!(&rsdp[..8], b"RSD PTR ");
+        for len in [20, 36] {
+            assert_eq!(rsdp[..len].iter().fold(0u8, |sum, b| sum.wrapping_add(*b)), 0);
+        }
+        let xsdt = table(&ram, number(&rsdp, 24, 8), b"XSDT");
+        let fadt = table(&ram, number(&xsdt, 36, 8), b"FACP");
+        table(&ram, number(&fadt, 36, 4), b"FACS");
+        assert_eq!(number(&fadt, 40, 4), number(&fadt, 140, 8));
+        let dsdt = table(&ram, number(&fadt, 140, 8), b"DSDT");
+        (fadt, dsdt)
+    }
+
+    #[test]
+    fn the_fadt_describes_the_legacy_board() {
+        let (fadt, _) = tables(&[]);
+        assert_eq!(number(&fadt, 46, 2), 9, "SCI_INT");
+        assert_eq!(number(&fadt, 48, 4), 0, "SMI_CMD");
+        let ports = [(56, 0x600), (64, 0x604), (76, 0x608)];
+        assert!(ports.iter().all(|(at, port)| number(&fadt, *at, 4) == *port));
+        assert_eq!((fadt[88], fadt[89], fadt[91]), (4, 2, 4));
+        assert_eq!(number(&fadt, 109, 2), 0b1101, "legacy devices, no 8042, no VGA, no MSI");
+        let flags = number(&fadt, 112, 4);
+        assert_eq!(
+            flags & (1 << 20 | 1 << 8 | 1 << 4),
+            0,
+            "not hardware-reduced, 24-bit timer, power button"
+        );
+        assert_eq!(flags & 1 << 10, 1 << 10, "RESET_REG_SUP");
+        assert_eq!(fadt[116..129], [1, 8, 0, 1, 0xf9, 0x0c, 0, 0, 0, 0, 0, 0, 6], "RESET_REG, RESET_VALUE");
+    }
+
+    #[test]
+    fn the_dsdt_has_s5_and_each_device() {
+        let windows = [VirtioKind::Net.window(), VirtioKind::Rng.window()];
+        let (_, dsdt) = tables(&windows);
+        let has = |needle: &[u8]| dsdt.windows(needle.len()).any(|w| w == needle);
+        assert!(
+            has(&[8, b'_', b'S', b'5', b'_', 0x12, 7, 4, 0x0a, 5, 0, 0, 0]),
+            "Name (_S5, Package (4) {{ 5, 0, 0, 0 }})"
+        );
+        for window in windows {
+            let base = (window.gpa as u32).to_le_bytes();
+            assert!(has(&[&[0x86, 9, 0, 1], &base[..], &[0, 0x10, 0, 0]].concat()), "Memory32Fixed");
+            assert!(has(&[0x89, 6, 0, 1, 1, window.irq, 0, 0, 0]), "Interrupt");
+        }
+        assert_eq!(dsdt.windows(8).filter(|w| w == b"LNRO0005").count(), 2);
+    }
+
+    #[test]
+    fn devices_that_cannot_be_described_are_refused() {
+        let high = VirtioWindow { gpa: 1 << 32, ..VirtioKind::Net.window() };
+        assert!(matches!(write_tables(&ram(2), &[high]), Err(BootError::DeviceAddress { .. })));
+        let many = [VirtioKind::Net.window(); 17];
+        assert!(matches!(write_tables(&ram(2), &many), Err(BootError::TooManyDevices { count: 17, .. })));
+    }
+}

@@ -166,3 +166,130 @@ fn with_small_window(packed: &[u8], unpacked_bytes: usize) -> Vec<u8> {
     }
     frame
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 128 times `vmlinux `, packed by the tools that the kernel's build uses.
+    const GZIP: &[u8] = &[
+        0x1f, 0x8b, 0x08, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x03, 0x2b, 0xcb, 0xcd, 0xc9, 0xcc, 0x2b, 0xad,
+        0x50, 0x28, 0x1b, 0xa5, 0x47, 0xe9, 0x51, 0x7a, 0xc4, 0xd1, 0x00, 0x4c, 0xbd, 0x14, 0x55, 0x00, 0x04,
+        0x00, 0x00,
+    ];
+    const LZMA: &[u8] = &[
+        0x5d, 0x00, 0x00, 0x80, 0x00, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x00, 0x3b, 0x1b, 0x49,
+        0xce, 0x3b, 0x5c, 0x1e, 0xa4, 0x29, 0x6a, 0xbf, 0xf6, 0xf6, 0xc2, 0x5a, 0xa0, 0x47, 0x24, 0x36, 0xff,
+        0xff, 0xf4, 0x9f, 0x80, 0x00,
+    ];
+    const LZ4: &[u8] = &[
+        0x02, 0x21, 0x4c, 0x18, 0x15, 0x00, 0x00, 0x00, 0x8f, 0x76, 0x6d, 0x6c, 0x69, 0x6e, 0x75, 0x78, 0x20,
+        0x08, 0x00, 0xff, 0xff, 0xff, 0xe3, 0x50, 0x69, 0x6e, 0x75, 0x78, 0x20,
+    ];
+    /// From a pipe, so with a window of 128 MiB.
+    const ZSTD: &[u8] = &[
+        0x28, 0xb5, 0x2f, 0xfd, 0x04, 0x88, 0x7d, 0x00, 0x00, 0x40, 0x76, 0x6d, 0x6c, 0x69, 0x6e, 0x75, 0x78,
+        0x20, 0x01, 0x00, 0xf5, 0x57, 0x97, 0x0b, 0x49, 0xda, 0xac, 0x01,
+    ];
+    /// 128 calls of one function, packed with the BCJ filter for x86.
+    const XZ_BCJ: &[u8] = &[
+        0xfd, 0x37, 0x7a, 0x58, 0x5a, 0x00, 0x00, 0x01, 0x69, 0x22, 0xde, 0x36, 0x02, 0x01, 0x04, 0x00, 0x21,
+        0x01, 0x10, 0x00, 0x8b, 0x21, 0x6f, 0x49, 0xe0, 0x03, 0xff, 0x00, 0x12, 0x5d, 0x00, 0x74, 0x00, 0x03,
+        0xc0, 0x0c, 0x02, 0xb4, 0xd3, 0x9f, 0xe6, 0xdb, 0x80, 0xf4, 0x19, 0x04, 0xb2, 0xc6, 0x00, 0x00, 0x00,
+        0x00, 0x2d, 0xd8, 0xc1, 0x99, 0x00, 0x01, 0x2a, 0x80, 0x08, 0x00, 0x00, 0x00, 0xf0, 0x6a, 0x30, 0x11,
+        0x3e, 0x30, 0x0d, 0x8b, 0x02, 0x00, 0x00, 0x00, 0x00, 0x01, 0x59, 0x5a,
+    ];
+
+    fn words() -> Vec<u8> {
+        b"vmlinux ".repeat(128)
+    }
+
+    fn calls() -> Vec<u8> {
+        let call = |at: i32| [&[0xe8][..], &(0x4000 - at - 5).to_le_bytes(), &[0x90; 3]].concat();
+        (0..128).flat_map(|i| call(i * 8)).collect()
+    }
+
+    /// A bzImage of one setup sector around a payload that has its size appended already.
+    fn bzimage(payload: &[u8]) -> Vec<u8> {
+        let mut image = vec![0; 1024 + 16];
+        image[SETUP_SECTS_OFFSET] = 1;
+        image[BOOT_FLAG_OFFSET..BOOT_FLAG_OFFSET + 2].copy_from_slice(&[0x55, 0xaa]);
+        image[HEADER_MAGIC_OFFSET..HEADER_MAGIC_OFFSET + 4].copy_from_slice(b"HdrS");
+        image[VERSION_OFFSET..VERSION_OFFSET + 2].copy_from_slice(&[0x0f, 0x02]);
+        image[XLOADFLAGS_OFFSET] = 1;
+        image[PAYLOAD_OFFSET] = 16;
+        image[PAYLOAD_LENGTH..PAYLOAD_LENGTH + 4].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+        image.extend(payload);
+        image
+    }
+
+    fn sized(packed: &[u8]) -> Vec<u8> {
+        [packed, &1024u32.to_le_bytes()].concat()
+    }
+
+    fn unpacked(image: &[u8]) -> Result<Vec<u8>, BootError> {
+        unpack(image, Path::new("vmlinuz"))
+    }
+
+    #[test]
+    fn each_packing_unpacks() {
+        assert_eq!(unpacked(&bzimage(GZIP)).unwrap(), words());
+        for packed in [LZMA, LZ4, ZSTD] {
+            assert_eq!(unpacked(&bzimage(&sized(packed))).unwrap(), words());
+        }
+        assert_eq!(unpacked(&bzimage(&sized(XZ_BCJ))).unwrap(), calls());
+    }
+
+    #[test]
+    fn no_packing_is_a_packing() {
+        let elf = [&b"\x7fELF"[..], &[1; 60]].concat();
+        assert_eq!(unpacked(&bzimage(&elf)).unwrap(), elf);
+    }
+
+    #[test]
+    fn other_packings_are_named() {
+        let names = [(&b"BZh9"[..], "bzip2"), (b"\x89LZO", "LZO"), (b"\0\0\0\0", "an unknown way")];
+        for (magic, name) in names {
+            let error = unpacked(&bzimage(&sized(magic))).unwrap_err();
+            assert!(
+                matches!(&error, BootError::PackingUnknown { packing, .. } if *packing == name),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_wrong_size_is_refused() {
+        for packed in [LZMA, LZ4, ZSTD, XZ_BCJ] {
+            for size in [1023u32, 1025, 0, u32::MAX] {
+                let payload = [packed, &size.to_le_bytes()].concat();
+                assert!(matches!(unpacked(&bzimage(&payload)), Err(BootError::Unpack { .. })), "{size}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_32_bit_kernel_is_refused() {
+        let mut image = bzimage(GZIP);
+        image[XLOADFLAGS_OFFSET] = 0;
+        assert!(matches!(unpacked(&image), Err(BootError::No64BitEntry { .. })));
+    }
+
+    #[test]
+    fn every_truncation_and_every_flipped_bit_ends_without_panic() {
+        for payload in [GZIP.to_vec(), sized(LZMA), sized(LZ4), sized(ZSTD), sized(XZ_BCJ)] {
+            let image = bzimage(&payload);
+            for len in 0..image.len() {
+                assert!(unpacked(&image[..len]).is_err(), "{len}");
+            }
+            for at in image.len() - payload.len()..image.len() {
+                let mut image = image.clone();
+                image[at] ^= 1 << (at % 8);
+                // A packing without a checksum may unpack to something else, of the same size.
+                if let Ok(kernel) = unpacked(&image) {
+                    assert_eq!(kernel.len(), 1024);
+                }
+            }
+        }
+    }
+}

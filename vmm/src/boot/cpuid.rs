@@ -202,3 +202,104 @@ fn identity(vendor: &kvm_cpuid_entry2, signature: u32) -> CpuIdentity {
         stepping: (signature & 0xf) as u8,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A host with every feature bit set.
+    fn host(vendor: &[u8; 12], signature: u32, physical_bits: u32) -> CpuId {
+        let part = |i: usize| u32::from_le_bytes(vendor[i..i + 4].try_into().unwrap());
+        CpuId::from_entries(&[
+            leaf(0, [0x20, part(0), part(8), part(4)]),
+            leaf(1, [signature, u32::MAX, u32::MAX, u32::MAX]),
+            subleaf(7, 0, [2, u32::MAX, u32::MAX, u32::MAX]),
+            subleaf(0xb, 0, [1, 2, 3, 4]),
+            subleaf(0xd, 0, [7, 0x340, 0x340, 0]),
+            leaf(0x4000_0000, [0x4000_0001, 1, 2, 3]),
+            leaf(0x8000_0001, [signature, u32::MAX, u32::MAX, u32::MAX]),
+            leaf(0x8000_0002, [0x4d45_5146, 0, 0, 0]),
+            leaf(0x8000_0008, [48 << 8 | physical_bits, u32::MAX, u32::MAX, u32::MAX]),
+        ])
+        .unwrap()
+    }
+
+    fn read(table: &CpuId, function: u32) -> kvm_cpuid_entry2 {
+        *table.as_slice().iter().find(|e| e.function == function).unwrap()
+    }
+
+    #[test]
+    fn nothing_that_is_not_in_the_baseline_is_passed_on() {
+        let (table, _) = cpuid_table(&host(b"AuthenticAMD", 0x00a2_0f12, 48)).unwrap();
+        let one = read(&table, 1);
+        assert_eq!(one.edx, 0x0789_a969);
+        assert_eq!(one.ecx, 0x0098_2201);
+        assert_eq!(one.edx & (1 << 4 | 1 << 9 | 1 << 12 | 1 << 7 | 1 << 14), 0, "TSC, APIC, MTRR, MCE, MCA");
+        let seven = read(&table, 7);
+        assert_eq!([seven.eax, seven.ebx, seven.ecx, seven.edx], [0; 4]);
+        let extended = read(&table, 0x8000_0001);
+        assert_eq!((extended.ecx, extended.edx), (1, 1 << 11 | 1 << 20 | 1 << 29));
+        let known = [0, 1, 2, 4, 7];
+        assert!(
+            table
+                .as_slice()
+                .iter()
+                .all(|e| known.contains(&e.function) || (0x8000_0000..=0x8000_0008).contains(&e.function))
+        );
+        assert_eq!((read(&table, 0).eax, read(&table, 0x8000_0000).eax), (7, 0x8000_0008));
+    }
+
+    #[test]
+    fn address_widths_are_bounded() {
+        let widths =
+            |bits| read(&cpuid_table(&host(b"GenuineIntel", 0x306a9, bits)).unwrap().0, 0x8000_0008).eax;
+        assert_eq!((widths(52), widths(40), widths(39)), (48 << 8 | 40, 48 << 8 | 40, 48 << 8 | 39));
+    }
+
+    #[test]
+    fn the_identity_is_the_hosts() {
+        let (_, amd) = cpuid_table(&host(b"AuthenticAMD", 0x00a2_0f12, 48)).unwrap();
+        assert_eq!((&amd.vendor, amd.family, amd.model, amd.stepping), (b"AuthenticAMD", 0x19, 0x21, 2));
+        let (table, intel) = cpuid_table(&host(b"GenuineIntel", 0x0005_06e3, 39)).unwrap();
+        assert_eq!((&intel.vendor, intel.family, intel.model, intel.stepping), (b"GenuineIntel", 6, 0x5e, 3));
+        assert_eq!(read(&table, 0x8000_0001).eax, 0, "reserved on Intel");
+    }
+
+    #[test]
+    fn each_baseline_feature_is_required_by_name() {
+        for wanted in &BASELINE {
+            let mut table = host(b"GenuineIntel", 0x0005_06e3, 39);
+            for e in table.as_mut_slice().iter_mut().filter(|e| e.function == wanted.leaf) {
+                match wanted.register {
+                    Register::Ebx => e.ebx &= !(1 << wanted.bit),
+                    Register::Ecx => e.ecx &= !(1 << wanted.bit),
+                    Register::Edx => e.edx &= !(1 << wanted.bit),
+                }
+            }
+            let error = cpuid_table(&table).unwrap_err();
+            assert!(
+                matches!(error, BootError::CpuFeatureMissing { feature, .. } if feature == wanted.name),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_table_without_the_address_widths_is_refused() {
+        let entries: Vec<_> =
+            host(b"GenuineIntel", 0x0005_06e3, 39).as_slice().iter().take(8).copied().collect();
+        let error = cpuid_table(&CpuId::from_entries(&entries).unwrap()).unwrap_err();
+        assert!(matches!(error, BootError::CpuLeafMissing { leaf: 0x8000_0008 }), "{error}");
+    }
+
+    #[test]
+    fn intels_cache_list_ends() {
+        let (table, _) = cpuid_table(&host(b"GenuineIntel", 0x0005_06e3, 39)).unwrap();
+        let caches: Vec<_> = table.as_slice().iter().filter(|e| e.function == 4).collect();
+        let kinds: Vec<u32> = caches.iter().map(|e| e.eax & 0x1f).collect();
+        assert_eq!(kinds, [1, 2, 3, 3, 0]);
+        let bytes: Vec<u32> =
+            caches[..4].iter().map(|e| ((e.ebx >> 22) + 1) * ((e.ebx & 0xfff) + 1) * (e.ecx + 1)).collect();
+        assert_eq!(bytes, [32 << 10, 32 << 10, 512 << 10, 8 << 20]);
+    }
+}

@@ -377,14 +377,15 @@ fn place_initrd(
 
 #[cfg(test)]
 mod tests {
-    use super::testing::debian_kernel;
+    use super::testing::{CODE_PADDR, debian_kernel, elf_at, elf_of, ram};
     use super::*;
+    use devices::VirtioKind;
+    use xxhash_rust::xxh3::xxh3_64;
 
-    fn ram(mib: u64) -> GuestRam {
-        GuestRam::from_ranges(&ram_regions(mib << 20)).unwrap()
-    }
+    /// mov ecx, PGE|PAE; mov cr4, rcx; rdtsc; ret
+    const CODE: [u8; 11] = [0xb9, 0xa0, 0, 0, 0, 0x0f, 0x22, 0xe1, 0x0f, 0x31, 0xc3];
 
-    fn config<'a>(kernel: &'a Path, memory_mib: u64) -> BootConfig<'a> {
+    fn config(kernel: &Path, memory_mib: u64) -> BootConfig<'_> {
         BootConfig {
             kernel,
             initrd: None,
@@ -395,16 +396,176 @@ mod tests {
         }
     }
 
+    /// A file with this content, in a directory that lives as long as the first value.
+    fn file(content: &[u8]) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, content).unwrap();
+        (dir, path)
+    }
+
+    fn read<const N: usize>(ram: &GuestRam, at: u64) -> [u8; N] {
+        let mut bytes = [0; N];
+        ram.read_slice(&mut bytes, GuestAddress(at)).unwrap();
+        bytes
+    }
+
+    fn load_file(content: &[u8], memory_mib: u64) -> Result<BootState, BootError> {
+        let (_dir, path) = file(content);
+        load(&ram(memory_mib), &config(&path, memory_mib))
+    }
+
+    fn load_initrd(content: &[u8], memory_mib: u64) -> (GuestRam, Result<BootState, BootError>) {
+        let (_kernel_dir, kernel) = file(&elf_of(&CODE));
+        let (_initrd_dir, initrd) = file(content);
+        let ram = ram(memory_mib);
+        let state = load(&ram, &BootConfig { initrd: Some(&initrd), ..config(&kernel, memory_mib) });
+        (ram, state)
+    }
+
     #[test]
-    fn debians_cloud_kernel_loads() {
-        let Some((_dir, path)) = debian_kernel("debians_cloud_kernel_loads") else { return };
-        let t = std::time::Instant::now();
+    fn ram_has_a_hole_between_3_and_4_gib() {
+        assert_eq!(ram_regions(64 << 20), [(GuestAddress(0), 64 << 20)]);
+        assert_eq!(ram_regions(3 << 30), [(GuestAddress(0), 3 << 30)]);
+        assert_eq!(ram_regions(5 << 30), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 2 << 30)]);
+    }
+
+    #[test]
+    fn a_vmlinux_is_patched_and_everything_is_where_the_kernel_looks() {
+        let (_dir, path) = file(&elf_of(&CODE));
+        let ram = ram(32);
+        let windows = [VirtioKind::Net.window()];
+        let wanted = BootConfig { cmdline: Some("rw"), windows: &windows, ..config(&path, 32) };
+        let state = load(&ram, &wanted).unwrap();
+        assert_eq!((state.regs.rip, state.rdtsc_rewritten), (CODE_PADDR, 1));
+        let patched = [0xb9, 0xa4, 0, 0, 0, 0x0f, 0x22, 0xe1, 0xe5, 0xf1, 0xc3];
+        assert_eq!(read::<11>(&ram, CODE_PADDR), patched);
+
+        let zero_page = state.regs.rsi;
+        let cmdline = u32::from_le_bytes(read(&ram, zero_page + 0x228));
+        let mut text = vec![0; state.cmdline.len() + 1];
+        ram.read_slice(&mut text, GuestAddress(cmdline.into())).unwrap();
+        assert_eq!(text, [state.cmdline.as_bytes(), b"\0"].concat());
+        let seed = u64::from_le_bytes(read(&ram, zero_page + 0x250));
+        assert_eq!(read::<32>(&ram, seed + 16), [7; 32]);
+        let rsdp = u64::from_le_bytes(read(&ram, zero_page + 0x70));
+        assert_eq!(&read::<8>(&ram, rsdp), b"RSD PTR ");
+        assert_eq!(read::<4>(&ram, zero_page + 0x218), [0; 4], "no initrd");
+    }
+
+    #[test]
+    fn the_initrd_ends_at_the_top_of_memory() {
+        let content = [5; 5000];
+        let (ram, state) = load_initrd(&content, 32);
+        let zero_page = state.unwrap().regs.rsi;
+        let start = u32::from_le_bytes(read(&ram, zero_page + 0x218));
+        assert_eq!(u32::from_le_bytes(read(&ram, zero_page + 0x21c)), 5000);
+        assert_eq!(start, (32 << 20) - 8192);
+        assert_eq!(read::<5000>(&ram, start.into()), content);
+    }
+
+    #[test]
+    fn files_that_cannot_be_used_are_named() {
+        let missing = load(&ram(32), &config(Path::new("/nowhere/vmlinux"), 32)).unwrap_err();
+        assert!(missing.to_string().starts_with("the kernel /nowhere/vmlinux cannot be read: "), "{missing}");
+        assert!(matches!(load_file(b"#!/bin/sh\n", 32), Err(BootError::NotAKernel { .. })));
+        assert!(matches!(load_file(b"", 32), Err(BootError::NotAKernel { .. })));
+        let mut of_32_bits = elf_of(&CODE);
+        of_32_bits[4] = 1;
+        assert!(matches!(load_file(&of_32_bits, 32), Err(BootError::No64BitEntry { .. })));
+        let mut astray = elf_of(&CODE);
+        astray[24] = 0xff; // entry point
+        assert!(matches!(load_file(&astray, 32), Err(BootError::No64BitEntry { .. })));
+        assert!(matches!(load_file(&elf_of(&[0xc3]), 32), Err(BootError::UserRdtscUntrapped { .. })));
+        let low = load_file(&elf_at(&CODE, 0x8000), 32).unwrap_err();
+        assert!(matches!(low, BootError::KernelTooLow { start: 0x8000, .. }), "{low}");
+        assert!(matches!(load_initrd(b"", 32).1, Err(BootError::InitrdEmpty { .. })));
+    }
+
+    #[test]
+    fn what_does_not_fit_says_how_much_is_needed() {
+        let kernel = load_file(&elf_of(&CODE), 16).unwrap_err();
+        assert!(kernel.to_string().contains("16 MiB of guest memory: 17 MiB are needed"), "{kernel}");
+        let initrd = load_initrd(&vec![1; 20 << 20], 32).1.unwrap_err();
+        assert!(initrd.to_string().contains("32 MiB of guest memory: 37 MiB are needed"), "{initrd}");
+        assert!(load_initrd(&vec![1; 20 << 20], 37).1.is_ok());
+    }
+
+    #[test]
+    fn a_command_line_that_linux_would_cut_is_refused() {
+        let (_dir, path) = file(&elf_of(&CODE));
+        let with =
+            |cmdline: &str| load(&ram(32), &BootConfig { cmdline: Some(cmdline), ..config(&path, 32) });
+        let own = with("").unwrap().cmdline.len();
+        let room = start::CMDLINE_BYTES_MAX - own - 1;
+        assert_eq!(with(&"a".repeat(room)).unwrap().cmdline.len(), start::CMDLINE_BYTES_MAX);
+        let error = with(&"a".repeat(room + 3)).unwrap_err().to_string();
+        assert!(error.ends_with("by 3 bytes"), "{error}");
+        assert!(matches!(with("a\0b"), Err(BootError::CmdlineZeroByte)));
+    }
+
+    #[test]
+    fn every_truncation_of_a_vmlinux_is_an_error() {
+        let elf = elf_of(&CODE);
+        for len in 0..elf.len() {
+            assert!(parse_kernel(elf[..len].to_vec(), Path::new("vmlinux")).is_err(), "{len}");
+        }
+    }
+
+    #[test]
+    fn no_flipped_bit_in_the_headers_panics() {
+        let elf = elf_of(&CODE);
+        for bit in 0..120 * 8 {
+            let mut elf = elf.clone();
+            elf[bit / 8] ^= 1 << (bit % 8);
+            if let Ok(mut kernel) = parse_kernel(elf, Path::new("vmlinux")) {
+                let ram = ram(32);
+                // Whether it still loads depends on the bit; what matters is that it ends.
+                let _ = rewrite_code(&mut kernel, Path::new("vmlinux"));
+                let _ = place_kernel(&ram, &kernel, &config(Path::new("vmlinux"), 32));
+            }
+        }
+    }
+
+    /// A hash of the first 64 MiB of memory with this kernel loaded.
+    fn hash_loaded(path: &Path) -> (BootState, u64) {
         let ram = ram(256);
-        let state = load(&ram, &config(&path, 256)).unwrap();
-        eprintln!("{:?}", t.elapsed());
+        let state = load(&ram, &config(path, 256)).unwrap();
+        let mut memory = vec![0; 64 << 20];
+        ram.read_slice(&mut memory, GuestAddress(0)).unwrap();
+        (state, xxh3_64(&memory))
+    }
+
+    #[test]
+    fn debians_cloud_kernel_loads_packed_and_unpacked() {
+        let Some((dir, path)) = debian_kernel("debians_cloud_kernel_loads_packed_and_unpacked") else {
+            return;
+        };
+        let (state, hash) = hash_loaded(&path);
         assert_eq!(state.rdtsc_rewritten, 124);
         assert_eq!(state.regs.rip, 0x100_0000);
         let name = path.file_name().unwrap().to_string_lossy().into_owned();
         assert_eq!(state.kernel_version.as_deref(), name.strip_prefix("vmlinuz-"));
+
+        let unpacked = dir.path().join("vmlinux");
+        std::fs::write(&unpacked, read_kernel(&path).unwrap().bytes).unwrap();
+        assert_eq!(hash_loaded(&unpacked).1, hash);
+    }
+
+    #[test]
+    fn truncations_of_debians_cloud_kernel_are_errors() {
+        let Some((_dir, path)) = debian_kernel("truncations_of_debians_cloud_kernel_are_errors") else {
+            return;
+        };
+        let packed = std::fs::read(&path).unwrap();
+        // What lies behind the packed kernel (the decompressor) is not needed, so only shorter files are errors.
+        for len in (0..0x600).chain((0..64).map(|i| i * (packed.len() - 200_000) / 64)) {
+            assert!(parse_kernel(packed[..len].to_vec(), &path).is_err(), "{len}");
+        }
+        let elf = read_kernel(&path).unwrap().bytes;
+        let sections = u64::from_le_bytes(elf[40..48].try_into().unwrap()) as usize;
+        for len in (0..0x200).chain((0..64).map(|i| i * sections / 64)) {
+            assert!(parse_kernel(elf[..len].to_vec(), &path).is_err(), "{len}");
+        }
     }
 }

@@ -2,12 +2,20 @@
 
 use std::path::{Path, PathBuf};
 
+use devices::GuestRam;
+
 use super::image::{KernelImage, Span};
+use super::ram_regions;
 
 /// Where the handmade kernels' code is linked and loaded.
 pub(super) const CODE_VADDR: u64 = 0xffff_ffff_8100_0000;
 /// Guest-physical address of the same.
 pub(super) const CODE_PADDR: u64 = 0x100_0000;
+
+/// Zeroed guest memory.
+pub(super) fn ram(mib: u64) -> GuestRam {
+    GuestRam::from_ranges(&ram_regions(mib << 20)).unwrap()
+}
 
 /// A parsed image that is nothing but `code`.
 pub(super) fn image_of(code: &[u8]) -> KernelImage {

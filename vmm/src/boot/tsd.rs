@@ -387,10 +387,10 @@ mod tests {
     fn linux_6_6_with_a_mask_in_another_register() {
         // mov edx, PAE|LA57; or edx, MCE; mov rcx, cr4; and ecx, edx; bts ecx, 4; mov cr4, rcx;
         // bts ecx, 7; mov cr4, rcx
-        let code = |mask: u8| {
+        let code = |mce: u8| {
             concat(&[
-                &[0xba, mask, 0x10, 0, 0],
-                &[0x83, 0xca, 0x40],
+                &[0xba, 0x20, 0x10, 0, 0],
+                &[0x83, 0xca, mce],
                 FROM_CR4_RCX,
                 &[0x21, 0xd1],
                 &[0x0f, 0xba, 0xe9, 4],
@@ -400,7 +400,7 @@ mod tests {
                 RET,
             ])
         };
-        assert_eq!(patched(&code(0x20)).unwrap(), code(0x24));
+        assert_eq!(patched(&code(0x40)).unwrap(), code(0x44));
     }
 
     #[test]
