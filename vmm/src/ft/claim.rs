@@ -352,7 +352,8 @@ impl Claims {
     }
 }
 
-fn random_id() -> io::Result<[u8; 16]> {
+/// Sixteen random bytes, for [`Owner::uuid`].
+pub fn random_id() -> io::Result<[u8; 16]> {
     let mut id = [0; 16];
     random_bytes(&mut id)?;
     Ok(id)

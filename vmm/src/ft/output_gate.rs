@@ -4,16 +4,14 @@
 //! Must never: let an output overtake another, lose one (except when closed), or let anything out once closed.
 //!
 //! ```text
-//!             protect            unprotect
-//! Unprotected -------> Protected ---------> Unprotected      Following: see below
-//!      '------------------'--------- close -----'----------> Closed, for ever
+//!              protect           unprotect
+//! Unprotected ---------> Protected ---------> Unprotected
+//!      '---------------------'------ close ------> Closed, for ever
 //! ```
 //!
 //! - `Protected`: an output leaves once its batch is acknowledged *and* the lease holds. The lease is asked at
 //!   each output: a host that was frozen must see by the clock that it may have been replaced meanwhile.
 //! - `Unprotected`: there is no backup; everything leaves at once. No lease is asked, since nobody could take over.
-//! - `Following` (on a backup): nothing leaves. Kept is what the primary has not yet reported as released; on
-//!   takeover that may or may not have been seen outside, so it is done again.
 //! - `Closed`: another monitor has the view. Everything is dropped.
 //!
 //! Any thread may push, acknowledge or change the mode. One at a time performs, without the lock held, so a
@@ -35,12 +33,9 @@ use ft_log::MAX_CONSOLE_BYTES;
 
 /// An effect that is seen outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Output {
-    /// A frame to send.
+enum Output {
     Frame(Vec<u8>),
-    /// A disk request to do.
     Disk(DiskRequest),
-    /// Bytes for the console.
     Console(Vec<u8>),
 }
 
@@ -83,8 +78,6 @@ pub enum Mode {
     Protected,
     /// Let out at once.
     Unprotected,
-    /// Kept until the primary has let them out.
-    Following,
     /// Dropped, for ever.
     Closed,
 }
@@ -190,7 +183,7 @@ impl Queue {
                 self.stats.lease_refusals += u64::from(!holds);
                 holds
             }
-            Mode::Following | Mode::Closed => false,
+            Mode::Closed => false,
         };
         if !may_leave {
             return None;
@@ -223,12 +216,6 @@ impl Queue {
         // The one that is being performed comes before those that wait.
         let next = self.performing.or_else(|| self.held.front().map(|held| held.seq));
         next.map_or(self.acknowledged, |seq| self.acknowledged.min(seq.saturating_sub(1)))
-    }
-
-    fn released(&mut self, seq: u64) {
-        while self.mode == Mode::Following && self.held.front().is_some_and(|held| held.seq <= seq) {
-            self.take_first();
-        }
     }
 
     fn set_mode(&mut self, mode: Mode) {
@@ -301,11 +288,6 @@ impl<P: Performer> OutputGate<P> {
         self.lock().released_seq()
     }
 
-    /// Who performs.
-    pub fn performer(&self) -> &P {
-        &self.performer
-    }
-
     /// There is no backup, and the view is ours for certain: lets out everything.
     pub fn unprotect(&self) {
         let mut queue = self.lock();
@@ -320,22 +302,6 @@ impl<P: Performer> OutputGate<P> {
         self.changed.notify_all();
         let performing = |queue: &mut Queue| queue.performing.is_some();
         drop(self.changed.wait_while(queue, performing).unwrap_or_else(PoisonError::into_inner));
-    }
-
-    /// A follower's: the primary has let out everything up to batch `seq`. Nothing in other modes.
-    pub fn released(&self, seq: u64) {
-        self.lock().released(seq);
-        self.changed.notify_all();
-    }
-
-    /// Takes everything that waits, in order. A follower that takes over does it again: frames and console
-    /// output may then be seen twice, never not at all. Disk requests among it are also among those that the
-    /// block device has not seen completed; they are to be done once.
-    pub fn take_all(&self) -> Vec<Output> {
-        let mut queue = self.lock();
-        let all = std::iter::from_fn(|| queue.take_first()).map(|held| held.output).collect();
-        self.changed.notify_all();
-        all
     }
 
     /// The mode.
@@ -566,7 +532,6 @@ mod tests {
         gate.protect();
         gate.retry();
         assert_eq!(gate.mode(), Mode::Closed);
-        assert_eq!(gate.take_all(), []);
         assert_eq!(taken(&performed), []);
         assert_eq!(gate.stats(), GateStats { dropped: 2, ..GateStats::default() });
     }
@@ -625,30 +590,6 @@ mod tests {
         }
         assert_eq!(taken(&performed), []);
         assert_eq!(gate.stats(), GateStats::default());
-    }
-
-    #[test]
-    fn a_follower_keeps_what_the_primary_has_not_released() {
-        let (gate, performed) = gate(Mode::Following, LIMITS, Box::new(|| true));
-        for seq in 1..=3 {
-            push(&gate, seq, frame(seq as u8));
-        }
-        gate.acknowledged(3);
-        gate.released(1);
-        assert_eq!(taken(&performed), [], "a follower lets nothing out");
-        assert_eq!(gate.take_all(), [frame(2), frame(3)]);
-        gate.unprotect();
-        push(&gate, 4, frame(4));
-        assert_eq!(taken(&performed), [frame(4)]);
-    }
-
-    #[test]
-    fn a_primary_does_not_forget_what_it_holds() {
-        let (gate, performed) = protected();
-        push(&gate, 1, frame(1));
-        gate.released(1);
-        gate.acknowledged(1);
-        assert_eq!(taken(&performed), [frame(1)]);
     }
 
     #[test]

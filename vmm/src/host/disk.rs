@@ -1,8 +1,8 @@
 //! The guest's disk: a raw image in a file or on a block device.
 //!
 //! Owns: the image's descriptor, its lock, and the one thread that does the guest's requests in their order.
-//! Must never: touch the image when the guard says that this monitor has lost the right to (another one
-//! runs the guest now), or write beyond the image's end.
+//! Must never: touch the image while the guard says that this monitor has no right to (another one may
+//! run the guest), or write beyond the image's end.
 //! States: [`Disk`] opened, locked or (on a backup) not yet -> [`Disk::start`] -> [`DiskWorker`] -> dropped.
 //!
 //! The lock only refuses an image that another monitor *of a live host* uses by mistake. Which of a pair may
@@ -17,6 +17,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
 use devices::{DiskOp, DiskRequest};
@@ -31,7 +32,11 @@ const SECTOR_BYTES: u64 = 512;
 /// Requests that wait for the thread before [`DiskWorker::submit`] makes its caller wait.
 const QUEUE_REQUESTS: usize = 256;
 
-/// Asked before each request: whether this monitor may still touch the disk.
+/// How often a guard that said no is asked again.
+const GUARD_PAUSE: Duration = Duration::from_millis(5);
+
+/// Asked before each request: whether this monitor may touch the disk now. After a no, nothing is done until
+/// it says yes again: the lease is back, or a claim has been won. Otherwise nothing is done ever.
 pub type Guard = Arc<dyn Fn() -> bool + Send + Sync>;
 
 /// When a write counts as done.
@@ -188,8 +193,8 @@ impl Disk {
         self.read_only
     }
 
-    /// Starts the thread. Each request is answered with [`Event::DiskDone`] on `events`, in order, unless
-    /// `guard` says no before it is done: then it is forgotten and never answered.
+    /// Starts the thread. Each request is done once `guard` allows it and answered with [`Event::DiskDone`]
+    /// on `events`, in order.
     pub fn start(self, events: Sender<Event>, guard: Guard) -> Result<DiskWorker, DiskError> {
         let (queue, requests) = bounded(QUEUE_REQUESTS);
         let path = self.path.clone();
@@ -211,7 +216,9 @@ impl Disk {
             if stop.stopped() {
                 return;
             }
-            if guard() && !deliver(self.perform(request), stop, requests, events, &mut backlog) {
+            if !wait_for(guard, stop, requests, &mut backlog)
+                || !deliver(self.perform(request), stop, requests, events, &mut backlog)
+            {
                 return;
             }
         }
@@ -254,6 +261,27 @@ impl Disk {
         }
         Ok(())
     }
+}
+
+/// Waits until `guard` says yes. Requests are taken in meanwhile, so that nobody hangs in submitting one and
+/// cannot be stopped. False: the thread is to end.
+fn wait_for(
+    guard: &Guard,
+    stop: &StopToken,
+    requests: &Receiver<DiskRequest>,
+    backlog: &mut VecDeque<DiskRequest>,
+) -> bool {
+    while !guard() {
+        select! {
+            recv(requests) -> request => match request {
+                Ok(request) => backlog.push_back(request),
+                Err(_) => return false,
+            },
+            recv(stop.channel()) -> _ => return false,
+            default(GUARD_PAUSE) => {}
+        }
+    }
+    true
 }
 
 /// Puts `done` on the queue of events. While that is full, requests are taken in: the thread that should
@@ -307,7 +335,7 @@ impl DiskWorker {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     use tempfile::{NamedTempFile, TempDir};
 
@@ -354,16 +382,33 @@ mod tests {
     }
 
     #[test]
-    fn a_guard_that_says_no_drops_requests_without_an_answer() {
+    fn requests_that_the_guard_does_not_allow_are_neither_done_nor_answered() {
         let image = image(4096);
-        let allowed = Arc::new(AtomicBool::new(false));
-        let asked = Arc::clone(&allowed);
-        // No for the first request, yes for the rest.
-        let (disk, answers) = start(&image, Arc::new(move || asked.swap(true, Ordering::SeqCst)));
+        let asked = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&asked);
+        let never = move || {
+            count.fetch_add(1, Ordering::SeqCst);
+            false
+        };
+        let (disk, answers) = start(&image, Arc::new(never));
+        disk.submit(write(1, 0, &[1; 512]));
+        while asked.load(Ordering::SeqCst) < 3 {
+            std::thread::yield_now();
+        }
+        drop(disk);
+        assert!(answers.is_empty());
+        assert_eq!(fs::read(image.path()).unwrap(), [0; 4096]);
+    }
+
+    #[test]
+    fn requests_wait_in_order_for_a_guard_that_says_yes_later() {
+        let image = image(4096);
+        let asked = AtomicU64::new(0);
+        let (disk, answers) = start(&image, Arc::new(move || asked.fetch_add(1, Ordering::SeqCst) >= 3));
         disk.submit(write(1, 0, &[1; 512]));
         disk.submit(read(2, 0, 512));
-        assert_eq!(answers.recv(), Ok(done(2, DiskStatus::Ok, &[0; 512])));
-        assert!(answers.is_empty());
+        assert_eq!(answers.recv(), Ok(done(1, DiskStatus::Ok, &[])));
+        assert_eq!(answers.recv(), Ok(done(2, DiskStatus::Ok, &[1; 512])));
     }
 
     #[test]
