@@ -2,8 +2,10 @@
 //!
 //! - [`hosts`]: machines to run monitors on, their network, and the faults that befall them.
 //! - [`client`]: a client of the demo service that checks each reply and measures the gaps between them.
+//! - [`harness`]: runs end-to-end tests, and says which a machine cannot run.
 //!
 //! Nothing here is part of the product, and the product depends on nothing here.
 
 pub mod client;
+pub mod harness;
 pub mod hosts;

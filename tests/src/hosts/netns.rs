@@ -3,21 +3,20 @@
 //! It has the interfaces of a QEMU host (br0 with eth0, eth1, eth2), as veth pairs to the test's bridges, and runs
 //! the same agent. It shares the machine's files and clock. States are those of `qemu`.
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 
 use nix::sys::signal::Signal;
 
 use super::protocol::AGENT_PORT;
-use super::{HostError, Images, Link, Net, leftovers, tool};
+use super::tool::{self, Background};
+use super::{HostError, Images, Link, Net, leftovers};
 
 /// A namespace and the agent in it.
 #[derive(Debug)]
 pub(super) struct NetnsMachine {
     namespace: String,
-    agent: Child,
-    console: PathBuf,
+    agent: Background,
     dead: bool,
 }
 
@@ -26,35 +25,26 @@ impl NetnsMachine {
     pub(super) fn start(net: &Net, index: u8, dir: &Path) -> Result<NetnsMachine, HostError> {
         let agent = Images::ensure()?.agent();
         let namespace = format!("{}-h{index}", net.namespace());
-        let console = dir.join("console.log");
         tool::run(&format!("ip netns add {namespace}"))?;
         if let Err(error) = join_networks(net, &namespace, index) {
             leftovers::remove_namespace(&namespace)?;
             return Err(error);
         }
-        let log = File::create(&console).map_err(HostError::file(&console))?;
-        let errors = log.try_clone().map_err(HostError::file(&console))?;
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &namespace]);
         command.arg(&agent).arg(format!("{}:{AGENT_PORT}", Link::Ctl.host_address(index)));
-        let program = tool::describe(&command);
-        let agent = command
-            .stdin(Stdio::null())
-            .stdout(log)
-            .stderr(errors)
-            .spawn()
-            .map_err(|source| HostError::Tool { program, source })?;
-        Ok(NetnsMachine { namespace, agent, console, dead: false })
+        let agent = Background::start(&mut command, dir.join("console.log"))?;
+        Ok(NetnsMachine { namespace, agent, dead: false })
     }
 
     /// What the agent has printed.
     pub(super) fn console(&self) -> String {
-        String::from_utf8_lossy(&fs::read(&self.console).unwrap_or_default()).into_owned()
+        self.agent.log()
     }
 
     /// True until the host is killed.
     pub(super) fn is_running(&mut self) -> bool {
-        matches!(self.agent.try_wait(), Ok(None))
+        self.agent.is_running()
     }
 
     /// Kills all processes of the host and takes its links away.
@@ -64,8 +54,7 @@ impl NetnsMachine {
             if let Err(error) = leftovers::remove_namespace(&self.namespace) {
                 eprintln!("{error}");
             }
-            // An error means that it has already ended.
-            let _ = self.agent.wait();
+            self.agent.kill();
         }
     }
 

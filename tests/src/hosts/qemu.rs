@@ -2,25 +2,26 @@
 //!
 //! States: running -> stopped (SIGSTOP) -> running ...; dead (SIGKILL: a loss of power) from either.
 
-use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::Instant;
+use std::{fs, io};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
-use super::{HostConfig, HostError, Images, Link, Net, tool};
+use super::host::POLL_INTERVAL;
+use super::tool::{self, Background};
+use super::{HostConfig, HostError, Images, Link, Net};
 
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 
 /// The processes of one machine.
 #[derive(Debug)]
 pub(super) struct QemuMachine {
-    qemu: Child,
-    file_servers: Vec<Child>,
+    qemu: Background,
+    file_servers: Vec<Background>,
     console: PathBuf,
     /// The test's namespace, and this machine's taps in it.
     namespace: String,
@@ -39,6 +40,8 @@ impl QemuMachine {
     ) -> Result<QemuMachine, HostError> {
         let images = Images::ensure()?;
         let console = dir.join("console.log");
+        // What an earlier machine with this number wrote is no sign of this one's life.
+        remove_old(&console)?;
         let mut file_servers = Vec::new();
         let mut command = in_namespace(net);
         command.arg("qemu-system-x86_64");
@@ -63,22 +66,12 @@ impl QemuMachine {
         }
         for (tag, directory) in shares {
             let socket = dir.join(format!("{tag}.sock"));
-            file_servers.push(start_file_server(net, directory, &socket, &dir.join(format!("{tag}.log")))?);
+            file_servers.push(start_file_server(net, directory, &socket, deadline)?);
             command.arg("-chardev").arg(format!("socket,id={tag},path={}", socket.display()));
             command.arg("-device").arg(format!("vhost-user-fs-pci,chardev={tag},tag={tag}"));
         }
         command.args(["-device", "virtio-rng-pci"]);
-        wait_for_sockets(shares, dir, deadline);
-
-        let log = dir.join("qemu.log");
-        let log_file = File::create(&log).map_err(HostError::file(&log))?;
-        let program = tool::describe(&command);
-        let qemu = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log_file)
-            .spawn()
-            .map_err(|source| HostError::Tool { program, source })?;
+        let qemu = Background::start(&mut command, dir.join("qemu.log"))?;
         Ok(QemuMachine {
             qemu,
             file_servers,
@@ -90,23 +83,19 @@ impl QemuMachine {
 
     /// Everything on the console so far, and what QEMU itself complained about.
     pub(super) fn console(&self) -> String {
-        let complaints = fs::read(self.console.with_file_name("qemu.log")).unwrap_or_default();
         let console = fs::read(&self.console).unwrap_or_default();
-        String::from_utf8_lossy(&[console, complaints].concat()).into_owned()
+        String::from_utf8_lossy(&console).into_owned() + &self.qemu.log()
     }
 
     /// True until the machine is killed, powers off or QEMU fails.
     pub(super) fn is_running(&mut self) -> bool {
-        matches!(self.qemu.try_wait(), Ok(None))
+        self.qemu.is_running()
     }
 
     /// Power loss. Returns when the machine is gone.
     pub(super) fn kill(&mut self) {
-        for child in std::iter::once(&mut self.qemu).chain(&mut self.file_servers) {
-            // Errors mean that it has already ended.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.qemu.kill();
+        self.file_servers.clear();
         // A machine with the same number can be started after this one.
         for tap in self.taps.drain(..) {
             if let Err(error) = tool::run(&format!("ip -n {} link del {tap}", self.namespace)) {
@@ -117,11 +106,7 @@ impl QemuMachine {
 
     /// Freezes the whole machine (SIGSTOP) or lets it go on (SIGCONT).
     pub(super) fn freeze(&mut self, stop: bool) {
-        if self.is_running() {
-            let signal = if stop { Signal::SIGSTOP } else { Signal::SIGCONT };
-            // It runs and has not been waited for, so the number is its own.
-            let _ = kill(Pid::from_raw(self.qemu.id() as i32), signal);
-        }
+        self.qemu.signal(if stop { Signal::SIGSTOP } else { Signal::SIGCONT });
     }
 }
 
@@ -152,7 +137,13 @@ fn mac(link: Link, index: u8) -> String {
     format!("52:56:46:54:{net:02x}:{last:02x}")
 }
 
-fn start_file_server(net: &Net, directory: &Path, socket: &Path, log: &Path) -> Result<Child, HostError> {
+/// Starts a file server and waits for its socket: QEMU itself does not wait for it.
+fn start_file_server(
+    net: &Net,
+    directory: &Path,
+    socket: &Path,
+    deadline: Instant,
+) -> Result<Background, HostError> {
     let mut command = in_namespace(net);
     command.arg(VIRTIOFSD);
     command.arg(format!("--socket-path={}", socket.display()));
@@ -160,22 +151,18 @@ fn start_file_server(net: &Net, directory: &Path, socket: &Path, log: &Path) -> 
     command
         .arg("-o")
         .arg(format!("source={},cache=none,sandbox=chroot,announce_submounts", directory.display()));
-    let program = tool::describe(&command);
-    let log_file = File::create(log).map_err(HostError::file(log))?;
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log_file)
-        .spawn()
-        .map_err(|source| HostError::Tool { program, source })
+    remove_old(socket)?;
+    let mut server = Background::start(&mut command, socket.with_extension("log"))?;
+    while !socket.exists() && Instant::now() < deadline {
+        server.check()?;
+        thread::sleep(POLL_INTERVAL);
+    }
+    Ok(server)
 }
 
-/// QEMU does not wait for the sockets of the file servers. If one does not appear, QEMU says so in its log.
-fn wait_for_sockets(shares: &[(&str, &Path)], dir: &Path, deadline: Instant) {
-    for (tag, _) in shares {
-        let socket = dir.join(format!("{tag}.sock"));
-        while !socket.exists() && Instant::now() < deadline {
-            thread::sleep(super::host::POLL_INTERVAL);
-        }
+fn remove_old(file: &Path) -> Result<(), HostError> {
+    match fs::remove_file(file) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(HostError::file(file)(error)),
+        _ => Ok(()),
     }
 }
