@@ -16,6 +16,7 @@ mod acpi;
 mod bzimage;
 mod cmdline;
 mod cpuid;
+mod cr4_shadow;
 mod image;
 mod rdtsc;
 mod start;
@@ -284,28 +285,23 @@ fn parse_kernel(bytes: Vec<u8>, path: &Path) -> Result<KernelImage, BootError> {
 
 /// Makes every read of the TSC exit to the monitor. Gives the number of instructions replaced.
 fn rewrite_code(kernel: &mut KernelImage, path: &Path) -> Result<usize, BootError> {
-    let startup = tsd::patch_startup(kernel)
-        .map_err(|detail| BootError::UserRdtscUntrapped { path: path.into(), detail })?;
-    let (mut rdtsc, mut pinned) = (rdtsc::RdtscSites::default(), tsd::PinnedMask::default());
+    let untrapped = |detail| BootError::UserRdtscUntrapped { path: path.into(), detail };
+    let startup_constants = tsd::patch_startup(kernel).map_err(untrapped)?;
+    let (mut rdtsc, mut shadow) = (rdtsc::RdtscSites::default(), cr4_shadow::Cr4Shadow::default());
     sweep::sweep(kernel, |site| {
         rdtsc.visit(site);
-        pinned.visit(site);
+        shadow.visit(site);
     });
-    let rewritten = rdtsc.rewrite(&mut kernel.bytes);
-    let pinned = pinned.pin_tsd(&mut kernel.bytes);
-    if pinned == 0 {
+    let shadow = shadow.keep_tsd(&mut kernel.bytes).map_err(untrapped)?;
+    if shadow.toggles == 0 {
         tracing::warn!(
             kernel = %path.display(),
-            "this kernel does not pin CR4 bits: a guest process that calls prctl(PR_SET_TSC) can end the trapping \
-             of user-mode RDTSC"
+            "where this kernel toggles CR4.TSD was not found: a guest process that calls prctl(PR_SET_TSC) may \
+             end the trapping of user-mode RDTSC"
         );
     }
-    tracing::debug!(
-        ?rewritten,
-        startup_cr4_constants = startup,
-        pinned_cr4_constants = pinned,
-        "kernel rewritten"
-    );
+    let rewritten = rdtsc.rewrite(&mut kernel.bytes);
+    tracing::debug!(?rewritten, startup_constants, ?shadow, "kernel rewritten");
     Ok(rewritten.rdtsc + rewritten.rdtscp)
 }
 
@@ -382,8 +378,12 @@ mod tests {
     use devices::VirtioKind;
     use xxhash_rust::xxh3::xxh3_64;
 
-    /// mov ecx, PGE|PAE; mov cr4, rcx; rdtsc; ret
-    const CODE: [u8; 11] = [0xb9, 0xa0, 0, 0, 0, 0x0f, 0x22, 0xe1, 0x0f, 0x31, 0xc3];
+    /// mov ecx, PGE|PAE; mov cr4, rcx; mov rax, cr4; mov gs:[0x100], rax; mov rdi, gs:[0x100]; and rdi, ~15;
+    /// rdtsc; ret
+    const CODE: [u8; 36] = [
+        0xb9, 0xa0, 0, 0, 0, 0x0f, 0x22, 0xe1, 0x0f, 0x20, 0xe0, 0x65, 0x48, 0x89, 0x04, 0x25, 0, 1, 0, 0,
+        0x65, 0x48, 0x8b, 0x3c, 0x25, 0, 1, 0, 0, 0x48, 0x83, 0xe7, 0xf0, 0x0f, 0x31, 0xc3,
+    ];
 
     fn config(kernel: &Path, memory_mib: u64) -> BootConfig<'_> {
         BootConfig {
@@ -438,8 +438,10 @@ mod tests {
         let wanted = BootConfig { cmdline: Some("rw"), windows: &windows, ..config(&path, 32) };
         let state = load(&ram, &wanted).unwrap();
         assert_eq!((state.regs.rip, state.rdtsc_rewritten), (CODE_PADDR, 1));
-        let patched = [0xb9, 0xa4, 0, 0, 0, 0x0f, 0x22, 0xe1, 0xe5, 0xf1, 0xc3];
-        assert_eq!(read::<11>(&ram, CODE_PADDR), patched);
+        let mut patched = CODE;
+        (patched[1], patched[32]) = (0xa4, 0xf4);
+        patched[33..35].copy_from_slice(&[0xe5, 0xf1]);
+        assert_eq!(read::<36>(&ram, CODE_PADDR), patched);
 
         let zero_page = state.regs.rsi;
         let cmdline = u32::from_le_bytes(read(&ram, zero_page + 0x228));

@@ -2,7 +2,7 @@
 //!
 //! Owns: [`sweep`], the one linear pass that all rewriting shares. Must never: change a byte.
 
-use iced_x86::{ConstantOffsets, Decoder, DecoderOptions, Instruction, Mnemonic};
+use iced_x86::{ConstantOffsets, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use super::image::{KernelImage, Span};
 
@@ -45,4 +45,19 @@ fn sweep_span(bytes: &[u8], span: &Span, visit: &mut impl FnMut(&Site<'_, '_>)) 
             break;
         }
     }
+}
+
+/// The second operand, sign-extended to 64 bits as the CPU does for a 64-bit operation.
+pub(super) fn immediate(instruction: &Instruction) -> Option<u64> {
+    let kind = if instruction.op_count() > 1 { instruction.op1_kind() } else { return None };
+    matches!(
+        kind,
+        OpKind::Immediate8
+            | OpKind::Immediate8to32
+            | OpKind::Immediate8to64
+            | OpKind::Immediate32
+            | OpKind::Immediate32to64
+            | OpKind::Immediate64
+    )
+    .then(|| instruction.immediate(1))
 }

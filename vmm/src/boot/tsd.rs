@@ -1,17 +1,18 @@
-//! Keeps CR4.TSD set for the guest's whole life, so that RDTSC in user mode raises #GP.
+//! Keeps CR4.TSD through the kernel's startup code, so that RDTSC in user mode raises #GP.
 //!
-//! Owns: the patches to code that writes CR4. Must never: leave a kernel whose startup code would clear TSD; that
-//! kernel is refused.
+//! Owns: the patches to startup code that writes CR4. Must never: let a kernel start whose startup code would clear
+//! TSD; that kernel is refused.
 //!
 //! The vCPU starts with TSD set ([`super::start`]). What Linux does with CR4 afterwards:
 //!
 //! | where | what it writes | here |
 //! | --- | --- | --- |
-//! | `startup_64` | bits from constants (5.x, 6.1: `mov`/`or`; 6.2 and later: `and` with a mask) | patched, see [`startup_patches`] |
+//! | `startup_64` | bits from constants (5.x, 6.1: `mov`/`or`; later: `and` with a mask) | patched, see [`patch_startup`] |
 //! | `sev_verify_cbit`, TLB flushes, EFI | what it read from CR4, with PGE toggled | keeps TSD |
 //! | `cr4_init_shadow`, `mmu_cr4_features` | read CR4 once; all later changes start from these copies | keeps TSD |
-//! | `__switch_to_xtra` | toggles TSD between processes of which one has `PR_TSC_SIGSEGV` (or strict seccomp) | pinned, see [`PinnedMask`] |
-//! | `relocate_kernel` (kexec), resume from suspend or hibernation | constants, or a saved copy | not covered: kexec loads code that was not rewritten anyway |
+//! | `cpu_init`, `enable_TSC`, `__switch_to_xtra` | the shadow, with TSD cleared or toggled | patched, see [`super::cr4_shadow`] |
+//! | `relocate_kernel` (kexec) | a constant | not covered: kexec loads code that was not rewritten anyway |
+//! | resume from suspend or hibernation | a saved copy | not covered: the guest has no such sleep state |
 //! | trampoline of further CPUs | its own constants | not covered: there is one vCPU |
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +23,7 @@ use iced_x86::{
 };
 
 use super::image::KernelImage;
-use super::sweep::Site;
+use super::sweep::immediate;
 
 const TSD_BIT: u64 = 2;
 const TSD: u8 = 1 << TSD_BIT;
@@ -30,47 +31,6 @@ const TSD: u8 = 1 << TSD_BIT;
 const STARTUP_STEPS_MAX: usize = 50_000;
 /// How deep calls from the entry point are followed: into `sev_verify_cbit`, not into all of Linux.
 const CALL_DEPTH_MAX: u32 = 1;
-
-/// `cr4_pinned_mask` (Linux `arch/x86/kernel/cpu/common.c`): SMEP, SMAP, UMIP and FSGSBASE; since 5.18 CET; since
-/// 6.9 FRED.
-const PINNED_MASKS: [u64; 3] = [0x31_0800, 0xb1_0800, 0x1_00b1_0800];
-
-/// Linux pins some CR4 bits: `native_write_cr4` puts them back when a value lacks them. TSD becomes one of them by
-/// a change to each constant made of that mask or of its complement.
-#[derive(Debug, Default)]
-pub(super) struct PinnedMask {
-    /// File offsets of the lowest bytes of the masks and of their complements.
-    masks: Vec<usize>,
-    complements: Vec<usize>,
-}
-
-impl PinnedMask {
-    /// Takes note of an instruction.
-    pub fn visit(&mut self, site: &Site<'_, '_>) {
-        let instruction = site.instruction;
-        if !matches!(instruction.mnemonic(), Mnemonic::And | Mnemonic::Mov) || instruction.op_count() != 2 {
-            return;
-        }
-        let Some(value) = immediate(instruction) else { return };
-        let Some(offset) = site.immediate_offset() else { return };
-        if PINNED_MASKS.contains(&value) {
-            self.masks.push(offset);
-        } else if PINNED_MASKS.contains(&!value) {
-            self.complements.push(offset);
-        }
-    }
-
-    /// Adds TSD to the mask. Gives how many constants changed; 0 where the kernel does not pin (before 5.3).
-    pub fn pin_tsd(self, bytes: &mut [u8]) -> usize {
-        for at in &self.masks {
-            bytes[*at] |= TSD;
-        }
-        for at in &self.complements {
-            bytes[*at] &= !TSD;
-        }
-        self.masks.len() + self.complements.len()
-    }
-}
 
 /// What is known of bit 2 of a register, on every path to an instruction.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -319,21 +279,6 @@ fn result(instruction: &Instruction, site: Option<usize>, old: &Bit, before: &Bi
     })
 }
 
-/// The second operand, sign-extended to 64 bits as the CPU does for a 64-bit operation.
-fn immediate(instruction: &Instruction) -> Option<u64> {
-    let kind = if instruction.op_count() > 1 { instruction.op1_kind() } else { return None };
-    matches!(
-        kind,
-        OpKind::Immediate8
-            | OpKind::Immediate8to32
-            | OpKind::Immediate8to64
-            | OpKind::Immediate32
-            | OpKind::Immediate32to64
-            | OpKind::Immediate64
-    )
-    .then(|| instruction.immediate(1))
-}
-
 /// 0 (RAX) to 15 (R15), for a general register of any width.
 fn number_of(register: Register) -> Option<usize> {
     register.is_gpr().then(|| register.full_register() as usize - Register::RAX as usize)
@@ -346,7 +291,6 @@ fn is_far_return(instruction: &Instruction) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::sweep::sweep;
     use crate::boot::testing::{debian_kernel, image_of};
 
     /// Patches `code` as startup code and gives it back.
@@ -455,23 +399,10 @@ mod tests {
     }
 
     #[test]
-    fn the_pinned_mask_and_its_complement_get_tsd() {
-        let mut image = image_of(&concat(&[
-            &[0x81, 0xe2, 0x00, 0x08, 0xb1, 0x00],       // and edx, 0xb10800
-            &[0x48, 0x81, 0xe7, 0xff, 0xf7, 0x4e, 0xff], // and rdi, ~0xb10800
-            &[0x81, 0xe2, 0x01, 0x08, 0xb1, 0x00],       // and edx, 0xb10801
-        ]));
-        let mut pinned = PinnedMask::default();
-        sweep(&image, |site| pinned.visit(site));
-        assert_eq!(pinned.pin_tsd(&mut image.bytes), 2);
-        assert_eq!(image.bytes[2], 0x04);
-        assert_eq!(image.bytes[9], 0xfb);
-        assert_eq!(image.bytes[15], 0x01);
-    }
-
-    #[test]
-    fn debians_cloud_kernel_keeps_tsd() {
-        let Some((_dir, path)) = debian_kernel("debians_cloud_kernel_keeps_tsd") else { return };
+    fn debians_cloud_kernel_keeps_tsd_in_startup_64() {
+        let Some((_dir, path)) = debian_kernel("debians_cloud_kernel_keeps_tsd_in_startup_64") else {
+            return;
+        };
         let mut image = crate::boot::read_kernel(&path).unwrap();
         let before = image.bytes.clone();
         assert_eq!(patch_startup(&mut image), Ok(2));
@@ -479,8 +410,5 @@ mod tests {
         // `or ecx, PGE|PAE` and `or ecx, LA57`, both soon after startup_64, got TSD.
         let instructions = changed.iter().map(|at| image.bytes[at - 2..at + 4].to_vec());
         assert_eq!(instructions.collect::<Vec<_>>(), [OR_ECX_A4, OR_ECX_LA57_TSD]);
-        let mut pinned = PinnedMask::default();
-        sweep(&image, |site| pinned.visit(site));
-        assert_eq!((pinned.masks.len(), pinned.complements.len()), (2, 2));
     }
 }
