@@ -129,7 +129,7 @@ impl Board {
     #[inline]
     pub fn pio_needs_time(&self, port: u16, write: bool) -> bool {
         match port {
-            0x40..=0x43 | 0x61 => true,
+            0x40..=0x43 | 0x61 => self.pit.needs_time(port, write),
             0x71 => self.cmos.needs_time(write),
             PM1A_EVENT_PORT..=PM1A_EVENT_LAST_PORT | PM_TIMER_PORT..=PM_TIMER_LAST_PORT => !write,
             _ => false,

@@ -502,6 +502,16 @@ mod tests {
     }
 
     #[test]
+    fn edge_is_forgotten_when_its_line_becomes_level_triggered() {
+        let mut pic = initialised();
+        pulse(&mut pic, 5);
+        pic.write(0x4d0, 1 << 5);
+        assert!(!pic.interrupt_pending());
+        pic.write(0x4d0, 0);
+        assert!(!pic.interrupt_pending());
+    }
+
+    #[test]
     fn vanished_request_gives_spurious_7_and_15_without_service() {
         let mut pic = initialised();
         assert_eq!(pic.acknowledge(), 0x37);

@@ -175,9 +175,10 @@ impl Run {
             Step::Start { device, event_idx } => {
                 let features = F_VERSION_1 | if event_idx { F_EVENT_IDX } else { 0 };
                 let kind = KINDS[device];
-                let mut started = self.guest.start(kind, features).into_iter();
-                for queue in self.queues.iter_mut().filter(|queue| queue.kind == kind) {
-                    *queue = started.next().unwrap();
+                let started = self.guest.start(kind, features);
+                let of_kind = self.queues.iter_mut().filter(|queue| queue.kind == kind);
+                for (queue, fresh) in of_kind.zip(started) {
+                    *queue = fresh;
                 }
             }
             Step::Descriptor { queue, at, gpa, len_bytes, flags, next } => {

@@ -459,8 +459,86 @@ fn requests_in_flight_are_bounded_and_the_rest_waits_in_the_ring() {
 }
 
 #[test]
+fn bytes_in_flight_are_bounded() {
+    let mut guest = Guest::new(BoardConfig { disk_bytes: Some(MAX_DISK_BYTES as u64), ..config() });
+    let mut queues = guest.start(VirtioKind::Blk, FEATURES);
+    guest.poke(DATA, &[0; 16]);
+    // The same 512 KiB eight times: one request of 4 MiB.
+    let mut buffers = vec![(DATA, 16, 0)];
+    buffers.extend([(RAM_BYTES / 2, 512 << 10, WRITE); 8]);
+    buffers.push((STATUS, 1, WRITE));
+    let head = queues[0].add(&guest, &buffers);
+    for _ in 1..16 {
+        queues[0].offer(&guest, head);
+    }
+    queues[0].notify(&mut guest);
+    assert_eq!(guest.take_effects().len(), 16, "64 MiB");
+    queues[0].offer(&guest, head);
+    queues[0].notify(&mut guest);
+    assert_eq!(guest.take_effects(), []);
+    disk_done(&mut guest, 0, vec![1; MAX_DISK_BYTES]).unwrap();
+    assert_eq!(guest.take_effects().len(), 1);
+}
+
+#[test]
+fn queue_that_is_not_ready_any_more_is_not_touched_by_a_completion() {
+    for kind in [VirtioKind::Blk, VirtioKind::Rng] {
+        let (mut guest, mut queues) = started(kind);
+        let event = if kind == VirtioKind::Blk {
+            request(&guest, &mut queues[0], T_IN, 0, 512, WRITE);
+            Event::DiskDone { id: 0, status: DiskStatus::Ok, data: vec![1; 512] }
+        } else {
+            queues[0].add(&guest, &[(DATA, 512, WRITE)]);
+            Event::Entropy { data: vec![1; 512] }
+        };
+        queues[0].notify(&mut guest);
+        guest.write32(kind, 0x44, 0);
+        guest.apply(event).unwrap();
+        assert_eq!((guest.peek(DATA, 1), queues[0].take_used(&guest)), (vec![0], vec![]), "{kind:?}");
+        assert_eq!(guest.read32(kind, 0x60), 0, "{kind:?}");
+    }
+}
+
+#[test]
+fn queue_registers_are_locked_while_the_queue_is_ready() {
+    let (mut guest, mut queues) = started(VirtioKind::Rng);
+    for register in [0x38, 0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4] {
+        guest.write32(VirtioKind::Rng, register, 4);
+    }
+    let head = queues[0].add(&guest, &[(DATA, 8, WRITE)]);
+    queues[0].notify(&mut guest);
+    guest.apply(Event::Entropy { data: vec![1; 8] }).unwrap();
+    assert_eq!(queues[0].take_used(&guest), [(head, 8)]);
+}
+
+#[test]
+fn device_that_lengthens_its_own_ring_stops_after_as_many_chains_as_descriptors() {
+    let (mut guest, mut queues) = started(VirtioKind::Blk);
+    let queue = &mut queues[0];
+    let ask = |guest: &mut Guest, queue: &mut Queue, id_gpa: u64, times: u16| {
+        guest.poke(DATA, &[T_GET_ID as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        let rest = (DATA + 0x100, 19, WRITE);
+        let head = queue.add(guest, &[(DATA, 16, 0), (id_gpa, 1, WRITE), rest, (STATUS, 1, WRITE)]);
+        for _ in 1..times {
+            queue.offer(guest, head);
+        }
+        queue.notify(guest);
+    };
+    for _ in 0..101 {
+        ask(&mut guest, queue, DATA + 0x200, 1);
+    }
+    assert_eq!(queue.take_used(&guest).len(), 101);
+    // 16 chains bring the index to 117; the first letter of the serial number, written on it, makes it 118.
+    let index = queue.avail() + 2;
+    ask(&mut guest, queue, index, 16);
+    assert_eq!(guest.peek(index, 1), b"v");
+    assert_eq!(queue.take_used(&guest).len(), 16);
+    assert_ne!(guest.status(VirtioKind::Blk) & NEEDS_RESET, 0);
+}
+
+#[test]
 fn broken_rings_ask_for_a_reset_and_nothing_else_happens() {
-    let cases: [(&str, &[(u64, u32, u16)]); 6] = [
+    let cases: [(&str, &[Buffer]); 6] = [
         ("buffer outside memory", &[(RAM_BYTES, 16, 0), (STATUS, 1, WRITE)]),
         ("buffer across the end of memory", &[(RAM_BYTES - 8, 16, 0), (STATUS, 1, WRITE)]),
         ("address that wraps", &[(u64::MAX - 8, 16, 0), (STATUS, 1, WRITE)]),

@@ -132,7 +132,6 @@ impl<B: Backend> Transport<B> {
             Ok(false) => {}
             Ok(true) => self.interrupt_status |= VIRTIO_MMIO_INT_VRING,
             Err(Broken) => {
-                self.backend.reset();
                 self.status |= NEEDS_RESET;
                 self.interrupt_status |= VIRTIO_MMIO_INT_CONFIG;
             }

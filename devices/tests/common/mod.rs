@@ -3,6 +3,7 @@
 //! Owns: set-up of virtio devices as a driver does it, and rings as a driver fills them. Must never: look
 //! into the board; it sees what a guest sees.
 #![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
 use devices::{Board, BoardConfig, DeviceError, Effect, GuestRam, VirtioKind};
 use ft_log::Event;
@@ -158,6 +159,9 @@ impl Guest {
     }
 }
 
+/// Address, length in bytes and flags of a descriptor.
+pub type Buffer = (u64, u32, u16);
+
 /// The driver's side of a virtqueue: 16 descriptors in a page of its own.
 pub struct Queue {
     pub kind: VirtioKind,
@@ -224,8 +228,8 @@ impl Queue {
         guest.poke(self.avail() + 2, &self.avail_idx.to_le_bytes());
     }
 
-    /// Makes a chain of `(gpa, len_bytes, flags)` available; its head.
-    pub fn add(&mut self, guest: &Guest, buffers: &[(u64, u32, u16)]) -> u16 {
+    /// Makes a chain of buffers available; its head.
+    pub fn add(&mut self, guest: &Guest, buffers: &[Buffer]) -> u16 {
         let head = self.next_descriptor;
         for (position, (gpa, len_bytes, flags)) in buffers.iter().enumerate() {
             let at = self.next_descriptor;
