@@ -316,9 +316,15 @@ pub(crate) struct Pit {
 }
 
 impl Pit {
-    /// Nothing counts yet: all outputs and the gate of counter 2 are low.
+    /// As firmware leaves it: counter 0 is a square wave of the longest period, the others do not count yet
+    /// and their outputs are low. A kernel that lays itself out at random polls counter 0 until it counts.
     pub(crate) fn new() -> Self {
-        Self { counters: [Counter::new(true), Counter::new(true), Counter::new(false)], control: 0 }
+        let mut pit =
+            Self { counters: [Counter::new(true), Counter::new(true), Counter::new(false)], control: 0 };
+        for (port, value) in [(0x43, 0x36), (0x40, 0), (0x40, 0)] {
+            pit.write(port, value, GuestTime(0));
+        }
+        pit
     }
 
     /// Moves from `before` to `now`; whether the output of counter 0 rose in between. Several periods give
@@ -617,6 +623,15 @@ mod tests {
         pit.write(0x43, 0x56, at(T0 + 9)); // counter 1: low byte, mode 3, no count yet
         pit.write(0x43, 0xe4, at(T0 + 9)); // status of counter 1 only
         assert_eq!(pit.read(0x41, at(T0 + 9)), 0b1101_0110);
+    }
+
+    #[test]
+    fn counter_0_counts_from_the_start() {
+        let mut pit = Pit::new();
+        pit.write(0x43, 0xc2, at(T0)); // how Linux reads it for randomness: status and count
+        assert_eq!(pit.read(0x40, at(T0)), 0b1011_0110, "square wave, not waiting for a count");
+        let count = u16::from_le_bytes([pit.read(0x40, at(T0)), pit.read(0x40, at(T0))]);
+        assert_eq!(count, (0x1_0000 - 2 * (T0 - 1)) as u16);
     }
 
     #[test]
