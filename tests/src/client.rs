@@ -35,7 +35,7 @@ pub struct Config {
     pub key_prefix: String,
     /// Nobody else writes: the total number of writes must grow by one with each PUT.
     pub sole_writer: bool,
-    /// How long a reply may take before the connection counts as broken.
+    /// How long a reply may take before the connection counts as broken; noticed after at most twice that time.
     pub reply_timeout: Duration,
 }
 
@@ -207,9 +207,10 @@ impl Client {
         });
         let (requests, replies) = (stream.try_clone()?, BufReader::new(stream.try_clone()?));
         let (sender, receiver) = (Arc::clone(&shared), Arc::clone(&shared));
+        let reply_timeout = config.reply_timeout;
         let threads = vec![
             thread::spawn(move || send_requests(requests, &config, &sender)),
-            thread::spawn(move || read_replies(replies, &receiver)),
+            thread::spawn(move || read_replies(replies, reply_timeout, &receiver)),
         ];
         Ok(Client { stream, shared, threads })
     }
@@ -294,28 +295,34 @@ fn send_requests(mut stream: TcpStream, config: &Config, shared: &Shared) {
     }
 }
 
-fn read_replies(mut replies: BufReader<TcpStream>, shared: &Shared) {
+fn read_replies(mut replies: BufReader<TcpStream>, reply_timeout: Duration, shared: &Shared) {
     let mut line = String::new();
     loop {
-        line.clear();
         let outcome = replies.read_line(&mut line);
         let now = shared.started.elapsed();
         let mut state = shared.state();
+        let in_time = state.replies.oldest_unanswered().is_none_or(|sent| now < sent + reply_timeout);
         let quiet = state.stopping && state.replies.outstanding() == 0;
-        match outcome {
-            Ok(_) if line.ends_with('\n') => state.replies.received(line.trim_end_matches('\n'), now),
-            // The end that `stop` asked for, or silence because nothing was asked.
+        let failure = match outcome {
+            Ok(_) if line.ends_with('\n') => {
+                state.replies.received(line.trim_end_matches('\n'), now);
+                line.clear();
+                None
+            }
+            // The end that `stop` asked for.
             _ if quiet => return,
-            Ok(_) => {
-                drop(state);
-                return shared.fail("the service closed the connection".into());
+            Ok(_) => Some("the service closed the connection".to_owned()),
+            // The read timed out; what has come of a line is kept.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && in_time => None,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Some(format!("no reply within {reply_timeout:?}"))
             }
-            Err(error) => {
-                drop(state);
-                return shared.fail(format!("cannot read replies: {error}"));
-            }
-        }
+            Err(error) => Some(format!("cannot read replies: {error}")),
+        };
         drop(state);
+        if let Some(failure) = failure {
+            return shared.fail(failure);
+        }
         shared.changed.notify_all();
     }
 }
@@ -339,4 +346,83 @@ pub fn dump(stream: TcpStream, timeout: Duration) -> io::Result<BTreeMap<String,
         }
     }
     Err(io::ErrorKind::UnexpectedEof.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_secs(10);
+
+    /// A client of a service that `serve` plays.
+    fn client(config: Config, serve: impl FnOnce(BufReader<TcpStream>) + Send + 'static) -> Client {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (peer, _) = listener.accept().unwrap();
+        thread::spawn(move || serve(BufReader::new(peer)));
+        Client::start(stream, config).unwrap()
+    }
+
+    /// Answers requests with `OK n n` until the client is gone.
+    fn answer_puts(mut requests: BufReader<TcpStream>) {
+        let mut line = String::new();
+        while requests.read_line(&mut line).is_ok_and(|len| len > 0) {
+            let number = line.split(' ').nth(1).unwrap().to_owned();
+            if writeln!(requests.get_mut(), "OK {number} {number}").is_err() {
+                return;
+            }
+            line.clear();
+        }
+    }
+
+    #[test]
+    fn honest_service_gives_a_clean_report() {
+        let client = client(Config { get_every: 0, window: 8, ..Config::default() }, answer_puts);
+        assert!(client.wait_for_replies(1000, SHORT));
+        let report = client.stop(SHORT);
+        assert!(report.is_clean(), "{}: {:?}", report.summary(), report.wrong);
+        assert!(report.samples.len() >= 1000);
+    }
+
+    #[test]
+    fn interval_is_kept_and_idle_time_is_no_failure() {
+        let config = Config {
+            get_every: 0,
+            interval: Duration::from_millis(700),
+            reply_timeout: Duration::from_millis(500),
+            ..Config::default()
+        };
+        let client = client(config, answer_puts);
+        assert!(client.wait_for_replies(3, SHORT));
+        let report = client.stop(SHORT);
+        assert!(report.is_clean(), "{}", report.summary());
+        for sample in &report.samples {
+            let earliest = Duration::from_millis(700 * (sample.number - 1));
+            assert!(sample.sent >= earliest, "request {} was sent after {:?}", sample.number, sample.sent);
+        }
+    }
+
+    #[test]
+    fn silence_breaks_the_connection() {
+        let config = Config { reply_timeout: Duration::from_millis(50), ..Config::default() };
+        let client = client(config, |mut requests| {
+            // Reads until the client hangs up.
+            let _ = io::copy(&mut requests, &mut io::sink());
+        });
+        assert!(!client.wait_for_replies(1, SHORT));
+        let report = client.stop(SHORT);
+        assert!(report.broken.as_deref().is_some_and(|why| why.contains("no reply")), "{:?}", report.broken);
+        assert_eq!(report.lost, [1]);
+    }
+
+    #[test]
+    fn closed_connection_is_reported() {
+        let client = client(Config::default(), |mut requests| {
+            requests.read_line(&mut String::new()).unwrap();
+        });
+        assert!(!client.wait_for_replies(1, SHORT));
+        assert!(client.stop(SHORT).broken.is_some());
+    }
 }

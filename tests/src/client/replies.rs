@@ -63,6 +63,14 @@ impl Replies {
         self.entries.len() - self.answered
     }
 
+    /// When the first of the unanswered requests was sent.
+    pub(super) fn oldest_unanswered(&self) -> Option<Duration> {
+        // They are at the end, but for replies out of order.
+        let outstanding = self.outstanding();
+        let recent = self.entries.iter().rev().filter(|entry| entry.replied.is_none());
+        recent.take(outstanding).last().map(|entry| entry.sent)
+    }
+
     /// The next request goes out.
     pub(super) fn sent(&mut self, expected: Expected, now: Duration) {
         self.entries.push(Entry { expected, sent: now, replied: None, acknowledged: false });
