@@ -20,11 +20,13 @@ use super::image::KernelImage;
 /// - `mitigations=off`: one guest on a CPU whose host has its own; they would cost guest time and MSR exits.
 /// - `reboot=k`: the keyboard controller's reset line, one read and one write, with ACPI or without.
 /// - `random.trust_bootloader=on`: the seed from the monitor counts, so nothing waits for entropy.
+/// - `initcall_blacklist=jent_mod_init`: no self-test of a generator that is made of nothing but RDTSC, thousands
+///   of exits, and that never ends if the reads are too regular.
 /// - `panic=-1`: a guest that panics resets instead of spinning, which no replay could stop.
 /// - `quiet`: a character on the console is three exits.
 const DEFAULTS: &str = "console=ttyS0 notsc nolapic noapic pci=off lpj=1000000 no_timer_check io_delay=none \
-                        8250.nr_uarts=1 mitigations=off reboot=k random.trust_bootloader=on panic=-1 quiet \
-                        clocksource=acpi_pm";
+                        8250.nr_uarts=1 mitigations=off reboot=k random.trust_bootloader=on \
+                        initcall_blacklist=jent_mod_init panic=-1 quiet clocksource=acpi_pm";
 
 /// How a kernel with these capabilities finds devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -52,6 +52,9 @@ pub(super) fn elf_at(code: &[u8], paddr: u64) -> Vec<u8> {
     elf
 }
 
+/// The package of the kernel whose instructions the tests count.
+const DEBIAN_PACKAGE: &str = "linux-image-6.1.0-56-cloud-amd64_";
+
 /// Debian's cloud kernel, where a package of it lies in the cache; says so loudly where not.
 pub(super) fn debian_kernel(test: &str) -> Option<(tempfile::TempDir, PathBuf)> {
     let cache = std::env::var_os("VMFT_CACHE")
@@ -61,13 +64,11 @@ pub(super) fn debian_kernel(test: &str) -> Option<(tempfile::TempDir, PathBuf)> 
         let files = std::fs::read_dir(cache.join("debs")).ok()?;
         files.filter_map(|f| Some(f.ok()?.path())).find(|path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            name.starts_with("linux-image-") && name.contains("cloud-amd64") && name.ends_with(".deb")
+            name.starts_with(DEBIAN_PACKAGE) && name.ends_with(".deb")
         })
     });
     let Some(package) = package else {
-        eprintln!(
-            "SKIPPED: {test}: no Debian cloud kernel package in the cache (VMFT_CACHE or ~/.cache/vmft)"
-        );
+        eprintln!("SKIPPED: {test}: no {DEBIAN_PACKAGE} in the cache (VMFT_CACHE or ~/.cache/vmft)");
         return None;
     };
     let dir = tempfile::tempdir().unwrap();

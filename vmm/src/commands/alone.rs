@@ -1,0 +1,65 @@
+//! `vmft run` and `vmft record`: a guest without a backup.
+//!
+//! Owns: nothing beyond the call. Must never: differ between the two in what the guest sees.
+
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use crossbeam_channel::bounded;
+use ft_log::{Encoder, RecordingWriter};
+
+use super::stop::Stop;
+use super::{CommandError, Ending, Prepared, Terminal, ending, prepare};
+use crate::config::GuestArgs;
+use crate::host::disk::Caching;
+use crate::outlet::{Outlet, always};
+use crate::run::{self, FileLog, HostTime, INBOX_EVENTS, Live, LogSink, NoLog};
+use crate::snapshot;
+
+/// `vmft run`.
+pub fn run(args: &GuestArgs) -> Result<Ending, CommandError> {
+    play(prepare(args, Caching::Host)?, |_, outlet| Ok(NoLog::new(outlet)))
+}
+
+/// `vmft record FILE`.
+pub fn record(file: &Path, args: &GuestArgs) -> Result<Ending, CommandError> {
+    let mut prepared = prepare(args, Caching::Host)?;
+    let mut writer = RecordingWriter::create(file)?;
+    prepared.machine.settle().map_err(run::RunError::from)?;
+    let sink = BufWriter::with_capacity(1 << 20, writer.snapshot());
+    let sink = snapshot::save(&prepared.machine, &prepared.config, sink, |_, _| {})?;
+    finish_snapshot(sink)?;
+    let encoder = Encoder::new(snapshot::cursor(&prepared.machine));
+    play(prepared, |_, outlet| Ok(FileLog::new(outlet, writer, encoder)))
+}
+
+fn finish_snapshot<W: Write>(sink: BufWriter<ft_log::SnapshotSink<'_, W>>) -> Result<(), CommandError> {
+    let sink = sink.into_inner().map_err(|error| CommandError::host("write the snapshot")(error.into_error()))?;
+    sink.finish().map_err(|error| CommandError::Run(error.into()))
+}
+
+fn play<L: LogSink>(
+    prepared: Prepared,
+    log: impl FnOnce(&Stop, Outlet) -> Result<L, CommandError>,
+) -> Result<Ending, CommandError> {
+    let Prepared { mut machine, resources, .. } = prepared;
+    let (stop, woken) = Stop::install()?;
+    let (sender, receiver) = bounded(INBOX_EVENTS);
+    let outlet = resources.start(&sender, always())?;
+    let terminal = Terminal::start(&sender)?;
+    let quit = terminal.reader.quit().clone();
+    let on_quit = stop.clone();
+    std::thread::Builder::new()
+        .name("quit".into())
+        .spawn(move || {
+            if quit.recv().is_ok() {
+                on_quit.request();
+            }
+        })
+        .map_err(CommandError::host("start a thread"))?;
+    let log = log(&stop, outlet)?;
+    let time = HostTime::starting_at(machine.now());
+    let mut door = Live::new(time, (sender, receiver), woken, stop.flag(), log);
+    let stopped = run::run(&mut machine, &mut door)?;
+    Ok(ending(stopped, machine.anchors()))
+}

@@ -1,0 +1,184 @@
+//! The monitor's commands.
+//!
+//! Owns: the order in which a command checks what it was given, builds a guest, runs it and cleans up.
+//! Must never: leave the terminal, a tap, a lock or a file behind, whatever fails.
+
+mod alone;
+mod doctor;
+mod pair;
+mod replay;
+mod stop;
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use devices::BoardConfig;
+use thiserror::Error;
+
+use crate::config::{Cli, Command, GuestArgs};
+use crate::guest::{BootFiles, GuestConfig, GuestError};
+use crate::host::console::{ConsoleReader, RawTerminal};
+use crate::host::disk::{Caching, Disk, DiskError};
+use crate::host::tap::{Tap, TapError};
+use crate::kvm::{Kvm, KvmError};
+use crate::machine::{GuestEnd, Machine};
+use crate::outlet::{OutletError, Resources};
+use crate::run::{RunError, Stopped};
+use crate::snapshot::SnapshotError;
+
+/// How the monitor ended; each has its own exit status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The guest ended in an orderly way, or was stopped on request. Status 0.
+    Orderly,
+    /// The guest crashed. Status 5.
+    GuestCrashed,
+    /// Another monitor owns the guest now. Status 3.
+    LostClaim,
+}
+
+impl Ending {
+    /// The process's exit status. 1 is an error, 2 a wrong command line, 4 a divergence.
+    pub fn status(self) -> u8 {
+        match self {
+            Self::Orderly => 0,
+            Self::LostClaim => 3,
+            Self::GuestCrashed => 5,
+        }
+    }
+}
+
+/// What can go wrong with a command.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum CommandError {
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    #[error(transparent)]
+    Outlet(#[from] OutletError),
+    #[error(transparent)]
+    Recording(#[from] ft_log::RecordingError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    #[error(transparent)]
+    Run(#[from] RunError),
+    #[error(transparent)]
+    Pair(#[from] pair::PairError),
+    #[error("{0}")]
+    Unfit(String),
+    /// Something that the host should always be able to give.
+    #[error("this host cannot {what}: {source}")]
+    Host {
+        what: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+impl CommandError {
+    /// The process's exit status.
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::Run(RunError::Diverged(_)) => 4,
+            _ => 1,
+        }
+    }
+
+    fn host(what: &'static str) -> impl Fn(std::io::Error) -> Self {
+        move |source| Self::Host { what, source }
+    }
+}
+
+/// Does what the command line says.
+pub fn execute(cli: Cli) -> Result<Ending, CommandError> {
+    match cli.command {
+        Command::Run(guest) => alone::run(&guest),
+        Command::Record { file, guest } => alone::record(&file, &guest),
+        Command::Replay { file, console } => replay::replay(&file, console),
+        Command::Primary(args) => pair::primary(&args),
+        Command::Backup(args) => pair::backup(&args),
+        Command::Doctor => doctor::doctor(),
+    }
+}
+
+/// A guest that has not run yet, with the host's resources for it opened and checked.
+struct Prepared {
+    config: GuestConfig,
+    machine: Machine,
+    resources: Resources,
+}
+
+fn prepare(args: &GuestArgs, caching: Caching) -> Result<Prepared, CommandError> {
+    let memory_bytes = GuestConfig::memory_bytes(args.memory_mib)?;
+    let kvm = Kvm::open()?;
+    let resources = open_resources(args.disk.as_deref(), args.disk_read_only, args.tap.as_deref(), caching)?;
+    let board = BoardConfig {
+        epoch_s: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        ram_bytes: memory_bytes,
+        net_mac: args.tap.is_some().then(|| args.mac()),
+        disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
+        disk_read_only: args.disk_read_only,
+    };
+    let config = GuestConfig::new(&kvm, &args.name, memory_bytes, board)?;
+    let files =
+        BootFiles { kernel: args.kernel.clone(), initrd: args.initrd.clone(), cmdline: args.cmdline.clone() };
+    let mut seed = [0; 32];
+    crate::host::random_bytes(&mut seed).map_err(CommandError::host("give random bytes"))?;
+    let machine = config.boot(&kvm, &files, seed)?;
+    Ok(Prepared { config, machine, resources })
+}
+
+fn open_resources(
+    disk: Option<&Path>,
+    read_only: bool,
+    tap: Option<&str>,
+    caching: Caching,
+) -> Result<Resources, CommandError> {
+    Ok(Resources {
+        disk: disk.map(|path| Disk::open(path, read_only, caching)).transpose()?,
+        tap: tap.map(Tap::open).transpose()?,
+    })
+}
+
+/// This terminal as the guest's console, until dropped.
+struct Terminal {
+    reader: ConsoleReader,
+    _raw: Option<RawTerminal>,
+}
+
+impl Terminal {
+    fn start(inbox: &crossbeam_channel::Sender<ft_log::Event>) -> Result<Self, CommandError> {
+        use std::os::fd::AsFd;
+        let raw = RawTerminal::enter(std::io::stdin().as_fd())
+            .map_err(CommandError::host("set the terminal to raw mode"))?;
+        let reader = ConsoleReader::start(std::io::stdin(), inbox.clone())
+            .map_err(CommandError::host("start the console's thread"))?;
+        Ok(Self { reader, _raw: raw })
+    }
+}
+
+/// Says how a guest ended.
+fn ending(stopped: Stopped, anchors: u64) -> Ending {
+    match stopped {
+        Stopped::GuestEnded(end) => {
+            let crashed = match end {
+                GuestEnd::PowerOff => "the guest powered itself off",
+                GuestEnd::Reset => "the guest asked for a reset",
+                GuestEnd::TripleFault => "the guest crashed with a triple fault",
+                GuestEnd::HaltedForever => "the guest halted for good, with interrupts off",
+            };
+            tracing::info!(anchors, "{crashed}");
+            match end {
+                GuestEnd::PowerOff | GuestEnd::Reset => Ending::Orderly,
+                GuestEnd::TripleFault | GuestEnd::HaltedForever => Ending::GuestCrashed,
+            }
+        }
+        Stopped::Requested | Stopped::LogEnded | Stopped::ReplayEqual => Ending::Orderly,
+    }
+}

@@ -1,0 +1,66 @@
+//! `vmft replay FILE`.
+//!
+//! Owns: reading a recording from start to end. Must never: let an effect out, except console text that was
+//! asked for.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::time::Instant;
+
+use devices::Effect;
+use ft_log::{Batch, GuestTime, RecordingReader};
+
+use super::{CommandError, Ending};
+use crate::kvm::Kvm;
+use crate::run::{self, BatchSource, Follow, RunError, Stopped};
+use crate::snapshot;
+
+struct FromFile {
+    reader: RecordingReader<File>,
+}
+
+impl BatchSource for FromFile {
+    fn next(&mut self) -> Result<Option<Batch>, RunError> {
+        Ok(self.reader.next_batch()?)
+    }
+
+    fn executed(&mut self, _: u64, _: GuestTime) {}
+
+    fn abandoned(&self) -> bool {
+        false
+    }
+}
+
+/// `vmft replay FILE`.
+pub fn replay(file: &Path, console: bool) -> Result<Ending, CommandError> {
+    let kvm = Kvm::open()?;
+    let mut reader = RecordingReader::open(file)?;
+    let (config, mut machine) = snapshot::load(&kvm, reader.snapshot(), |_| {})?;
+    tracing::info!(guest = %config.name, anchor = machine.anchors(), "replaying");
+    let started = Instant::now();
+    let cursor = snapshot::cursor(&machine);
+    let mut door = Follow::new(FromFile { reader }, cursor);
+    if console {
+        door.watch_effects(Box::new(|effect| {
+            if let Effect::Console(byte) = effect {
+                // A reader that is gone does not disturb the replay.
+                let _ = std::io::stdout().write_all(&[*byte]);
+            }
+        }));
+    }
+    let stopped = run::run(&mut machine, &mut door)?;
+    if stopped == Stopped::LogEnded {
+        return Err(RunError::Truncated { anchor: machine.anchors() }.into());
+    }
+    let digest = machine.state_digest();
+    println!(
+        "replay equal: {} anchors in {:.2} s; registers {:016x} memory {:016x} devices {:016x}",
+        machine.anchors(),
+        started.elapsed().as_secs_f64(),
+        digest.registers,
+        digest.memory,
+        digest.devices
+    );
+    Ok(Ending::Orderly)
+}

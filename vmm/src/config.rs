@@ -1,0 +1,180 @@
+//! The command line.
+//!
+//! Owns: every option, its default and its unit. Must never: open or check anything; the commands do.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Fault-tolerant hypervisor: a Linux guest that outlives its host.
+#[derive(Debug, Parser)]
+#[command(name = "vmft", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+    /// More about what the monitor does (-v: debug, -vv: trace). RUST_LOG works too.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// What the monitor can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a guest without fault tolerance, with this terminal as its console (Ctrl-A x quits).
+    Run(GuestArgs),
+    /// Run a guest and record it, whole, into a file.
+    Record {
+        /// The recording. Must not exist.
+        file: PathBuf,
+        /// The guest.
+        #[command(flatten)]
+        guest: GuestArgs,
+    },
+    /// Replay a recording and compare every anchor, all memory and every device.
+    Replay {
+        /// The recording.
+        file: PathBuf,
+        /// Print what the guest wrote to its console.
+        #[arg(long)]
+        console: bool,
+    },
+    /// Run a guest as the primary of a pair.
+    Primary(Box<PrimaryArgs>),
+    /// Follow a primary and take over when it fails.
+    Backup(BackupArgs),
+    /// Say whether this host can run guests, and how well.
+    Doctor,
+}
+
+/// What a guest is made of.
+#[derive(Clone, Debug, Args)]
+pub struct GuestArgs {
+    /// Kernel: an x86-64 vmlinux or bzImage.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM file system.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Added to the kernel command line.
+    #[arg(long, value_name = "STRING")]
+    pub cmdline: Option<String>,
+    /// Guest memory in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    pub memory_mib: u64,
+    /// Raw disk image, shown to the guest as /dev/vda.
+    #[arg(long, value_name = "FILE")]
+    pub disk: Option<PathBuf>,
+    /// The guest may not write its disk.
+    #[arg(long, requires = "disk")]
+    pub disk_read_only: bool,
+    /// Existing tap interface for the guest's network card.
+    #[arg(long, value_name = "NAME")]
+    pub tap: Option<String>,
+    /// The network card's address; default: made from the guest's name.
+    #[arg(long, value_name = "MAC", requires = "tap", value_parser = parse_mac)]
+    pub mac: Option<[u8; 6]>,
+    /// The guest's name. Both monitors of a pair must use the same.
+    #[arg(long, default_value = "guest")]
+    pub name: String,
+}
+
+/// What both sides of a pair need.
+#[derive(Clone, Debug, Args)]
+pub struct PairArgs {
+    /// Directory on storage that both hosts share; the two arbitrate there over who goes on.
+    #[arg(long, value_name = "DIR")]
+    pub shared: PathBuf,
+    /// Silence after which the other side counts as failed.
+    #[arg(long, value_name = "MS", default_value_t = 500, value_parser = clap::value_parser!(u64).range(20..=60_000))]
+    pub timeout_ms: u64,
+    /// Time between two heartbeats; at most a third of the timeout.
+    #[arg(long, value_name = "MS", default_value_t = 25, value_parser = clap::value_parser!(u64).range(1..=20_000))]
+    pub heartbeat_ms: u64,
+}
+
+/// `vmft primary`.
+#[derive(Clone, Debug, Args)]
+pub struct PrimaryArgs {
+    /// The guest.
+    #[command(flatten)]
+    pub guest: GuestArgs,
+    /// What both sides need.
+    #[command(flatten)]
+    pub pair: PairArgs,
+    /// Where a backup may connect: log by TCP, heartbeats by UDP on the same port.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: SocketAddr,
+}
+
+/// `vmft backup`.
+#[derive(Clone, Debug, Args)]
+pub struct BackupArgs {
+    /// The primary's --listen address.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub connect: SocketAddr,
+    /// What both sides need.
+    #[command(flatten)]
+    pub pair: PairArgs,
+    /// The guest's name.
+    #[arg(long, default_value = "guest")]
+    pub name: String,
+    /// The guest's disk image as this host sees it: the same file on shared storage.
+    #[arg(long, value_name = "FILE")]
+    pub disk: Option<PathBuf>,
+    /// Existing tap interface that the guest's network card will use here.
+    #[arg(long, value_name = "NAME")]
+    pub tap: Option<String>,
+    /// After a takeover, where a new backup may connect.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// How long to keep trying to reach the primary.
+    #[arg(long, value_name = "MS", default_value_t = 5_000)]
+    pub connect_timeout_ms: u64,
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], String> {
+    let bytes: Vec<u8> = text
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16))
+        .collect::<Result<_, _>>()
+        .map_err(|_| format!("'{text}' is not a MAC address such as 52:54:00:12:34:56"))?;
+    let mac: [u8; 6] =
+        bytes.try_into().map_err(|_| format!("'{text}' is not a MAC address of six bytes"))?;
+    if mac[0] & 1 == 1 {
+        return Err(format!("'{text}' is a multicast address; the first byte must be even"));
+    }
+    Ok(mac)
+}
+
+impl GuestArgs {
+    /// The network card's address: as given, or made from the guest's name, so that it is the same at
+    /// every start. Locally administered, unicast.
+    pub fn mac(&self) -> [u8; 6] {
+        self.mac.unwrap_or_else(|| {
+            let hash = xxhash_rust::xxh3::xxh3_64(self.name.as_bytes()).to_le_bytes();
+            [0x52, 0x54, hash[0], hash[1], hash[2], hash[3]]
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn mac_addresses_are_parsed_or_refused() {
+        assert_eq!(parse_mac("52:54:00:12:34:56"), Ok([0x52, 0x54, 0, 0x12, 0x34, 0x56]));
+        for bad in ["", "52:54:00:12:34", "52:54:00:12:34:zz", "53:54:00:12:34:56", "52:54:00:12:34:56:78"] {
+            assert!(parse_mac(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The primary's door for backups: listens, greets, checks, and hands over to the vCPU thread.
+//!
+//! Owns: the listening socket. Must never: disturb the guest. Whoever connects has a bounded time and a
+//! bounded number of bytes to say who it is; random bytes, silence and wrong peers end here.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crossbeam_channel::{Sender, TrySendError};
+use ft_log::{
+    Expected, FrameReader, FrameWriter, Message, StreamError, check_hello, read_preamble, write_preamble,
+};
+use thiserror::Error;
+
+use super::link::{Link, Phase};
+use super::primary::Join;
+
+/// Longest that one read or write of a greeting may take.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
+/// Greetings at the same time; whoever comes beyond that is closed at once.
+const GREETINGS_MAX: usize = 4;
+
+/// Why nobody can connect.
+#[derive(Debug, Error)]
+pub enum AcceptError {
+    /// The address cannot be listened on.
+    #[error(
+        "backups cannot be awaited on {address} (TCP): {source}. Choose an address of this host and a free port with --listen"
+    )]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// The host has no thread left.
+    #[error("the listening thread cannot be started: {0}")]
+    Thread(#[source] io::Error),
+}
+
+/// A socket on which backups can connect.
+pub struct Listener {
+    socket: TcpListener,
+}
+
+/// What the greeting needs.
+pub struct Reception {
+    /// What a backup must be.
+    pub expected: Expected,
+    /// Whether there is one already.
+    pub link: Arc<Link>,
+    /// Where accepted backups go.
+    pub joins: Sender<Join>,
+    /// Makes a halted guest's thread look at `joins`.
+    pub wake: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Listener {
+    /// Binds `address`.
+    pub fn bind(address: SocketAddr) -> Result<Self, AcceptError> {
+        let socket = TcpListener::bind(address).map_err(|source| AcceptError::Bind { address, source })?;
+        Ok(Self { socket })
+    }
+
+    /// Greets whoever connects, until the process ends.
+    pub fn serve(self, reception: Reception) -> Result<(), AcceptError> {
+        let reception = Arc::new(reception);
+        let greetings = Arc::new(AtomicUsize::new(0));
+        std::thread::Builder::new()
+            .name("accept".into())
+            .spawn(move || {
+                loop {
+                    match self.socket.accept() {
+                        Ok((stream, address)) => greet_aside(stream, address, &reception, &greetings),
+                        Err(error) => {
+                            tracing::warn!(%error, "a connection could not be accepted");
+                            // Out of descriptors, most likely: give others the time to close some.
+                            std::thread::sleep(Duration::from_millis(100));
+                        }
+                    }
+                }
+            })
+            .map_err(AcceptError::Thread)?;
+        Ok(())
+    }
+}
+
+fn greet_aside(
+    stream: TcpStream,
+    address: SocketAddr,
+    reception: &Arc<Reception>,
+    greetings: &Arc<AtomicUsize>,
+) {
+    if greetings.fetch_add(1, Ordering::SeqCst) >= GREETINGS_MAX {
+        greetings.fetch_sub(1, Ordering::SeqCst);
+        return;
+    }
+    let (reception, running) = (Arc::clone(reception), Arc::clone(greetings));
+    let spawned = std::thread::Builder::new().name("greeting".into()).spawn(move || {
+        if let Err(error) = greet(stream, address, &reception) {
+            tracing::warn!(%address, %error, "a connection on the log port came to nothing");
+        }
+        running.fetch_sub(1, Ordering::SeqCst);
+    });
+    if let Err(error) = spawned {
+        tracing::warn!(%address, %error, "no thread for a connection on the log port");
+        greetings.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+fn greet(mut stream: TcpStream, address: SocketAddr, reception: &Reception) -> Result<(), StreamError> {
+    stream.set_nodelay(true).map_err(StreamError::Io)?;
+    stream.set_read_timeout(Some(GREETING_TIMEOUT)).map_err(StreamError::Io)?;
+    stream.set_write_timeout(Some(GREETING_TIMEOUT)).map_err(StreamError::Io)?;
+    write_preamble(&mut stream)?;
+    read_preamble(&mut stream)?;
+    let hello = match FrameReader::new(&stream).receive()? {
+        Some(Message::Hello(hello)) => hello,
+        Some(other) => return refuse(&stream, format!("expected hello, got {}", other.kind().name())),
+        None => return Ok(()),
+    };
+    if let Err(mismatch) = check_hello(&hello, &reception.expected) {
+        tracing::warn!(%address, "a backup was refused: {mismatch}");
+        return refuse(&stream, mismatch.to_string());
+    }
+    if reception.link.phase() != Phase::Alone {
+        return refuse(&stream, "this guest has a backup already".into());
+    }
+    let join = Join { stream, host: hello.host_name, address };
+    match reception.joins.try_send(join) {
+        Ok(()) => (reception.wake)(),
+        Err(TrySendError::Full(join) | TrySendError::Disconnected(join)) => {
+            return refuse(&join.stream, "another backup is joining at this moment".into());
+        }
+    }
+    Ok(())
+}
+
+fn refuse(stream: &TcpStream, reason: String) -> Result<(), StreamError> {
+    FrameWriter::new(stream).send(&Message::Refuse { reason })
+}

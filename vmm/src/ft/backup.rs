@@ -1,0 +1,337 @@
+//! The backup's end of the log: connects, receives, acknowledges, and decides when the primary is lost.
+//!
+//! Owns: the connection and the batches that wait to be executed. Must never: acknowledge anything after it
+//! has begun to claim: the primary may let out what was acknowledged.
+//!
+//! ```text
+//!   Connecting ── Welcome, snapshot ──> Following ── link closed, or silence ──> Claiming ─┬─> Won: go live
+//!                                           │ Bye(GuestEnded)                              └─> Lost: stop
+//!                                           └──> Ended
+//! ```
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ft_log::{
+    Ack, Batch, BatchReceiver, ByeReason, FrameReader, FrameWriter, GuestTime, Hello, Message, StreamError,
+    Welcome, read_preamble, write_preamble,
+};
+use thiserror::Error;
+
+use crate::run::{BatchSource, RunError};
+
+/// Bytes of batches that may wait for execution; beyond that the primary waits for acknowledgements.
+const QUEUE_LIMIT_BYTES: usize = 16 << 20;
+/// Pause between two attempts to reach the primary.
+const CONNECT_AGAIN: Duration = Duration::from_millis(100);
+/// Longest that one read of the greeting or the snapshot may take.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a backup cannot follow.
+#[derive(Debug, Error)]
+pub enum BackupError {
+    /// Nobody answers.
+    #[error("no primary answers at {address}: {source}. Is `vmft primary` running, with this --listen address?")]
+    Unreachable {
+        /// The address.
+        address: SocketAddr,
+        /// What the last attempt said.
+        #[source]
+        source: io::Error,
+    },
+    /// The primary does not want this backup.
+    #[error("the primary at {address} refuses this backup: {reason}")]
+    Refused {
+        /// Its address.
+        address: SocketAddr,
+        /// Its sentence.
+        reason: String,
+    },
+    /// What answers is no primary, or it broke off.
+    #[error("the primary at {address} was lost before the pair was formed: {source}")]
+    Stream {
+        /// The address.
+        address: SocketAddr,
+        /// What went wrong.
+        #[source]
+        source: StreamError,
+    },
+    /// Something else than the greeting came.
+    #[error("the primary at {address} sent {found} where its welcome belongs")]
+    Unexpected {
+        /// The address.
+        address: SocketAddr,
+        /// What came.
+        found: String,
+    },
+}
+
+/// A connection to a primary that has accepted this backup.
+pub struct Connection {
+    /// Reads the snapshot, then batches.
+    pub frames: FrameReader<TcpStream>,
+    /// The primary's address.
+    pub address: SocketAddr,
+    /// What the primary said.
+    pub welcome: Welcome,
+    stream: TcpStream,
+}
+
+/// Connects to the primary at `address` and introduces this backup.
+pub fn connect(address: SocketAddr, hello: Hello, timeout: Duration) -> Result<Connection, BackupError> {
+    let deadline = Instant::now() + timeout;
+    let stream = loop {
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        match TcpStream::connect_timeout(&address, left) {
+            Ok(stream) => break stream,
+            Err(source) if Instant::now() >= deadline => {
+                return Err(BackupError::Unreachable { address, source });
+            }
+            Err(_) => std::thread::sleep(CONNECT_AGAIN),
+        }
+    };
+    let broken = |source| BackupError::Stream { address, source };
+    greet(stream, hello).map_err(broken).and_then(|(stream, mut frames)| {
+        match frames.receive().map_err(broken)? {
+            Some(Message::Welcome(welcome)) => Ok(Connection { frames, address, welcome, stream }),
+            Some(Message::Refuse { reason }) => Err(BackupError::Refused { address, reason }),
+            Some(other) => {
+                Err(BackupError::Unexpected { address, found: format!("a {} message", other.kind().name()) })
+            }
+            None => Err(BackupError::Unexpected { address, found: "nothing".into() }),
+        }
+    })
+}
+
+fn greet(stream: TcpStream, hello: Hello) -> Result<(TcpStream, FrameReader<TcpStream>), StreamError> {
+    let io = StreamError::Io;
+    stream.set_nodelay(true).map_err(io)?;
+    stream.set_read_timeout(Some(READ_TIMEOUT)).map_err(io)?;
+    stream.set_write_timeout(Some(READ_TIMEOUT)).map_err(io)?;
+    let mut input = stream.try_clone().map_err(io)?;
+    write_preamble(&mut &stream)?;
+    read_preamble(&mut input)?;
+    FrameWriter::new(&stream).send(&Message::Hello(hello))?;
+    Ok((stream, FrameReader::new(input)))
+}
+
+/// Why there will be no more batches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LinkEnd {
+    /// The guest's life ended in an orderly way.
+    GuestEnded,
+    /// The primary is gone or silent.
+    Lost {
+        /// How it was noticed.
+        why: String,
+        /// The primary's end closed the connection: the monitor has ended, or has given this backup up, and
+        /// lets nothing out in this view. Otherwise it may still believe that this backup follows.
+        by_peer: bool,
+    },
+}
+
+impl LinkEnd {
+    fn unsure(why: String) -> Self {
+        Self::Lost { why, by_peer: false }
+    }
+
+    fn broken(what: &str, error: &StreamError) -> Self {
+        let by_peer = match error {
+            StreamError::Truncated { .. } => true,
+            StreamError::Io(error) => {
+                matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+            }
+            _ => false,
+        };
+        Self::Lost { why: format!("{what}: {error}"), by_peer }
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    batches: VecDeque<Batch>,
+    bytes: usize,
+    end: Option<LinkEnd>,
+}
+
+/// Batches on their way from the receiver to the vCPU thread, and the acknowledgements of them.
+pub struct Inflow {
+    queue: Mutex<Queue>,
+    changed: Condvar,
+    acks: Mutex<FrameWriter<TcpStream>>,
+    received: AtomicU64,
+    executed: AtomicU64,
+    executed_time: AtomicU64,
+    reached: AtomicU64,
+    stream: TcpStream,
+}
+
+impl Connection {
+    /// This host's address on the way to the primary.
+    pub fn local_address(&self) -> Result<SocketAddr, BackupError> {
+        self.stream
+            .local_addr()
+            .map_err(|error| BackupError::Stream { address: self.address, source: StreamError::Io(error) })
+    }
+
+    /// Splits the connection, with the snapshot read, into the receiver's end and the shared inflow.
+    pub fn follow(self, start: ft_log::Cursor) -> Result<(Arc<Inflow>, FrameReader<TcpStream>), StreamError> {
+        self.stream.set_read_timeout(None).map_err(StreamError::Io)?;
+        let acks = FrameWriter::new(self.stream.try_clone().map_err(StreamError::Io)?);
+        let inflow = Inflow {
+            queue: Mutex::default(),
+            changed: Condvar::new(),
+            acks: Mutex::new(acks),
+            received: AtomicU64::new(0),
+            executed: AtomicU64::new(start.anchor),
+            executed_time: AtomicU64::new(start.time.0),
+            reached: AtomicU64::new(start.anchor),
+            stream: self.stream,
+        };
+        inflow.acknowledge()?;
+        Ok((Arc::new(inflow), self.frames))
+    }
+}
+
+impl Inflow {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the primary up: the receiver ends with what it has.
+    pub fn give_up(&self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// How the link ended, if it has.
+    pub fn end(&self) -> Option<LinkEnd> {
+        self.lock().end.clone()
+    }
+
+    fn acknowledge(&self) -> Result<(), StreamError> {
+        let mut acks = self.acks.lock().unwrap_or_else(PoisonError::into_inner);
+        let ack = Ack {
+            received: self.received.load(Ordering::SeqCst),
+            executed: self.executed.load(Ordering::SeqCst),
+            executed_time: GuestTime(self.executed_time.load(Ordering::SeqCst)),
+        };
+        acks.send(&Message::Ack(ack))
+    }
+
+    /// Receives until the link ends. `heard` is called for every message.
+    pub fn receive(&self, mut frames: FrameReader<TcpStream>, heard: impl Fn()) -> LinkEnd {
+        let mut order = BatchReceiver::default();
+        let end = loop {
+            match frames.receive() {
+                Ok(Some(Message::Batch(batch))) => {
+                    heard();
+                    if let Err(error) = order.accept(&batch) {
+                        break LinkEnd::unsure(format!("the primary's log is out of order: {error}"));
+                    }
+                    self.reached.store(batch.reached, Ordering::SeqCst);
+                    let seq = batch.seq;
+                    self.push(batch);
+                    self.received.store(seq, Ordering::SeqCst);
+                    if let Err(error) = self.acknowledge() {
+                        break LinkEnd::broken("acknowledgements cannot be sent", &error);
+                    }
+                }
+                Ok(Some(Message::Bye { reason: ByeReason::GuestEnded, .. })) => break LinkEnd::GuestEnded,
+                Ok(Some(Message::Bye { reason, text })) => {
+                    break LinkEnd::Lost { why: format!("the primary left: {reason:?} {text}"), by_peer: true };
+                }
+                Ok(Some(other)) => {
+                    break LinkEnd::unsure(format!("the primary sent a {} message", other.kind().name()));
+                }
+                Ok(None) => {
+                    break LinkEnd::Lost { why: "the primary closed the connection".into(), by_peer: true };
+                }
+                Err(error) => break LinkEnd::broken("the connection to the primary failed", &error),
+            }
+        };
+        // Nothing is acknowledged any more from here on.
+        let _ = self.stream.shutdown(Shutdown::Both);
+        self.lock().end = Some(end.clone());
+        self.changed.notify_all();
+        end
+    }
+
+    fn push(&self, batch: Batch) {
+        let mut queue = self.lock();
+        while queue.bytes >= QUEUE_LIMIT_BYTES {
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        queue.bytes += batch.entries.len();
+        queue.batches.push_back(batch);
+        self.changed.notify_all();
+    }
+
+    fn pop(&self) -> Option<Batch> {
+        let mut queue = self.lock();
+        loop {
+            if let Some(batch) = queue.batches.pop_front() {
+                queue.bytes -= batch.entries.len();
+                self.changed.notify_all();
+                return Some(batch);
+            }
+            if queue.end.is_some() {
+                return None;
+            }
+            queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.lock().batches.is_empty()
+    }
+}
+
+/// The vCPU thread's view of the inflow.
+pub struct FromPrimary {
+    inflow: Arc<Inflow>,
+    base: Option<(Instant, GuestTime)>,
+    told: u64,
+}
+
+impl FromPrimary {
+    /// Follows `inflow`.
+    pub fn new(inflow: Arc<Inflow>) -> Self {
+        Self { inflow, base: None, told: 0 }
+    }
+
+    /// The guest time that the primary's clock would show now: the best guess from all the times executed.
+    pub fn primary_time(&self) -> Option<GuestTime> {
+        let (at, time) = self.base?;
+        Some(GuestTime::from_ns(time.to_ns().saturating_add(at.elapsed().as_nanos() as u64)))
+    }
+}
+
+impl BatchSource for FromPrimary {
+    fn next(&mut self) -> Result<Option<Batch>, RunError> {
+        let executed = self.inflow.executed.load(Ordering::SeqCst);
+        if self.inflow.is_empty() && executed > self.told {
+            self.told = executed;
+            // So that the primary does not take an idle backup for a slow one. A broken link ends the inflow.
+            let _ = self.inflow.acknowledge();
+        }
+        Ok(self.inflow.pop())
+    }
+
+    fn executed(&mut self, anchor: u64, time: GuestTime) {
+        self.inflow.executed.store(anchor, Ordering::SeqCst);
+        self.inflow.executed_time.store(time.0, Ordering::SeqCst);
+        // The smallest lag ever seen comes closest to the primary's clock.
+        let now = Instant::now();
+        if self.primary_time().is_none_or(|guess| time > guess) {
+            self.base = Some((now, time));
+        }
+    }
+
+    fn abandoned(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,335 @@
+//! The primary's end of the log connection, as shared state.
+//!
+//! Owns: what of the log is not sent yet, what is not acknowledged yet, and when the backup is known to have
+//! been alive. Must never: do I/O; the sender and the ack receiver do (`primary.rs`).
+//!
+//! ```text
+//!            attach()                 detach()               alone()
+//!   Alone ─────────────> Paired ─────────────────> Orphaned ─────────> Alone (next view)
+//!                                                     │ claim lost
+//!                                                     └──────────────> the process ends
+//! ```
+//! In `Orphaned` nobody may let output go: the former backup may have taken over.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ft_log::{Ack, Batch, BatchSender, ByeReason, GuestTime, SequenceError};
+
+/// Unsent bytes at which the vCPU thread waits for the sender. It can hold one entry of the largest disk read.
+const PENDING_LIMIT_BYTES: usize = 8 << 20;
+/// Unsent bytes that are sent without waiting for the interval.
+const EAGER_BYTES: usize = 16 << 10;
+/// Longest that an entry waits in a busy log before it is sent.
+const INTERVAL: Duration = Duration::from_millis(20);
+/// Most batches whose time of sending is remembered; older ones say nothing new.
+const SENT_TIMES: usize = 4_096;
+
+/// Whether there is a backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// No backup; output goes at once.
+    Alone,
+    /// A backup follows; output waits for it.
+    Paired,
+    /// The backup is lost and the claim not decided: no output goes.
+    Orphaned,
+}
+
+struct State {
+    phase: Phase,
+    pending: Vec<u8>,
+    reached: u64,
+    sent_reached: u64,
+    urgent: bool,
+    sender: BatchSender,
+    released: u64,
+    sent_at: VecDeque<(u64, Instant)>,
+    alive_at: Instant,
+    bytes_sent: u64,
+    bye: Option<ByeReason>,
+}
+
+impl State {
+    fn new(phase: Phase, anchor: u64) -> Self {
+        Self {
+            phase,
+            pending: Vec::new(),
+            reached: anchor,
+            sent_reached: anchor,
+            urgent: false,
+            sender: BatchSender::default(),
+            released: 0,
+            sent_at: VecDeque::new(),
+            alive_at: Instant::now(),
+            bytes_sent: 0,
+            bye: None,
+        }
+    }
+}
+
+/// The link. Shared by the vCPU thread, the sender, the ack receiver and the supervisor.
+pub struct Link {
+    state: Mutex<State>,
+    to_send: Condvar,
+    has_room: Condvar,
+    all_acked: Condvar,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self {
+            state: Mutex::new(State::new(Phase::Alone, 0)),
+            to_send: Condvar::new(),
+            has_room: Condvar::new(),
+            all_acked: Condvar::new(),
+        }
+    }
+}
+
+impl Link {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere leaves the state whole: every method changes it in one go.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The present phase.
+    pub fn phase(&self) -> Phase {
+        self.lock().phase
+    }
+
+    /// A backup has been given everything up to `anchor`; numbering starts anew.
+    pub fn attach(&self, anchor: u64) {
+        *self.lock() = State::new(Phase::Paired, anchor);
+    }
+
+    /// The backup is lost. False: that was known.
+    pub fn detach(&self) -> bool {
+        let mut state = self.lock();
+        if state.phase != Phase::Paired {
+            return false;
+        }
+        state.phase = Phase::Orphaned;
+        state.pending = Vec::new();
+        drop(state);
+        self.wake_all();
+        true
+    }
+
+    /// The claim is won: this monitor goes on alone.
+    pub fn alone(&self) {
+        self.lock().phase = Phase::Alone;
+        self.wake_all();
+    }
+
+    /// The log is over: the sender closes the connection, with `bye` as its last word if there is one.
+    pub fn end(&self, bye: Option<ByeReason>) {
+        let mut state = self.lock();
+        if state.phase == Phase::Paired {
+            state.phase = Phase::Alone;
+            state.bye = bye;
+        }
+        drop(state);
+        self.wake_all();
+    }
+
+    /// What the sender says last.
+    pub fn bye(&self) -> Option<ByeReason> {
+        self.lock().bye
+    }
+
+    fn wake_all(&self) {
+        self.to_send.notify_all();
+        self.has_room.notify_all();
+        self.all_acked.notify_all();
+    }
+
+    /// Hands over entries; the log is then complete up to `reached`. Waits while the sender is far behind.
+    /// Answers the number of the batch that they will be in, or `None` without a backup.
+    pub fn publish(&self, entries: &[u8], reached: u64, urgent: bool) -> Option<u64> {
+        let mut state = self.lock();
+        while state.phase == Phase::Paired && state.pending.len() >= PENDING_LIMIT_BYTES {
+            state = self.has_room.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.phase != Phase::Paired {
+            return None;
+        }
+        state.pending.extend_from_slice(entries);
+        state.reached = reached;
+        let eager = state.pending.len() >= EAGER_BYTES;
+        if (urgent || eager) && !state.urgent {
+            state.urgent = true;
+            self.to_send.notify_one();
+        }
+        Some(state.sender.sent() + 1)
+    }
+
+    /// The next batch to send: at once if output waits for it, else when the interval is over. `None`: there
+    /// is no backup any more.
+    pub fn next_batch(&self) -> Option<Batch> {
+        let mut state = self.lock();
+        let deadline = Instant::now() + INTERVAL;
+        while state.phase == Phase::Paired {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let news = !state.pending.is_empty() || state.reached > state.sent_reached;
+            if state.urgent || (news && left.is_zero()) {
+                return Some(Self::take_batch(&mut state, &self.has_room));
+            }
+            let wait = if left.is_zero() { INTERVAL } else { left };
+            state = self.to_send.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        None
+    }
+
+    fn take_batch(state: &mut State, has_room: &Condvar) -> Batch {
+        let seq = state.sender.next_seq();
+        if state.sent_at.len() == SENT_TIMES {
+            state.sent_at.pop_front();
+        }
+        state.sent_at.push_back((seq, Instant::now()));
+        state.urgent = false;
+        state.sent_reached = state.reached;
+        let entries = std::mem::take(&mut state.pending);
+        state.bytes_sent += entries.len() as u64;
+        has_room.notify_all();
+        Batch { seq, reached: state.reached, released: state.released.min(seq), entries }
+    }
+
+    /// Takes note of an acknowledgement. Answers the batch up to which output may go.
+    pub fn acknowledged(&self, ack: &Ack) -> Result<u64, SequenceError> {
+        let mut state = self.lock();
+        state.sender.accept(ack)?;
+        while let Some(&(seq, sent_at)) = state.sent_at.front() {
+            if seq > ack.received {
+                break;
+            }
+            state.alive_at = state.alive_at.max(sent_at);
+            state.sent_at.pop_front();
+        }
+        if ack.received == state.sender.sent() && state.pending.is_empty() {
+            self.all_acked.notify_all();
+        }
+        Ok(ack.received)
+    }
+
+    /// Output up to batch `seq` has gone.
+    pub fn released(&self, seq: u64) {
+        let mut state = self.lock();
+        state.released = state.released.max(seq);
+    }
+
+    /// The backup has answered something that was sent at `sent_at`.
+    pub fn answered(&self, sent_at: Instant) {
+        let mut state = self.lock();
+        state.alive_at = state.alive_at.max(sent_at);
+    }
+
+    /// How long ago the last thing was sent that the backup has answered. Measured from the *sending*, so
+    /// that answers which lay in a buffer while this host was frozen do not count as fresh.
+    pub fn silent_for(&self) -> Duration {
+        self.lock().alive_at.elapsed()
+    }
+
+    /// How far the backup's execution is behind `now`, if it has anything left to execute.
+    pub fn lag(&self, now: GuestTime) -> Duration {
+        let state = self.lock();
+        let acked = state.sender.acked();
+        if state.phase != Phase::Paired || acked.executed >= state.sent_reached {
+            return Duration::ZERO;
+        }
+        Duration::from_nanos(now.to_ns().saturating_sub(acked.executed_time.to_ns()))
+    }
+
+    /// Entry bytes sent to the present backup.
+    pub fn bytes_sent(&self) -> u64 {
+        self.lock().bytes_sent
+    }
+
+    /// Sends what there is and waits until the backup has all of it, it is lost, or `timeout` is over.
+    pub fn drain(&self, timeout: Duration) {
+        let deadline = Instant::now() + timeout;
+        let mut state = self.lock();
+        state.urgent = true;
+        self.to_send.notify_one();
+        while state.phase == Phase::Paired
+            && (state.urgent || !state.pending.is_empty() || state.sender.acked().received < state.sender.sent())
+        {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            state = self.all_acked.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ack(received: u64, executed: u64, executed_ms: u64) -> Ack {
+        Ack { received, executed, executed_time: GuestTime::from_ns(executed_ms * 1_000_000) }
+    }
+
+    #[test]
+    fn without_a_backup_nothing_is_kept() {
+        let link = Link::default();
+        assert_eq!(link.publish(b"entries", 1, true), None);
+        assert_eq!(link.next_batch(), None);
+    }
+
+    #[test]
+    fn entries_are_in_the_batch_that_publish_named() {
+        let link = Link::default();
+        link.attach(10);
+        assert_eq!(link.publish(b"a", 11, false), Some(1));
+        assert_eq!(link.publish(b"b", 12, true), Some(1));
+        let batch = link.next_batch().unwrap();
+        assert_eq!((batch.seq, batch.reached, batch.entries.as_slice()), (1, 12, b"ab".as_slice()));
+        assert_eq!(link.publish(b"c", 13, true), Some(2));
+        assert_eq!(link.next_batch().unwrap().entries, b"c");
+    }
+
+    #[test]
+    fn progress_without_entries_is_sent() {
+        let link = Link::default();
+        link.attach(10);
+        link.publish(&[], 11, false);
+        assert_eq!(link.next_batch().unwrap().reached, 11);
+    }
+
+    #[test]
+    fn an_acknowledgement_of_what_was_not_sent_is_refused() {
+        let link = Link::default();
+        link.attach(0);
+        link.publish(b"a", 1, true);
+        link.next_batch();
+        assert!(link.acknowledged(&ack(2, 0, 0)).is_err());
+        assert_eq!(link.acknowledged(&ack(1, 0, 0)), Ok(1));
+    }
+
+    #[test]
+    fn lag_is_zero_once_the_backup_has_executed_what_was_sent() {
+        let link = Link::default();
+        link.attach(0);
+        link.publish(b"a", 5, true);
+        link.next_batch();
+        link.acknowledged(&ack(1, 3, 100)).unwrap();
+        assert_eq!(link.lag(GuestTime::from_ns(180_000_000)).as_millis(), 80);
+        link.acknowledged(&ack(1, 5, 110)).unwrap();
+        assert_eq!(link.lag(GuestTime::from_ns(900_000_000)), Duration::ZERO);
+    }
+
+    #[test]
+    fn an_orphan_accepts_nothing_until_it_is_alone() {
+        let link = Link::default();
+        link.attach(0);
+        assert!(link.detach());
+        assert!(!link.detach());
+        assert_eq!(link.phase(), Phase::Orphaned);
+        assert_eq!(link.publish(b"a", 1, true), None);
+        link.alone();
+        assert_eq!(link.phase(), Phase::Alone);
+    }
+}

@@ -1,0 +1,22 @@
+//! The pair: log link, output rule, heartbeats, claims, takeover.
+//!
+//! Owns: who may run the guest, and when its output may go. Must never: touch guest state; the vCPU thread
+//! does, through its door.
+//!
+//! ```text
+//! primary                                             backup
+//!   vCPU thread ─ PairLog ─ Link ── sender ──TCP──> receiver ── Batch queue ── Follow ─ vCPU thread
+//!        │                    └──── acks  <──TCP── (received, executed) ┘
+//!        └─ effects ─ OutputGate ── released when acknowledged and the lease holds
+//!   Pulse <────────────────────── UDP heartbeats ──────────────────────> Pulse
+//!   Supervisor ── silence or a closed link ── claim(view + 1) ── won: alone / live; lost: stop
+//! ```
+
+pub mod accept;
+pub mod backup;
+pub mod claim;
+pub mod heartbeat;
+pub mod link;
+pub mod output_gate;
+pub mod primary;
+pub mod supervise;

@@ -1,0 +1,162 @@
+//! Watches over a running guest's backup, and over the right to run the guest.
+//!
+//! Owns: the decision that the backup is lost, and the claim that follows. Must never: let output go between
+//! the two; the gate stays shut until the claim is won.
+//!
+//! ```text
+//!   Alone ── Paired ──> watching ── Down or silence ──> orphaned ── claim won ──> Alone (view + 1)
+//!                                                           │ unknown: ask again
+//!                                                           └── claim lost ──> gate closed for good, stop
+//! ```
+
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError};
+
+use ft_log::Role;
+
+use super::claim::{Claims, Outcome, Owner};
+use super::heartbeat::Heartbeats;
+use super::link::{Link, Phase};
+use super::output_gate::OutputGate;
+use crate::outlet::Outlet;
+
+/// How long one claim may take before it is asked for again.
+const CLAIM_TIMEOUT: Duration = Duration::from_secs(2);
+/// Pause before an unanswered claim is made again.
+const CLAIM_AGAIN: Duration = Duration::from_millis(50);
+/// How long the guest's thread may take to stop after a lost claim before the process ends regardless.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What the link's threads report.
+pub enum LinkEvent {
+    /// A backup has been given the snapshot.
+    Paired {
+        /// The connection, to be closed when the backup counts as lost.
+        stream: TcpStream,
+        /// Where the backup is.
+        address: SocketAddr,
+    },
+    /// The backup has loaded the snapshot: the guest would survive now.
+    Protected,
+    /// The link is broken, and why.
+    Down(String),
+}
+
+/// The supervisor of a guest that runs here.
+pub struct Supervisor {
+    /// The link to the backup.
+    pub link: Arc<Link>,
+    /// Where output waits.
+    pub gate: Arc<OutputGate<Outlet>>,
+    /// The shared directory.
+    pub claims: Claims,
+    /// Who claims.
+    pub owner: Owner,
+    /// The present view.
+    pub view: Arc<AtomicU64>,
+    /// Silence after which the backup is lost.
+    pub timeout: Duration,
+    /// Heartbeats to and from the backup.
+    pub heartbeats: Arc<Heartbeats>,
+    /// Set when the claim was lost.
+    pub lost: Arc<AtomicBool>,
+    /// Stops the guest.
+    pub stop_guest: Box<dyn Fn() + Send>,
+}
+
+impl Supervisor {
+    /// Runs until the claim is lost or every sender of `events` is gone.
+    pub fn run(self, events: &Receiver<LinkEvent>) {
+        let mut connection: Option<TcpStream> = None;
+        let tick = self.timeout / 10;
+        loop {
+            let why = match events.recv_timeout(tick) {
+                Ok(LinkEvent::Paired { stream, address }) => {
+                    self.heartbeats.set_peer(Some(address));
+                    connection = Some(stream);
+                    continue;
+                }
+                Ok(LinkEvent::Protected) => {
+                    let view = self.view.load(Ordering::SeqCst);
+                    tracing::info!(view, "protected: the backup follows");
+                    continue;
+                }
+                Ok(LinkEvent::Down(why)) => why,
+                Err(RecvTimeoutError::Timeout) => {
+                    if self.link.phase() == Phase::Paired && self.link.silent_for() > self.timeout {
+                        format!("the backup has been silent for {} ms", self.link.silent_for().as_millis())
+                    } else {
+                        // What was acknowledged while the lease had run out may go now.
+                        self.gate.retry();
+                        self.link.released(self.gate.released_seq());
+                        continue;
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
+            if !self.link.detach() {
+                continue;
+            }
+            tracing::warn!("backup lost: {why}");
+            self.heartbeats.set_peer(None);
+            if let Some(stream) = connection.take() {
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+            if !self.claim_next_view() {
+                return;
+            }
+        }
+    }
+
+    /// Claims until there is an answer. False: another monitor owns the guest.
+    fn claim_next_view(&self) -> bool {
+        let next = self.view.load(Ordering::SeqCst) + 1;
+        match claim_until_known(&self.claims, next, &self.owner) {
+            None => {
+                self.view.store(next, Ordering::SeqCst);
+                self.heartbeats.set_view(next, Role::Primary);
+                self.link.alone();
+                self.gate.unprotect();
+                tracing::warn!(view = next, "unprotected: the guest goes on without a backup");
+                true
+            }
+            Some(holder) => {
+                self.gate.close();
+                self.lost.store(true, Ordering::SeqCst);
+                tracing::error!(view = next, host = %holder.host, pid = holder.pid,
+                    "the backup has taken over; this monitor stops");
+                (self.stop_guest)();
+                std::thread::sleep(STOP_TIMEOUT);
+                // The guest's thread is stuck in a system call; nothing here may act any more.
+                std::process::exit(i32::from(crate::commands::Ending::LostClaim.status()));
+            }
+        }
+    }
+}
+
+/// Claims `view` until the answer is known. `None`: won. While the shared directory does not answer, nobody
+/// goes on: neither side can know that the other has not.
+pub fn claim_until_known(claims: &Claims, view: u64, owner: &Owner) -> Option<Owner> {
+    let mut said = false;
+    loop {
+        match claims.claim_with_timeout(view, owner, CLAIM_TIMEOUT) {
+            Ok(Outcome::Won) => return None,
+            Ok(Outcome::Lost { holder }) => return Some(holder),
+            Ok(Outcome::Unknown { .. }) if said => {}
+            Ok(Outcome::Unknown { .. }) => {
+                tracing::warn!(view, "the shared directory does not answer the claim; asking again");
+                said = true;
+            }
+            Err(error) if said => tracing::debug!(%error, "claim failed"),
+            Err(error) => {
+                tracing::warn!(view, %error, "the claim failed; asking again");
+                said = true;
+            }
+        }
+        std::thread::sleep(CLAIM_AGAIN);
+    }
+}

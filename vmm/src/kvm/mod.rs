@@ -1,0 +1,45 @@
+//! The only place that issues KVM ioctls.
+//!
+//! Owns: the KVM handles of one guest with one vCPU. Must never: interpret an exit or touch a device;
+//! exits leave here as plain data ([`Exit`]) and the answers come back as plain calls.
+
+pub mod state;
+mod vcpu;
+mod vm;
+
+pub use vcpu::{Exit, Vcpu, install_kick_handler, kick};
+pub use vm::{Kvm, Vm, host_flavour};
+
+use thiserror::Error;
+
+/// What can go wrong with KVM.
+#[derive(Debug, Error)]
+pub enum KvmError {
+    /// `/dev/kvm` cannot be opened.
+    #[error("cannot open /dev/kvm: {0}. {1}")]
+    Open(#[source] std::io::Error, &'static str),
+    /// The KVM is one that cannot hold a guest deterministically.
+    #[error("this host's KVM is unfit: {0}. Run `vmft doctor` for the details")]
+    Unfit(String),
+    /// An ioctl failed.
+    #[error("KVM call {call} failed: {source}")]
+    Call {
+        /// The ioctl's name.
+        call: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The guest left in a way that the monitor has no answer for.
+    #[error("the guest left KVM in a way that cannot be handled: {0}")]
+    UnexpectedExit(String),
+    /// A saved vCPU state does not fit.
+    #[error("the saved vCPU state cannot be used: {0}")]
+    BadState(String),
+}
+
+impl KvmError {
+    fn call(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |error| Self::Call { call, source: error.into() }
+    }
+}

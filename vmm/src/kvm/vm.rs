@@ -1,0 +1,114 @@
+//! `/dev/kvm` and the virtual machine: capabilities, memory slots.
+//!
+//! Owns: the KVM system and VM handles. Must never: create an in-kernel interrupt controller, timer or
+//! eventfd binding; each would reach the guest past the log.
+
+use std::path::Path;
+
+use devices::GuestRam;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{KvmError, Vcpu};
+
+/// Three pages that Intel's KVM needs for real-mode emulation; outside of RAM and of device windows.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+
+/// The KVM system handle.
+pub struct Kvm {
+    fd: kvm_ioctls::Kvm,
+}
+
+impl Kvm {
+    /// Opens `/dev/kvm` and refuses a KVM that lacks what deterministic replay needs.
+    ///
+    /// # Errors
+    /// No `/dev/kvm`, no permission, a software KVM, or a missing capability, each named.
+    pub fn open() -> Result<Self, KvmError> {
+        let fd = kvm_ioctls::Kvm::new().map_err(|error| {
+            let advice = match error.errno() {
+                libc::ENOENT => {
+                    "Load the module (`modprobe kvm-intel` or `modprobe kvm-amd`) and enable virtualisation in the firmware"
+                }
+                libc::EACCES | libc::EPERM => "Run as root or join the group that owns /dev/kvm",
+                _ => "Run `vmft doctor` to see what this host offers",
+            };
+            KvmError::Open(error.into(), advice)
+        })?;
+        if let Some(reason) = unfit_flavour() {
+            return Err(KvmError::Unfit(reason));
+        }
+        for (cap, name) in [
+            (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
+            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+            (Cap::SetGuestDebug, "KVM_CAP_SET_GUEST_DEBUG"),
+            (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+            (Cap::Xsave, "KVM_CAP_XSAVE"),
+        ] {
+            if !fd.check_extension(cap) {
+                return Err(KvmError::Unfit(format!("it lacks {name}")));
+            }
+        }
+        Ok(Self { fd })
+    }
+
+    /// What CPUID this host can show to a guest.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        self.fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(KvmError::call("KVM_GET_SUPPORTED_CPUID"))
+    }
+
+    /// Makes a virtual machine whose memory is `ram`. `ram` must outlive the result.
+    pub fn create_vm(&self, ram: GuestRam) -> Result<Vm, KvmError> {
+        let fd = self.fd.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
+        fd.set_tss_address(TSS_ADDRESS).map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
+        for (slot, region) in ram.iter().enumerate() {
+            let userspace_addr = region
+                .get_host_address(vm_memory::MemoryRegionAddress(0))
+                .map_err(|error| KvmError::BadState(format!("guest memory has no host address: {error}")))?;
+            let slot = kvm_userspace_memory_region {
+                slot: slot as u32,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: userspace_addr as u64,
+                flags: 0,
+            };
+            // SAFETY: the region is mapped for as long as `ram` lives, `Vm` keeps a clone of it, and the
+            // regions of a GuestRam never overlap.
+            unsafe { fd.set_user_memory_region(slot) }
+                .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(Vm { fd, _ram: ram })
+    }
+}
+
+/// One virtual machine.
+pub struct Vm {
+    fd: VmFd,
+    _ram: GuestRam,
+}
+
+impl Vm {
+    /// Makes the guest's one vCPU with the given CPUID table.
+    pub fn create_vcpu(&self, cpuid: &CpuId) -> Result<Vcpu, KvmError> {
+        let fd = self.fd.create_vcpu(0).map_err(KvmError::call("KVM_CREATE_VCPU"))?;
+        fd.set_cpuid2(cpuid).map_err(KvmError::call("KVM_SET_CPUID2"))?;
+        Ok(Vcpu::new(fd))
+    }
+}
+
+/// The name of the loaded KVM module, as `/sys/module` shows it.
+pub fn host_flavour() -> &'static str {
+    ["kvm_pvm", "kvm_amd", "kvm_intel"]
+        .into_iter()
+        .find(|module| Path::new("/sys/module").join(module).exists())
+        .unwrap_or("unknown")
+}
+
+fn unfit_flavour() -> Option<String> {
+    (host_flavour() == "kvm_pvm").then(|| {
+        "it is kvm-pvm, a software KVM that emulates ring 0 and cannot mask CPUID in ring 3; \
+         a host with VT-x or AMD-V is needed"
+            .to_owned()
+    })
+}

@@ -1,0 +1,349 @@
+//! The guest: vCPU, memory and devices, moved from anchor to anchor.
+//!
+//! Owns: all guest state. Must never: read a clock, a file or a socket, or know whether it runs on a
+//! primary, on a backup or from a file. What comes from outside comes through [`Clock`] (synchronous) and
+//! [`Machine::apply`] (asynchronous); what goes outside leaves as [`Effect`]s.
+//!
+//! An *anchor* is an exit that the guest's own instructions cause. *Boundary k* is the moment after exit k
+//! has been handled; events are applied only there.
+//!
+//! ```text
+//!   boundary k ── apply(event)* ── run_to_anchor() ─┬─ interrupt windows, host signals (not counted)
+//!                                                   └─ exit k+1, handled ──> boundary k+1
+//! ```
+
+mod state;
+mod user_tsc;
+
+use devices::{Board, DeviceError, Effect, GuestRam};
+use ft_log::{Event, GuestTime, StateDigest};
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
+use zerocopy::IntoBytes;
+
+use crate::boot::{GP_PORT, RDTSC_PORT, RDTSCP_PORT};
+use crate::kvm::{Exit, KvmError, Vcpu, Vm};
+use user_tsc::UserTsc;
+
+/// Where synchronous clock reads are answered: by the host's clock or by the log.
+pub trait Clock {
+    /// What the caller of the machine fails with.
+    type Error: From<MachineError>;
+    /// The time that the guest sees in the exit being handled. Never goes back.
+    fn read(&mut self) -> Result<GuestTime, Self::Error>;
+    /// A host signal took the vCPU out of the guest: should the run be broken off here?
+    fn kicked(&mut self) -> Result<(), Self::Error>;
+}
+
+/// What can go wrong with the machine itself.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// KVM refused or failed.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A device refused an event.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The saved state does not describe this machine.
+    #[error("the saved machine cannot be used: {0}")]
+    BadState(String),
+    /// The kernel's #GP handler cannot be hooked.
+    #[error(
+        "user-mode RDTSC cannot be trapped in this guest: {0}. Use a kernel that is known to work, such as Debian's"
+    )]
+    UserTsc(String),
+}
+
+/// How a guest's life ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestEnd {
+    /// It powered itself off.
+    PowerOff,
+    /// It asked for a reset.
+    Reset,
+    /// It crashed beyond recovery.
+    TripleFault,
+    /// It halted with interrupts disabled, so nothing can wake it.
+    HaltedForever,
+}
+
+/// The whole guest.
+pub struct Machine {
+    vcpu: Vcpu,
+    _vm: Vm,
+    ram: GuestRam,
+    board: Board,
+    anchors: u64,
+    registers_digest: u64,
+    halted: bool,
+    end: Option<GuestEnd>,
+    user_tsc: UserTsc,
+}
+
+impl Machine {
+    /// A machine at boundary 0, with its kernel loaded and its vCPU set up.
+    pub fn new(vm: Vm, vcpu: Vcpu, ram: GuestRam, board: Board) -> Self {
+        Self {
+            vcpu,
+            _vm: vm,
+            ram,
+            board,
+            anchors: 0,
+            registers_digest: 0,
+            halted: false,
+            end: None,
+            user_tsc: UserTsc::default(),
+        }
+    }
+
+    /// Anchors so far: the number of the boundary at which the machine stands.
+    pub fn anchors(&self) -> u64 {
+        self.anchors
+    }
+
+    /// A digest over the general registers at every anchor so far.
+    pub fn registers_digest(&self) -> u64 {
+        self.registers_digest
+    }
+
+    /// The time that the devices have seen last.
+    pub fn now(&self) -> GuestTime {
+        self.board.now()
+    }
+
+    /// When the next timer of a device is due.
+    pub fn deadline(&self) -> Option<GuestTime> {
+        self.board.deadline()
+    }
+
+    /// The devices, for questions that change nothing.
+    pub fn board(&self) -> &Board {
+        &self.board
+    }
+
+    /// Guest memory.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Has the guest's life ended, and how?
+    pub fn end(&self) -> Option<GuestEnd> {
+        self.end
+    }
+
+    /// Is the guest halted with nothing to wake it yet? Then only an event can move it.
+    pub fn waiting(&self) -> bool {
+        self.halted && !self.board.interrupt_pending()
+    }
+
+    /// The general registers as of the last exit, for reports.
+    pub fn last_registers(&self) -> kvm_bindings::kvm_regs {
+        self.vcpu.last_registers()
+    }
+
+    /// Applies an event at the present boundary.
+    pub fn apply(&mut self, event: &Event, effects: &mut Vec<Effect>) -> Result<(), MachineError> {
+        Ok(self.board.apply(&self.ram, event, effects)?)
+    }
+
+    /// Runs the guest to its next anchor and handles that exit. The guest must not be [`Self::waiting`].
+    pub fn run_to_anchor<C: Clock>(
+        &mut self,
+        clock: &mut C,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), C::Error> {
+        let exit = self.enter(clock)?;
+        self.halted = false;
+        self.handle(exit, clock, effects)
+    }
+
+    /// Enters the guest until an anchor, delivering pending interrupts at the first boundary of
+    /// instructions that can take them.
+    fn enter<C: Clock>(&mut self, clock: &mut C) -> Result<Exit, C::Error> {
+        loop {
+            self.offer_interrupt().map_err(C::Error::from)?;
+            let exit = self.vcpu.enter().map_err(MachineError::from)?;
+            match exit {
+                Exit::Kicked => clock.kicked()?,
+                Exit::InterruptWindow => {
+                    if let Some(anchor) = self.normalise_window().map_err(C::Error::from)? {
+                        return Ok(anchor);
+                    }
+                }
+                anchor => return Ok(anchor),
+            }
+        }
+    }
+
+    fn offer_interrupt(&mut self) -> Result<(), MachineError> {
+        if self.board.interrupt_pending() && self.vcpu.accepts_interrupt() {
+            let vector = self.board.acknowledge_interrupt();
+            self.vcpu.inject(vector)?;
+        }
+        self.vcpu.request_window(self.board.interrupt_pending());
+        Ok(())
+    }
+
+    /// A window right behind `sti` belongs one instruction later. Hardware knows (the STI shadow), but a
+    /// host that loses the shadow when an exit falls into it opens the window early in some runs only. The
+    /// rule depends on guest state alone, so every run ends at the same instruction.
+    fn normalise_window(&mut self) -> Result<Option<Exit>, MachineError> {
+        const STI: u8 = 0xfb;
+        let rip = self.vcpu.last_registers().rip;
+        let Some(before) = self.vcpu.translate(rip.wrapping_sub(1))? else { return Ok(None) };
+        if self.ram.read_obj::<u8>(GuestAddress(before)).ok() != Some(STI) {
+            return Ok(None);
+        }
+        self.vcpu.request_window(false);
+        self.vcpu.single_step(true)?;
+        let exit = loop {
+            match self.vcpu.enter()? {
+                Exit::Kicked => {}
+                exit => break exit,
+            }
+        };
+        self.vcpu.single_step(false)?;
+        Ok((exit != Exit::Step).then_some(exit))
+    }
+
+    fn handle<C: Clock>(
+        &mut self,
+        exit: Exit,
+        clock: &mut C,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), C::Error> {
+        self.anchors += 1;
+        tracing::trace!(anchor = self.anchors, ?exit, rip = format_args!("{:#x}", self.vcpu.last_registers().rip));
+        self.digest_registers(&exit);
+        let first_effect = effects.len();
+        match exit {
+            Exit::PioRead { port, size, .. } => self.port_read(port, size, clock, effects)?,
+            Exit::PioWrite { port, size, .. } => self.port_write(port, size, clock, effects)?,
+            Exit::MmioRead { gpa, len } => {
+                let mut data = [0; 8];
+                self.board.mmio_read(gpa, &mut data[..len]);
+                self.vcpu.set_mmio_data(&data[..len]);
+            }
+            Exit::MmioWrite { gpa, data, len } => {
+                self.board.mmio_write(&self.ram, gpa, &data[..len], effects);
+            }
+            Exit::Halt if self.vcpu.interrupts_enabled() => self.halted = true,
+            Exit::Halt => self.end = Some(GuestEnd::HaltedForever),
+            Exit::Shutdown => self.end = Some(GuestEnd::TripleFault),
+            Exit::InterruptWindow | Exit::Step | Exit::Kicked => {
+                unreachable!("run_to_anchor hands over anchors only")
+            }
+        }
+        for effect in &effects[first_effect..] {
+            match effect {
+                Effect::PowerOff => self.end = Some(GuestEnd::PowerOff),
+                Effect::Reset => self.end = Some(GuestEnd::Reset),
+                _ => {}
+            }
+        }
+        self.user_tsc.look_for_handler(self.anchors, &self.vcpu, &self.ram).map_err(C::Error::from)
+    }
+
+    fn digest_registers(&mut self, exit: &Exit) {
+        let regs = self.vcpu.last_registers();
+        let place = match *exit {
+            Exit::PioRead { port, .. } => u64::from(port) | 1 << 61,
+            Exit::PioWrite { port, .. } => u64::from(port) | 1 << 60,
+            Exit::MmioRead { gpa, .. } => gpa | 1 << 63,
+            Exit::MmioWrite { gpa, .. } => gpa | 1 << 62,
+            _ => 0,
+        };
+        self.registers_digest = xxh3_64_with_seed(regs.as_bytes(), self.registers_digest ^ place);
+    }
+
+    fn port_read<C: Clock>(
+        &mut self,
+        port: u16,
+        size: u8,
+        clock: &mut C,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), C::Error> {
+        if port == u16::from(RDTSC_PORT) || port == u16::from(RDTSCP_PORT) {
+            self.board.advance(clock.read()?);
+            let tsc = self.board.tsc();
+            self.vcpu.pio_data().copy_from_slice(&(tsc as u32).to_le_bytes()[..usize::from(size)]);
+            self.vcpu.change_registers(|regs| {
+                regs.rdx = tsc >> 32;
+                if port == u16::from(RDTSCP_PORT) {
+                    regs.rcx = 0;
+                }
+            });
+            return Ok(());
+        }
+        if self.board.pio_needs_time(port, false) {
+            self.board.advance(clock.read()?);
+        }
+        for element in self.vcpu.pio_data().chunks_mut(usize::from(size)) {
+            self.board.pio_read(port, element, effects);
+        }
+        Ok(())
+    }
+
+    fn port_write<C: Clock>(
+        &mut self,
+        port: u16,
+        size: u8,
+        clock: &mut C,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), C::Error> {
+        if port == u16::from(GP_PORT) && self.user_tsc.installed() {
+            return self.general_protection(clock);
+        }
+        if self.board.pio_needs_time(port, true) {
+            self.board.advance(clock.read()?);
+        }
+        for element in self.vcpu.pio_data().chunks(usize::from(size)) {
+            self.board.pio_write(port, element, effects);
+        }
+        Ok(())
+    }
+
+    /// The guest's #GP handler was entered: supply a user-mode RDTSC, or let the handler go on.
+    fn general_protection<C: Clock>(&mut self, clock: &mut C) -> Result<(), C::Error> {
+        if self.vcpu.complete().map_err(MachineError::from)?.is_some() {
+            return Err(
+                MachineError::UserTsc("the hooked port write did not complete at once".into()).into()
+            );
+        }
+        let trap = self.user_tsc.trapped(&self.vcpu, &self.ram).map_err(C::Error::from)?;
+        let tsc = match trap {
+            None => None,
+            Some(_) => {
+                self.board.advance(clock.read()?);
+                Some(self.board.tsc())
+            }
+        };
+        self.user_tsc.resume(&self.vcpu, trap, tsc).map_err(C::Error::from)
+    }
+
+    /// Finishes the last exit's instruction, so that the machine may be saved. False: the instruction
+    /// needs another exit first; run to the next anchor and try again.
+    pub fn settle(&mut self) -> Result<bool, MachineError> {
+        // A second exit of a split access is pending inside KVM and shows again at the next entry.
+        Ok(self.vcpu.complete()?.is_none())
+    }
+
+    /// Digests of the registers so far, of all memory and of every device.
+    pub fn state_digest(&self) -> StateDigest {
+        let mut memory = Xxh3::new();
+        for region in self.ram.iter() {
+            if let Ok(slice) = region.as_volatile_slice() {
+                let guard = slice.ptr_guard();
+                // SAFETY: the region is mapped for `slice.len()` bytes, and the only writer, the vCPU, is
+                // stopped while its thread is here.
+                memory.update(unsafe { std::slice::from_raw_parts(guard.as_ptr(), slice.len()) });
+            }
+        }
+        StateDigest {
+            registers: self.registers_digest,
+            memory: memory.digest(),
+            devices: self.board.digest(),
+        }
+    }
+}

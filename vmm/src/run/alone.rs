@@ -1,0 +1,116 @@
+//! Logs of a guest without a backup: none, or a file.
+//!
+//! Owns: the recording that is being written. Must never: hold effects back; nobody else has to
+//! acknowledge anything.
+
+use devices::Effect;
+use ft_log::{Batch, Encoder, Entry, RecordingWriter};
+
+use super::{LogSink, RunError};
+use crate::machine::Machine;
+use crate::outlet::Outlet;
+
+/// Bytes of entries that make a batch of a recording.
+const BATCH_BYTES: usize = 64 << 10;
+
+/// No log at all.
+pub struct NoLog {
+    outlet: Outlet,
+}
+
+impl NoLog {
+    /// Effects go to `outlet` at once.
+    pub fn new(outlet: Outlet) -> Self {
+        Self { outlet }
+    }
+}
+
+impl LogSink for NoLog {
+    fn record(&mut self, _: &Entry) -> Result<(), RunError> {
+        Ok(())
+    }
+
+    fn publish(&mut self, _: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
+        effects.drain(..).for_each(|effect| self.outlet.perform(effect));
+        Ok(())
+    }
+
+    fn at_boundary(&mut self, _: &mut Machine) -> Result<(), RunError> {
+        Ok(())
+    }
+
+    fn finish(&mut self, _: &Machine) -> Result<(), RunError> {
+        Ok(())
+    }
+
+    fn may_break_off(&self) -> bool {
+        true
+    }
+}
+
+/// A log into a file, with a register digest for every anchor.
+pub struct FileLog {
+    outlet: Outlet,
+    writer: Option<RecordingWriter>,
+    encoder: Encoder,
+    seq: u64,
+    checked: u64,
+}
+
+impl FileLog {
+    /// Goes on behind the snapshot that `writer` already holds; `encoder` stands at its position.
+    pub fn new(outlet: Outlet, writer: RecordingWriter, encoder: Encoder) -> Self {
+        let checked = encoder.cursor().anchor;
+        Self { outlet, writer: Some(writer), encoder, seq: 0, checked }
+    }
+
+    fn write_batch(&mut self, machine: &Machine) -> Result<(), RunError> {
+        self.seq += 1;
+        let batch = Batch {
+            seq: self.seq,
+            reached: machine.anchors(),
+            released: self.seq,
+            entries: self.encoder.take(),
+        };
+        if let Some(writer) = &mut self.writer {
+            writer.batch(batch)?;
+        }
+        Ok(())
+    }
+}
+
+impl LogSink for FileLog {
+    fn record(&mut self, entry: &Entry) -> Result<(), RunError> {
+        Ok(self.encoder.push(entry)?)
+    }
+
+    fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
+        effects.drain(..).for_each(|effect| self.outlet.perform(effect));
+        let anchor = machine.anchors();
+        if anchor > self.checked {
+            self.checked = anchor;
+            self.encoder.push(&Entry::Check { anchor, digest: machine.registers_digest() as u32 })?;
+        }
+        if self.encoder.len_bytes() >= BATCH_BYTES {
+            self.write_batch(machine)?;
+        }
+        Ok(())
+    }
+
+    fn at_boundary(&mut self, _: &mut Machine) -> Result<(), RunError> {
+        Ok(())
+    }
+
+    fn finish(&mut self, machine: &Machine) -> Result<(), RunError> {
+        self.encoder.push(&Entry::End { anchor: machine.anchors(), digest: machine.state_digest() })?;
+        self.write_batch(machine)?;
+        match self.writer.take() {
+            Some(writer) => Ok(writer.finish()?),
+            None => Ok(()),
+        }
+    }
+
+    fn may_break_off(&self) -> bool {
+        false
+    }
+}

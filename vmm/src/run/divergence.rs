@@ -1,0 +1,107 @@
+//! The report of a guest that is not the one the log describes.
+//!
+//! Owns: the text that a person needs to hunt the cause: position, expected, found, last entries.
+
+use std::collections::VecDeque;
+use std::fmt;
+
+use ft_log::{Entry, Event};
+
+use crate::machine::Machine;
+
+/// Entries that are remembered for a report.
+const RECENT: usize = 32;
+
+/// Where and how replay left the log.
+#[derive(Debug)]
+pub struct Divergence {
+    anchor: u64,
+    expected: String,
+    found: String,
+    registers: String,
+    recent: Vec<String>,
+}
+
+/// The last entries that were applied.
+#[derive(Debug, Default)]
+pub struct Recent(VecDeque<Brief>);
+
+/// An entry without the bulk of its data, cheap to keep.
+#[derive(Debug)]
+struct Brief {
+    what: &'static str,
+    anchor: Option<u64>,
+    number: u64,
+}
+
+impl Brief {
+    fn new(entry: &Entry) -> Self {
+        let (what, anchor, number) = match entry {
+            Entry::Clock(time) => ("clock read, ticks", None, time.0),
+            Entry::Check { anchor, digest } => ("register digest", Some(*anchor), u64::from(*digest)),
+            Entry::End { anchor, digest } => ("end, register digest", Some(*anchor), digest.registers),
+            Entry::Event { anchor, event } => {
+                let (what, number) = match event {
+                    Event::Tick { now } => ("tick, ticks", now.0),
+                    Event::Frame { data } => ("frame, bytes", data.len() as u64),
+                    Event::DiskDone { id, .. } => ("disk request done, id", *id),
+                    Event::Console { data } => ("console input, bytes", data.len() as u64),
+                    Event::Entropy { data } => ("random bytes", data.len() as u64),
+                    Event::PowerButton => ("power button", 0),
+                };
+                (what, Some(*anchor), number)
+            }
+        };
+        Self { what, anchor, number }
+    }
+}
+
+impl fmt::Display for Brief {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.anchor {
+            Some(anchor) => write!(f, "anchor {anchor}: {} {} ({:#x})", self.what, self.number, self.number),
+            None => write!(f, "{} {}", self.what, self.number),
+        }
+    }
+}
+
+impl Recent {
+    /// Remembers an entry, forgetting the oldest.
+    pub fn note(&mut self, entry: &Entry) {
+        if self.0.len() == RECENT {
+            self.0.pop_front();
+        }
+        self.0.push_back(Brief::new(entry));
+    }
+
+    /// Makes the report.
+    pub fn diverged(&self, machine: &Machine, expected: String, found: String) -> Box<Divergence> {
+        let regs = machine.last_registers();
+        Box::new(Divergence {
+            anchor: machine.anchors(),
+            expected,
+            found,
+            registers: format!("{regs:x?}"),
+            recent: self.0.iter().map(Brief::to_string).collect(),
+        })
+    }
+}
+
+impl fmt::Display for Divergence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "the guest diverged from the log at anchor {}", self.anchor)?;
+        writeln!(f, "  expected: {}", self.expected)?;
+        writeln!(f, "  found:    {}", self.found)?;
+        writeln!(f, "  registers at the last exit: {}", self.registers)?;
+        write!(f, "  last entries, oldest first:")?;
+        for entry in &self.recent {
+            write!(f, "\n    {entry}")?;
+        }
+        Ok(())
+    }
+}
+
+/// One line for an entry, without the bulk of its data.
+pub fn describe(entry: &Entry) -> String {
+    Brief::new(entry).to_string()
+}

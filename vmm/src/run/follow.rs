@@ -1,0 +1,225 @@
+//! The door of a follower: events and clock reads come from a log.
+//!
+//! Owns: the reading position in the log and what the primary is not known to have let out.
+//! Must never: go beyond what the log allows. The guest leaves boundary k only when the log is complete up
+//! to exit k+1 (`reached`), so a follower never runs ahead, never guesses and never rolls back.
+
+use std::collections::VecDeque;
+
+use devices::Effect;
+use ft_log::{Batch, Cursor, Decoder, Entry, GuestTime};
+
+use super::divergence::{Recent, describe};
+use super::{Door, Next, RunError, Stopped};
+use crate::machine::{Clock, GuestEnd, Machine, MachineError};
+
+/// Where batches come from: a file, or the connection to the primary.
+pub trait BatchSource {
+    /// The next batch in order. Waits for it. `None`: there will be no more.
+    fn next(&mut self) -> Result<Option<Batch>, RunError>;
+    /// The guest stands at `anchor` and has seen `time`.
+    fn executed(&mut self, anchor: u64, time: GuestTime);
+    /// Should a guest that runs long without an anchor be broken off?
+    fn abandoned(&self) -> bool;
+}
+
+/// Most effects that are kept for a takeover; the primary reports what it let out far more often.
+const KEPT_EFFECTS: usize = 16_384;
+
+/// A follower's door.
+pub struct Follow<S> {
+    source: S,
+    decoder: Decoder,
+    batch: Vec<u8>,
+    offset: usize,
+    ahead: Option<Entry>,
+    seq: u64,
+    reached: u64,
+    unreleased: VecDeque<(u64, Effect)>,
+    recent: Recent,
+    watcher: Option<Watcher>,
+}
+
+/// Sees every effect of a followed guest.
+pub type Watcher = Box<dyn FnMut(&Effect)>;
+
+impl<S: BatchSource> Follow<S> {
+    /// Follows `source` from the snapshot whose position is `cursor`.
+    pub fn new(source: S, cursor: Cursor) -> Self {
+        Self {
+            source,
+            reached: cursor.anchor,
+            decoder: Decoder::new(cursor),
+            batch: Vec::new(),
+            offset: 0,
+            ahead: None,
+            seq: 0,
+            unreleased: VecDeque::new(),
+            recent: Recent::default(),
+            watcher: None,
+        }
+    }
+
+    /// Shows `watcher` every effect. Nothing is performed.
+    pub fn watch_effects(&mut self, watcher: Watcher) {
+        self.watcher = Some(watcher);
+    }
+
+    /// Effects of the guest that the primary is not known to have let out, in order.
+    pub fn into_unreleased(self) -> Vec<Effect> {
+        self.unreleased.into_iter().map(|(_, effect)| effect).collect()
+    }
+
+    /// Where batches come from.
+    pub fn source_mut(&mut self) -> &mut S {
+        &mut self.source
+    }
+
+    /// The next entry of the batches that are here, without waiting.
+    fn peek(&mut self) -> Result<Option<&Entry>, RunError> {
+        if self.ahead.is_none() {
+            let mut rest = &self.batch[self.offset..];
+            self.ahead = self.decoder.next(&mut rest)?;
+            self.offset = self.batch.len() - rest.len();
+        }
+        Ok(self.ahead.as_ref())
+    }
+
+    /// Gets the next batch. False: there are no more.
+    fn fetch(&mut self) -> Result<bool, RunError> {
+        let Some(batch) = self.source.next()? else { return Ok(false) };
+        self.seq = batch.seq;
+        self.reached = batch.reached;
+        while self.unreleased.front().is_some_and(|(seq, _)| *seq <= batch.released) {
+            self.unreleased.pop_front();
+        }
+        self.batch = batch.entries;
+        self.offset = 0;
+        Ok(true)
+    }
+
+    /// Applies what the log holds for the present boundary. `Some`: the recording's end was reached.
+    fn apply_due(
+        &mut self,
+        machine: &mut Machine,
+        effects: &mut Vec<Effect>,
+    ) -> Result<Option<Stopped>, RunError> {
+        let here = machine.anchors();
+        loop {
+            let due = match self.peek()? {
+                None | Some(Entry::Clock(_)) => return Ok(None),
+                Some(Entry::Event { anchor, .. } | Entry::Check { anchor, .. } | Entry::End { anchor, .. }) => {
+                    *anchor
+                }
+            };
+            if due > here {
+                return Ok(None);
+            }
+            let Some(entry) = self.ahead.take() else { return Ok(None) };
+            if due < here {
+                let found = format!("the guest is already at anchor {here}");
+                return Err(self.diverged(machine, describe(&entry), found));
+            }
+            match &entry {
+                Entry::Event { event, .. } => machine.apply(event, effects)?,
+                Entry::Check { digest, .. } if *digest == machine.registers_digest() as u32 => {}
+                Entry::Check { .. } => {
+                    let found = format!("register digest {:08x}", machine.registers_digest() as u32);
+                    return Err(self.diverged(machine, describe(&entry), found));
+                }
+                Entry::End { digest, .. } => {
+                    let found = machine.state_digest();
+                    if *digest != found {
+                        return Err(self.diverged(machine, describe(&entry), format!("{found:x?}")));
+                    }
+                    return Ok(Some(Stopped::ReplayEqual));
+                }
+                Entry::Clock(_) => {}
+            }
+            self.recent.note(&entry);
+        }
+    }
+
+    fn diverged(&self, machine: &Machine, expected: String, found: String) -> RunError {
+        RunError::Diverged(self.recent.diverged(machine, expected, found))
+    }
+}
+
+impl<S: BatchSource> Clock for Follow<S> {
+    type Error = RunError;
+
+    fn read(&mut self) -> Result<GuestTime, RunError> {
+        match self.peek()? {
+            Some(Entry::Clock(time)) => {
+                let time = *time;
+                self.recent.note(&Entry::Clock(time));
+                self.ahead = None;
+                Ok(time)
+            }
+            // The next check says more about why; here only the machine that asked is at hand.
+            other => Err(RunError::Machine(MachineError::BadState(format!(
+                "the guest reads a clock where the log has {}",
+                other.map_or_else(|| "nothing".to_owned(), describe)
+            )))),
+        }
+    }
+
+    fn kicked(&mut self) -> Result<(), RunError> {
+        if self.source.abandoned() { Err(RunError::StopRequested) } else { Ok(()) }
+    }
+}
+
+impl<S: BatchSource> Door for Follow<S> {
+    fn boundary(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<Next, RunError> {
+        self.source.executed(machine.anchors(), machine.now());
+        loop {
+            if let Some(stopped) = self.apply_due(machine, effects)? {
+                return Ok(Next::Stop(stopped));
+            }
+            if !effects.is_empty() {
+                self.publish(machine, effects)?;
+            }
+            if self.reached > machine.anchors() {
+                if machine.waiting() {
+                    let expected = format!("a guest that runs on to anchor {}", self.reached);
+                    return Err(self.diverged(machine, expected, "a halted guest with no interrupt".into()));
+                }
+                return Ok(Next::Enter);
+            }
+            if !self.fetch()? {
+                return Ok(Next::Stop(Stopped::LogEnded));
+            }
+        }
+    }
+
+    fn publish(&mut self, _: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
+        for effect in effects.drain(..) {
+            if let Some(watcher) = &mut self.watcher {
+                watcher(&effect);
+            }
+            if matches!(effect, Effect::Frame(_) | Effect::Console(_)) {
+                if self.unreleased.len() == KEPT_EFFECTS {
+                    self.unreleased.pop_front();
+                }
+                self.unreleased.push_back((self.seq, effect));
+            }
+        }
+        Ok(())
+    }
+
+    fn ended(&mut self, machine: &mut Machine, _: GuestEnd) -> Result<(), RunError> {
+        let mut effects = Vec::new();
+        loop {
+            if self.apply_due(machine, &mut effects)?.is_some() {
+                return Ok(());
+            }
+            if let Some(entry) = self.ahead.take() {
+                let found = "a guest whose life has ended".to_owned();
+                return Err(self.diverged(machine, describe(&entry), found));
+            }
+            if !self.fetch()? {
+                return Ok(());
+            }
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! The door of a guest that runs now: events and clock reads come from the host.
+//!
+//! Owns: the guest's clock and the choice of the boundary at which an event applies. Must never: change
+//! guest state other than through an entry that its [`LogSink`] has been given.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, after, select};
+use devices::Effect;
+use ft_log::{Entry, Event, GuestTime};
+
+use super::{Door, Next, RunError, Stopped};
+use crate::machine::{Clock, GuestEnd, Machine};
+
+/// Most events that are applied at one boundary, so that a flood of frames cannot keep the guest from running.
+const EVENTS_PER_BOUNDARY: usize = 64;
+
+/// Events that wait for the guest's next boundary; beyond that frames are dropped, as a network card does,
+/// and everything else waits.
+pub const INBOX_EVENTS: usize = 1_024;
+
+/// What happens to the entries and effects of a live guest.
+pub trait LogSink {
+    /// Writes an entry down.
+    fn record(&mut self, entry: &Entry) -> Result<(), RunError>;
+    /// The log is complete up to the machine's boundary; `effects` may go once that is safe.
+    fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError>;
+    /// A chance to look after the log's other end. The machine stands at a boundary.
+    fn at_boundary(&mut self, machine: &mut Machine) -> Result<(), RunError>;
+    /// No entries will follow.
+    fn finish(&mut self, machine: &Machine) -> Result<(), RunError>;
+    /// May the guest be broken off between anchors? Not where its state then must be named.
+    fn may_break_off(&self) -> bool;
+}
+
+/// The guest's clock: guest time at an instant of the host's monotonic clock.
+#[derive(Clone, Copy, Debug)]
+pub struct HostTime {
+    base: Instant,
+    offset_ns: u64,
+}
+
+impl HostTime {
+    /// A clock that shows `time` now.
+    pub fn starting_at(time: GuestTime) -> Self {
+        Self { base: Instant::now(), offset_ns: time.to_ns() }
+    }
+
+    /// What it shows now.
+    pub fn now(&self) -> GuestTime {
+        GuestTime::from_ns(self.offset_ns + self.base.elapsed().as_nanos() as u64)
+    }
+
+    /// How long until it shows `time`.
+    pub fn until(&self, time: GuestTime) -> Duration {
+        Duration::from_nanos(time.to_ns()).saturating_sub(
+            Duration::from_nanos(self.offset_ns).saturating_add(self.base.elapsed()),
+        )
+    }
+}
+
+/// The door of a live guest.
+pub struct Live<L> {
+    time: HostTime,
+    inbox: Receiver<Event>,
+    // With a sender here the channel never closes, so waiting on it always waits.
+    _keep_open: Sender<Event>,
+    wake: Receiver<()>,
+    own: VecDeque<Event>,
+    stop: Arc<AtomicBool>,
+    log: L,
+}
+
+impl<L: LogSink> Live<L> {
+    /// A door whose events come from `inbox`. `wake` makes a halted guest's thread look at `stop` and at
+    /// its log's other end.
+    pub fn new(
+        time: HostTime,
+        inbox: (Sender<Event>, Receiver<Event>),
+        wake: Receiver<()>,
+        stop: Arc<AtomicBool>,
+        log: L,
+    ) -> Self {
+        let (_keep_open, inbox) = inbox;
+        Self { time, inbox, _keep_open, wake, own: VecDeque::new(), stop, log }
+    }
+
+    /// The log, for what comes after the loop.
+    pub fn log_mut(&mut self) -> &mut L {
+        &mut self.log
+    }
+
+    /// Asks for random bytes on behalf of a guest that was asking when this door took over.
+    pub fn supply_entropy(&mut self, len_bytes: usize) -> Result<(), RunError> {
+        let mut data = vec![0; len_bytes];
+        crate::host::random_bytes(&mut data).map_err(RunError::Random)?;
+        self.own.push_back(Event::Entropy { data });
+        Ok(())
+    }
+
+    fn apply(
+        &mut self,
+        machine: &mut Machine,
+        event: Event,
+        effects: &mut Vec<Effect>,
+    ) -> Result<(), RunError> {
+        let entry = Entry::Event { anchor: machine.anchors(), event };
+        self.log.record(&entry)?;
+        if let Entry::Event { event, .. } = &entry {
+            machine.apply(event, effects)?;
+        }
+        Ok(())
+    }
+
+    /// Applies what is due at this boundary.
+    fn apply_due(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
+        for _ in 0..EVENTS_PER_BOUNDARY {
+            let Some(event) = self.own.pop_front().or_else(|| self.inbox.try_recv().ok()) else { break };
+            self.apply(machine, event, effects)?;
+        }
+        let now = self.time.now();
+        if machine.deadline().is_some_and(|deadline| deadline <= now) {
+            self.apply(machine, Event::Tick { now }, effects)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until there may be something to apply.
+    fn wait(&mut self, machine: &Machine) {
+        let timer = machine.deadline().map_or_else(crossbeam_channel::never, |deadline| {
+            after(self.time.until(deadline))
+        });
+        select! {
+            recv(self.inbox) -> event => self.own.extend(event),
+            recv(self.wake) -> _ => {}
+            recv(timer) -> _ => {}
+        }
+    }
+}
+
+impl<L: LogSink> Clock for Live<L> {
+    type Error = RunError;
+
+    fn read(&mut self) -> Result<GuestTime, RunError> {
+        let now = self.time.now();
+        self.log.record(&Entry::Clock(now))?;
+        Ok(now)
+    }
+
+    fn kicked(&mut self) -> Result<(), RunError> {
+        if self.stop.load(Ordering::Relaxed) && self.log.may_break_off() {
+            return Err(RunError::StopRequested);
+        }
+        Ok(())
+    }
+}
+
+impl<L: LogSink> Door for Live<L> {
+    fn boundary(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<Next, RunError> {
+        loop {
+            self.log.at_boundary(machine)?;
+            if self.stop.load(Ordering::Relaxed) {
+                self.log.finish(machine)?;
+                return Ok(Next::Stop(Stopped::Requested));
+            }
+            self.apply_due(machine, effects)?;
+            if !machine.waiting() {
+                return Ok(Next::Enter);
+            }
+            self.publish(machine, effects)?;
+            if self.own.is_empty() {
+                self.wait(machine);
+            }
+        }
+    }
+
+    fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
+        let mut wanted = Vec::new();
+        effects.retain(|effect| match effect {
+            Effect::Entropy { len_bytes } => {
+                wanted.push(*len_bytes);
+                false
+            }
+            _ => true,
+        });
+        for len_bytes in wanted {
+            self.supply_entropy(len_bytes)?;
+        }
+        self.log.publish(machine, effects)
+    }
+
+    fn ended(&mut self, machine: &mut Machine, _: GuestEnd) -> Result<(), RunError> {
+        self.log.finish(machine)
+    }
+}

@@ -1,0 +1,119 @@
+//! The loop that moves a guest from boundary to boundary; one for primary, backup, recording and replay.
+//!
+//! Owns: the order of things at a boundary. Must never: know which role it plays; that is the [`Door`]'s.
+//!
+//! ```text
+//!   boundary k: door.boundary() applies the events of k (from the host or from the log), may wait
+//!      │                                    └── effects of these events ── door.publish()
+//!      ▼
+//!   machine.run_to_anchor()  clock reads are answered by the door
+//!      │
+//!      ▼
+//!   door.publish()           log up to exit k+1 is complete; its effects may go once that is acknowledged
+//! ```
+
+mod alone;
+mod divergence;
+mod follow;
+mod live;
+
+use devices::Effect;
+use thiserror::Error;
+
+use crate::machine::{Clock, GuestEnd, Machine, MachineError};
+
+pub use alone::{FileLog, NoLog};
+pub use divergence::Divergence;
+pub use follow::{BatchSource, Follow};
+pub use live::{HostTime, INBOX_EVENTS, Live, LogSink};
+
+/// Where everything that is not a function of guest state comes in, and where effects go out.
+pub trait Door: Clock<Error = RunError> {
+    /// Applies the events of the machine's present boundary. Waits while the guest is halted.
+    fn boundary(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<Next, RunError>;
+    /// The machine stands at a boundary with its last exit handled: takes what it produced.
+    fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError>;
+    /// The guest's life is over.
+    fn ended(&mut self, machine: &mut Machine, end: GuestEnd) -> Result<(), RunError>;
+}
+
+/// What follows a boundary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Let the guest run.
+    Enter,
+    /// Leave the loop.
+    Stop(Stopped),
+}
+
+/// Why the loop was left, with the machine intact at a boundary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stopped {
+    /// The guest's life ended.
+    GuestEnded(GuestEnd),
+    /// Somebody asked the monitor to stop.
+    Requested,
+    /// Followers only: every entry of the log has been applied and there will be no more.
+    LogEnded,
+    /// Followers only: the recording's end was reached and every digest was equal.
+    ReplayEqual,
+}
+
+/// What can go wrong while a guest runs.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// The machine failed.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The log cannot be read or written.
+    #[error(transparent)]
+    Log(#[from] ft_log::LogError),
+    /// This guest is not the one that the log describes.
+    #[error("{0}")]
+    Diverged(Box<Divergence>),
+    /// The recording cannot be read or written.
+    #[error(transparent)]
+    Recording(#[from] ft_log::RecordingError),
+    /// The connection to the other side failed.
+    #[error(transparent)]
+    Stream(#[from] ft_log::StreamError),
+    /// The host gives no random bytes.
+    #[error("this host gives no random bytes: {0}")]
+    Random(#[source] std::io::Error),
+    /// The recording stops before its end entry.
+    #[error("the recording ends at anchor {anchor} without an end mark: it is incomplete")]
+    Truncated {
+        /// Where replay stood.
+        anchor: u64,
+    },
+    /// A snapshot could not be taken or sent.
+    #[error(transparent)]
+    Snapshot(#[from] crate::snapshot::SnapshotError),
+    /// The monitor was told to stop while the guest was running.
+    #[error("the monitor was asked to stop")]
+    StopRequested,
+}
+
+/// Runs the guest until something ends the loop.
+pub fn run<D: Door>(machine: &mut Machine, door: &mut D) -> Result<Stopped, RunError> {
+    let mut effects = Vec::new();
+    loop {
+        if let Some(end) = machine.end() {
+            door.ended(machine, end)?;
+            return Ok(Stopped::GuestEnded(end));
+        }
+        match door.boundary(machine, &mut effects)? {
+            Next::Stop(stopped) => return Ok(stopped),
+            Next::Enter => {}
+        }
+        if !effects.is_empty() {
+            door.publish(machine, &mut effects)?;
+        }
+        match machine.run_to_anchor(door, &mut effects) {
+            Ok(()) => {}
+            Err(RunError::StopRequested) => return Ok(Stopped::Requested),
+            Err(error) => return Err(error),
+        }
+        door.publish(machine, &mut effects)?;
+    }
+}

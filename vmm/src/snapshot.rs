@@ -1,0 +1,120 @@
+//! A whole guest as a stream of bytes: how a backup and a recording begin.
+//!
+//! Owns: what a snapshot consists of (configuration, machine, memory). Must never: run the guest.
+//! The container's layout is `ft_log`'s; see docs/log-format.md.
+
+use std::io::{Read, Write};
+
+use devices::Payload;
+use ft_log::{Cursor, PAGE_BYTES, SnapshotPart, SnapshotReader, SnapshotWriter};
+use thiserror::Error;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::guest::{GuestConfig, GuestError};
+use crate::kvm::{Kvm, KvmError};
+use crate::machine::{Machine, MachineError};
+
+/// What can go wrong with a snapshot.
+#[derive(Debug, Error)]
+pub enum SnapshotError {
+    /// The container is damaged, or its stream failed.
+    #[error(transparent)]
+    Container(#[from] ft_log::SnapshotError),
+    /// The machine in it cannot be used here.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The configuration in it cannot be used here.
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    /// KVM failed.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory could not be reached.
+    #[error("guest memory at {gpa:#x} cannot be reached: {reason}")]
+    Memory {
+        /// Where.
+        gpa: u64,
+        /// Why.
+        reason: String,
+    },
+    /// The first part is not the configuration, or there is none.
+    #[error("the snapshot does not begin with the guest's configuration")]
+    NoConfiguration,
+}
+
+/// Pages that are compressed at a time: what a snapshot costs in memory beyond the guest's.
+const CHUNK_BYTES: usize = 256 * PAGE_BYTES;
+
+/// Writes the guest. The machine has been settled.
+pub fn save<W: Write>(
+    machine: &Machine,
+    config: &GuestConfig,
+    out: W,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<W, SnapshotError> {
+    let mut writer = SnapshotWriter::new(out)?;
+    let own = config.to_payload();
+    writer.payload(&own.kind, own.version, &own.bytes)?;
+    for payload in machine.save()? {
+        writer.payload(&payload.kind, payload.version, &payload.bytes)?;
+    }
+    let total_bytes: u64 = machine.ram().iter().map(GuestMemoryRegion::len).sum();
+    let mut done_bytes = 0;
+    let mut chunk = vec![0; CHUNK_BYTES];
+    for region in machine.ram().iter() {
+        let mut offset = 0;
+        while offset < region.len() {
+            let take = (region.len() - offset).min(CHUNK_BYTES as u64);
+            let gpa = region.start_addr().raw_value() + offset;
+            let piece = &mut chunk[..take as usize];
+            machine
+                .ram()
+                .read_slice(piece, GuestAddress(gpa))
+                .map_err(|error| SnapshotError::Memory { gpa, reason: error.to_string() })?;
+            writer.memory(gpa, piece)?;
+            offset += take;
+            done_bytes += take;
+            progress(done_bytes, total_bytes);
+        }
+    }
+    Ok(writer.finish()?)
+}
+
+/// Where the log goes on behind a snapshot of `machine`.
+pub fn cursor(machine: &Machine) -> Cursor {
+    Cursor { time: machine.now(), anchor: machine.anchors() }
+}
+
+/// Reads a guest and builds it on this host.
+///
+/// # Errors
+/// A damaged stream, a configuration that this host cannot give, a state that does not fit.
+pub fn load<R: Read>(
+    kvm: &Kvm,
+    input: R,
+    mut progress: impl FnMut(u64),
+) -> Result<(GuestConfig, Machine), SnapshotError> {
+    let mut reader = SnapshotReader::new(input)?;
+    let config = match reader.next_part()? {
+        Some(SnapshotPart::Payload { kind, version, bytes }) => {
+            GuestConfig::from_payload(&Payload { kind, version, bytes })?
+        }
+        _ => return Err(SnapshotError::NoConfiguration),
+    };
+    let ram = config.allocate_ram()?;
+    let mut payloads = Vec::new();
+    while let Some(part) = reader.next_part()? {
+        match part {
+            SnapshotPart::Payload { kind, version, bytes } => payloads.push(Payload { kind, version, bytes }),
+            SnapshotPart::Pages { gpa, bytes } => {
+                ram.write_slice(&bytes, GuestAddress(gpa))
+                    .map_err(|error| SnapshotError::Memory { gpa, reason: error.to_string() })?;
+                progress(gpa);
+            }
+        }
+    }
+    let vm = kvm.create_vm(ram.clone())?;
+    let vcpu = vm.create_vcpu(&config.cpuid()?)?;
+    let machine = Machine::load(vm, vcpu, ram, &config.board, &payloads)?;
+    Ok((config, machine))
+}
