@@ -5,7 +5,7 @@
 //! same memory, byte for byte.
 //!
 //! ```text
-//! kernel file ──> bzimage (unpack) ──> image (check) ──> rdtsc, tsd (rewrite) ──┐
+//! kernel file ─> bzimage (unpack) ─> image (check) ─> tsd, cr4_shadow, rdtsc ────┐
 //! initrd ───────────────────────────────────────────────────────────────────────┼─> guest RAM
 //! windows ──> acpi tables, cmdline ──> start (zero page, page tables, GDT) ─────┘   registers
 //! ```
