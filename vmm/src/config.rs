@@ -140,8 +140,7 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
         .map(|byte| u8::from_str_radix(byte, 16))
         .collect::<Result<_, _>>()
         .map_err(|_| format!("'{text}' is not a MAC address such as 52:54:00:12:34:56"))?;
-    let mac: [u8; 6] =
-        bytes.try_into().map_err(|_| format!("'{text}' is not a MAC address of six bytes"))?;
+    let mac: [u8; 6] = bytes.try_into().map_err(|_| format!("'{text}' is not a MAC address of six bytes"))?;
     if mac[0] & 1 == 1 {
         return Err(format!("'{text}' is a multicast address; the first byte must be even"));
     }

@@ -210,8 +210,13 @@ impl GuestConfig {
         let cpuid_bytes = get_bytes(input)?.to_vec();
         let mib = memory_bytes >> 20;
         let fits = memory_bytes.is_multiple_of(1 << 20) && (MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&mib);
-        let board =
-            BoardConfig { epoch_s, ram_bytes: memory_bytes, net_mac, disk_bytes, disk_read_only: read_only != 0 };
+        let board = BoardConfig {
+            epoch_s,
+            ram_bytes: memory_bytes,
+            net_mac,
+            disk_bytes,
+            disk_read_only: read_only != 0,
+        };
         fits.then_some(Self { name, memory_bytes, board, cpuid_bytes, cpu })
     }
 }

@@ -5,7 +5,7 @@
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, bounded};
 use ft_log::{Encoder, RecordingWriter};
 
 use super::stop::Stop;
@@ -18,11 +18,13 @@ use crate::snapshot;
 
 /// `vmft run`.
 pub fn run(args: &GuestArgs) -> Result<Ending, CommandError> {
-    play(prepare(args, Caching::Host)?, |_, outlet| Ok(NoLog::new(outlet)))
+    let stop = Stop::install()?;
+    play(prepare(args, Caching::Host)?, stop, NoLog::new)
 }
 
 /// `vmft record FILE`.
 pub fn record(file: &Path, args: &GuestArgs) -> Result<Ending, CommandError> {
+    let stop = Stop::install()?;
     let mut prepared = prepare(args, Caching::Host)?;
     let mut writer = RecordingWriter::create(file)?;
     prepared.machine.settle().map_err(run::RunError::from)?;
@@ -30,20 +32,21 @@ pub fn record(file: &Path, args: &GuestArgs) -> Result<Ending, CommandError> {
     let sink = snapshot::save(&prepared.machine, &prepared.config, sink, |_, _| {})?;
     finish_snapshot(sink)?;
     let encoder = Encoder::new(snapshot::cursor(&prepared.machine));
-    play(prepared, |_, outlet| Ok(FileLog::new(outlet, writer, encoder)))
+    play(prepared, stop, |outlet| FileLog::new(outlet, writer, encoder))
 }
 
 fn finish_snapshot<W: Write>(sink: BufWriter<ft_log::SnapshotSink<'_, W>>) -> Result<(), CommandError> {
-    let sink = sink.into_inner().map_err(|error| CommandError::host("write the snapshot")(error.into_error()))?;
+    let sink =
+        sink.into_inner().map_err(|error| CommandError::host("write the snapshot")(error.into_error()))?;
     sink.finish().map_err(|error| CommandError::Run(error.into()))
 }
 
 fn play<L: LogSink>(
     prepared: Prepared,
-    log: impl FnOnce(&Stop, Outlet) -> Result<L, CommandError>,
+    (stop, woken): (Stop, Receiver<()>),
+    log: impl FnOnce(Outlet) -> L,
 ) -> Result<Ending, CommandError> {
     let Prepared { mut machine, resources, .. } = prepared;
-    let (stop, woken) = Stop::install()?;
     let (sender, receiver) = bounded(INBOX_EVENTS);
     let outlet = resources.start(&sender, always())?;
     let terminal = Terminal::start(&sender)?;
@@ -57,9 +60,8 @@ fn play<L: LogSink>(
             }
         })
         .map_err(CommandError::host("start a thread"))?;
-    let log = log(&stop, outlet)?;
     let time = HostTime::starting_at(machine.now());
-    let mut door = Live::new(time, (sender, receiver), woken, stop.flag(), log);
+    let mut door = Live::new(time, (sender, receiver), woken, stop.flag(), log(outlet));
     let stopped = run::run(&mut machine, &mut door)?;
     Ok(ending(stopped, machine.anchors()))
 }

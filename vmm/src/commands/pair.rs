@@ -47,6 +47,9 @@ const GATE_LIMITS: Limits = Limits { count: 16_384, bytes: 16 << 20 };
 const LEASE_NUMERATOR: u32 = 3;
 const LEASE_DENOMINATOR: u32 = 4;
 
+/// Pause between two looks at how long the primary has been silent.
+const SILENCE_POLL: Duration = Duration::from_millis(5);
+
 /// Why a pair cannot be formed or kept.
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
@@ -66,7 +69,9 @@ pub enum PairError {
         holder.host, holder.pid
     )]
     Claimed { name: String, view: u64, directory: String, holder: Box<Owner> },
-    #[error("--heartbeat-ms {heartbeat_ms} is too long for --timeout-ms {timeout_ms}; it may be a third of it at most")]
+    #[error(
+        "--heartbeat-ms {heartbeat_ms} is too long for --timeout-ms {timeout_ms}; it may be a third of it at most"
+    )]
     Heartbeats { heartbeat_ms: u64, timeout_ms: u64 },
     #[error("the guest has a network card but no --tap was given; the primary's guest needs one here too")]
     NoTap,
@@ -112,11 +117,13 @@ fn host_name() -> String {
 
 /// `vmft primary`.
 pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
+    let stop = Stop::install()?;
     let side = Side::new(&args.pair, &args.guest.name, Role::Primary)?;
     refuse_if_claimed(&side.claims, &args.guest.name, &args.pair.shared)?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
     let heartbeats = Arc::new(
-        Heartbeats::start(args.listen, &args.guest.name, Role::Primary, side.heartbeat).map_err(PairError::from)?,
+        Heartbeats::start(args.listen, &args.guest.name, Role::Primary, side.heartbeat)
+            .map_err(PairError::from)?,
     );
     let prepared = prepare(&args.guest, Caching::WriteThrough)?;
     match side.claims.claim(1, &side.owner).map_err(PairError::from)? {
@@ -131,7 +138,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     }
     let Prepared { config, machine, resources } = prepared;
     let live = LiveSide { side, config, machine, resources, heartbeats, listener: Some(listener), view: 1 };
-    live.run(Vec::new(), None, Stop::install()?)
+    live.run(Vec::new(), None, stop)
 }
 
 fn refuse_if_claimed(claims: &Claims, name: &str, directory: &Path) -> Result<(), PairError> {
@@ -189,7 +196,9 @@ impl LiveSide {
         }
         let (joins_in, joins) = bounded(1);
         if let Some(listener) = listener {
-            listener.serve(reception(&side, &config, &shared.link, joins_in, &stop)?).map_err(PairError::from)?;
+            listener
+                .serve(reception(&side, &config, &shared.link, joins_in, &stop)?)
+                .map_err(PairError::from)?;
         }
         let (events, event_queue) = bounded(64);
         let _terminal = Terminal::start(&sender)?;
@@ -268,7 +277,7 @@ fn reception(
 ) -> Result<Reception, CommandError> {
     let expected = Expected {
         monitor_version: env!("CARGO_PKG_VERSION").into(),
-        cpu: config.cpu.clone(),
+        cpu: config.cpu,
         guest_name: config.name.clone(),
         disk_bytes: config.board.disk_bytes,
         claims_id: side.claims.directory_id().map_err(PairError::from)?,
@@ -294,6 +303,7 @@ fn supervisor(side: &Side, shared: &Shared, heartbeats: Arc<Heartbeats>, stop: &
 
 /// `vmft backup`.
 pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
+    let stop = Stop::install()?;
     let side = Side::new(&args.pair, &args.name, Role::Backup)?;
     let kvm = Kvm::open()?;
     let listener = args.listen.map(Listener::bind).transpose().map_err(PairError::from)?;
@@ -329,7 +339,7 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
         (None, Some(tap)) => return Err(PairError::UselessTap(tap.clone()).into()),
         _ => {}
     }
-    follow(Following { side, config, machine, resources, heartbeats, listener, connection })
+    follow(Following { side, config, machine, resources, heartbeats, listener, connection }, stop)
 }
 
 fn receive_guest(kvm: &Kvm, connection: &mut Connection) -> Result<(GuestConfig, Machine), CommandError> {
@@ -370,35 +380,26 @@ struct Following {
 }
 
 /// Follows to the log's end; then, with a claim won, takes over.
-fn follow(parts: Following) -> Result<Ending, CommandError> {
+fn follow(parts: Following, stop: (Stop, Receiver<()>)) -> Result<Ending, CommandError> {
     let Following { side, config, mut machine, mut resources, heartbeats, listener, connection } = parts;
-    let stop = Stop::install()?;
     let view = connection.welcome.view;
     let cursor = snapshot::cursor(&machine);
-    let (inflow, frames) = connection
-        .follow(cursor)
-        .map_err(|source: StreamError| PairError::NotFormed(source.to_string()))?;
+    let (inflow, frames) =
+        connection.follow(cursor).map_err(|source: StreamError| PairError::NotFormed(source.to_string()))?;
     let (verdict_in, verdict) = bounded(1);
     let receiver = {
-        let (inflow, heartbeats) = (Arc::clone(&inflow), Arc::clone(&heartbeats));
+        let (inflow, heartbeats, stop) = (Arc::clone(&inflow), Arc::clone(&heartbeats), stop.0.flag());
         let (claims, owner, timeout) = (side.claims.clone(), side.owner.clone(), side.timeout);
         move || {
             let end = inflow.receive(frames, || heartbeats.note_heard());
             let noticed = Instant::now();
-            let holder = match &end {
-                LinkEnd::GuestEnded => None,
-                LinkEnd::Lost { why, by_peer } => {
-                    tracing::warn!("primary lost: {why}");
-                    // A primary that closed the connection, or whose kernel did, lets nothing out any more.
-                    // One that merely cannot be reached may, until it has not heard from here for the timeout.
-                    while !by_peer && heartbeats.silent_for() <= timeout {
-                        std::thread::sleep(timeout / 20);
-                    }
-                    claim_until_known(&claims, view + 1, &owner)
-                }
+            let verdict = if stop.load(Ordering::Relaxed) {
+                Verdict::Stopped
+            } else {
+                judge(&end, &claims, view + 1, &owner, || heartbeats.silent_for() > timeout)
             };
             // The main thread waits for exactly this.
-            let _ = verdict_in.send((end, holder, noticed));
+            let _ = verdict_in.send((verdict, noticed));
         }
     };
     spawn("log-receiver", receiver)?;
@@ -408,15 +409,17 @@ fn follow(parts: Following) -> Result<Ending, CommandError> {
     if let Stopped::GuestEnded(_) = stopped {
         return Ok(ending(stopped, machine.anchors()));
     }
-    let Ok((end, holder, noticed)) = verdict.recv() else {
+    let Ok((verdict, noticed)) = verdict.recv() else {
         return Err(PairError::NotFormed("the receiver's thread is gone".into()).into());
     };
-    if stop.0.flag().load(Ordering::Relaxed) || end == LinkEnd::GuestEnded {
-        return Ok(Ending::Orderly);
-    }
-    if let Some(holder) = holder {
-        tracing::error!(view = view + 1, host = %holder.host, pid = holder.pid, "the primary goes on alone; this backup stops");
-        return Ok(Ending::LostClaim);
+    match verdict {
+        Verdict::Won => {}
+        Verdict::GuestEnded | Verdict::Stopped => return Ok(Ending::Orderly),
+        Verdict::Lost(holder) => {
+            tracing::error!(view = view + 1, host = %holder.host, pid = holder.pid,
+                "the primary goes on alone; this backup stops");
+            return Ok(Ending::LostClaim);
+        }
     }
     if let Some(disk) = &mut resources.disk {
         match disk.lock() {
@@ -438,6 +441,29 @@ fn follow(parts: Following) -> Result<Ending, CommandError> {
     );
     let live = LiveSide { side, config, machine, resources, heartbeats, listener, view: view + 1 };
     live.run(again, Some(time.unwrap_or(GuestTime(0))), stop)
+}
+
+/// What becomes of a backup whose link has ended.
+enum Verdict {
+    /// The guest's life is over.
+    GuestEnded,
+    /// The operator stopped this monitor. It claims nothing: the primary goes on.
+    Stopped,
+    /// The guest is ours.
+    Won,
+    /// The guest is the holder's.
+    Lost(Owner),
+}
+
+/// Decides, by a claim, who goes on. A primary that closed the connection, or whose kernel did, lets nothing
+/// out any more. One that merely cannot be reached may, until it has not heard from here for the timeout.
+fn judge(end: &LinkEnd, claims: &Claims, view: u64, owner: &Owner, silent: impl Fn() -> bool) -> Verdict {
+    let LinkEnd::Lost { why, by_peer } = end else { return Verdict::GuestEnded };
+    tracing::warn!("primary lost: {why}");
+    while !by_peer && !silent() {
+        std::thread::sleep(SILENCE_POLL);
+    }
+    claim_until_known(claims, view, owner).map_or(Verdict::Won, Verdict::Lost)
 }
 
 fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), CommandError> {
@@ -471,4 +497,3 @@ fn watchdog(
         }
     }
 }
-

@@ -35,7 +35,9 @@ const READ_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, Error)]
 pub enum BackupError {
     /// Nobody answers.
-    #[error("no primary answers at {address}: {source}. Is `vmft primary` running, with this --listen address?")]
+    #[error(
+        "no primary answers at {address}: {source}. Is `vmft primary` running, with this --listen address?"
+    )]
     Unreachable {
         /// The address.
         address: SocketAddr,
@@ -242,7 +244,10 @@ impl Inflow {
                 }
                 Ok(Some(Message::Bye { reason: ByeReason::GuestEnded, .. })) => break LinkEnd::GuestEnded,
                 Ok(Some(Message::Bye { reason, text })) => {
-                    break LinkEnd::Lost { why: format!("the primary left: {reason:?} {text}"), by_peer: true };
+                    break LinkEnd::Lost {
+                        why: format!("the primary left: {reason:?} {text}"),
+                        by_peer: true,
+                    };
                 }
                 Ok(Some(other)) => {
                     break LinkEnd::unsure(format!("the primary sent a {} message", other.kind().name()));

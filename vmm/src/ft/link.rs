@@ -12,6 +12,8 @@
 //! In `Orphaned` nobody may let output go: the former backup may have taken over.
 
 use std::collections::VecDeque;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -47,7 +49,6 @@ struct State {
     released: u64,
     sent_at: VecDeque<(u64, Instant)>,
     alive_at: Instant,
-    bytes_sent: u64,
     bye: Option<ByeReason>,
 }
 
@@ -63,7 +64,6 @@ impl State {
             released: 0,
             sent_at: VecDeque::new(),
             alive_at: Instant::now(),
-            bytes_sent: 0,
             bye: None,
         }
     }
@@ -75,6 +75,7 @@ pub struct Link {
     to_send: Condvar,
     has_room: Condvar,
     all_acked: Condvar,
+    bytes_sent: AtomicU64,
 }
 
 impl Default for Link {
@@ -84,6 +85,7 @@ impl Default for Link {
             to_send: Condvar::new(),
             has_room: Condvar::new(),
             all_acked: Condvar::new(),
+            bytes_sent: AtomicU64::new(0),
         }
     }
 }
@@ -102,6 +104,7 @@ impl Link {
     /// A backup has been given everything up to `anchor`; numbering starts anew.
     pub fn attach(&self, anchor: u64) {
         *self.lock() = State::new(Phase::Paired, anchor);
+        self.bytes_sent.store(0, Ordering::Relaxed);
     }
 
     /// The backup is lost. False: that was known.
@@ -191,7 +194,6 @@ impl Link {
         state.urgent = false;
         state.sent_reached = state.reached;
         let entries = std::mem::take(&mut state.pending);
-        state.bytes_sent += entries.len() as u64;
         has_room.notify_all();
         Batch { seq, reached: state.reached, released: state.released.min(seq), entries }
     }
@@ -241,9 +243,9 @@ impl Link {
         Duration::from_nanos(now.to_ns().saturating_sub(acked.executed_time.to_ns()))
     }
 
-    /// Entry bytes sent to the present backup.
-    pub fn bytes_sent(&self) -> u64 {
-        self.lock().bytes_sent
+    /// Bytes written to the present backup behind its snapshot, framing included, and batches.
+    pub fn sent(&self) -> (u64, u64) {
+        (self.bytes_sent.load(Ordering::Relaxed), self.lock().sender.sent())
     }
 
     /// Sends what there is and waits until the backup has all of it, it is lost, or `timeout` is over.
@@ -253,7 +255,9 @@ impl Link {
         state.urgent = true;
         self.to_send.notify_one();
         while state.phase == Phase::Paired
-            && (state.urgent || !state.pending.is_empty() || state.sender.acked().received < state.sender.sent())
+            && (state.urgent
+                || !state.pending.is_empty()
+                || state.sender.acked().received < state.sender.sent())
         {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -261,6 +265,26 @@ impl Link {
             }
             state = self.all_acked.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+}
+
+/// Counts what is written to the backup.
+pub struct Counted<'a, W> {
+    /// Where it goes.
+    pub out: W,
+    /// Whose count it is.
+    pub link: &'a Link,
+}
+
+impl<W: Write> Write for Counted<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.link.bytes_sent.fetch_add(written as u64, Ordering::Relaxed);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
     }
 }
 

@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, Sender};
 use devices::Effect;
 use ft_log::{ByeReason, Encoder, Entry, FrameReader, FrameWriter, Message, StreamError, Welcome};
 
-use super::link::{Link, Phase};
+use super::link::{Counted, Link, Phase};
 use super::output_gate::{OutputGate, Room};
 use super::supervise::LinkEvent;
 use crate::guest::GuestConfig;
@@ -178,11 +178,7 @@ impl PairLog {
     }
 
     /// The log to the backup, if it still has one.
-    fn publish_to_backup(
-        &mut self,
-        machine: &Machine,
-        effects: &mut Vec<Effect>,
-    ) -> Result<Option<u64>, RunError> {
+    fn publish_to_backup(&mut self, machine: &Machine, effects: &[Effect]) -> Result<Option<u64>, RunError> {
         let Some(encoder) = &mut self.encoder else { return Ok(None) };
         let visible = effects.iter().any(|effect| matches!(effect, Effect::Frame(_) | Effect::Disk(_)));
         let anchor = machine.anchors();
@@ -272,7 +268,7 @@ impl LogSink for PairLog {
 }
 
 fn send_batches(link: &Link, stream: TcpStream, events: &Sender<LinkEvent>) {
-    let mut frames = FrameWriter::new(stream);
+    let mut frames = FrameWriter::new(Counted { out: stream, link });
     while let Some(batch) = link.next_batch() {
         if let Err(error) = frames.send(&Message::Batch(batch)) {
             let _ = events.send(LinkEvent::Down(format!("the log cannot be sent: {error}")));
@@ -283,7 +279,7 @@ fn send_batches(link: &Link, stream: TcpStream, events: &Sender<LinkEvent>) {
         // The backup learns the same from the closed connection, only less exactly.
         let _ = frames.send(&Message::Bye { reason, text: String::new() });
     }
-    let _ = frames.get_ref().shutdown(Shutdown::Both);
+    let _ = frames.get_ref().out.shutdown(Shutdown::Both);
 }
 
 fn receive_acks(link: &Link, gate: &OutputGate<Outlet>, stream: TcpStream, events: &Sender<LinkEvent>) {

@@ -12,7 +12,7 @@
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
@@ -26,6 +26,8 @@ use crate::outlet::Outlet;
 
 /// How long one claim may take before it is asked for again.
 const CLAIM_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time between two reports of numbers, at debug level.
+const REPORT_EVERY: Duration = Duration::from_secs(5);
 /// Pause before an unanswered claim is made again.
 const CLAIM_AGAIN: Duration = Duration::from_millis(50);
 /// How long the guest's thread may take to stop after a lost claim before the process ends regardless.
@@ -72,6 +74,7 @@ impl Supervisor {
     /// Runs until the claim is lost or every sender of `events` is gone.
     pub fn run(self, events: &Receiver<LinkEvent>) {
         let mut connection: Option<TcpStream> = None;
+        let mut report_at = Instant::now();
         let tick = self.timeout / 10;
         loop {
             let why = match events.recv_timeout(tick) {
@@ -87,12 +90,17 @@ impl Supervisor {
                 }
                 Ok(LinkEvent::Down(why)) => why,
                 Err(RecvTimeoutError::Timeout) => {
-                    if self.link.phase() == Phase::Paired && self.link.silent_for() > self.timeout {
-                        format!("the backup has been silent for {} ms", self.link.silent_for().as_millis())
+                    let silent = self.link.silent_for().min(self.heartbeats.unanswered_for());
+                    if self.link.phase() == Phase::Paired && silent > self.timeout {
+                        format!("the backup has been silent for {} ms", silent.as_millis())
                     } else {
                         // What was acknowledged while the lease had run out may go now.
                         self.gate.retry();
                         self.link.released(self.gate.released_seq());
+                        if self.link.phase() == Phase::Paired && report_at.elapsed() >= REPORT_EVERY {
+                            self.report();
+                            report_at = Instant::now();
+                        }
                         continue;
                     }
                 }
@@ -102,6 +110,7 @@ impl Supervisor {
                 continue;
             }
             tracing::warn!("backup lost: {why}");
+            self.report();
             self.heartbeats.set_peer(None);
             if let Some(stream) = connection.take() {
                 let _ = stream.shutdown(Shutdown::Both);
@@ -110,6 +119,20 @@ impl Supervisor {
                 return;
             }
         }
+    }
+
+    fn report(&self) {
+        let (log_bytes, batches) = self.link.sent();
+        let gate = self.gate.stats();
+        tracing::debug!(
+            log_bytes,
+            batches,
+            outputs = gate.released,
+            delay_mean_us = gate.delay_sum_us.checked_div(gate.released).unwrap_or(0),
+            delay_max_us = gate.delay_max_us,
+            lease_refusals = gate.lease_refusals,
+            "pair so far"
+        );
     }
 
     /// Claims until there is an answer. False: another monitor owns the guest.

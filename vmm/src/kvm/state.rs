@@ -103,10 +103,14 @@ fn load_msrs(vcpu: &Vcpu, bytes: &[u8]) -> Result<(), KvmError> {
         entries.push(kvm_msr_entry { index, data, ..Default::default() });
     }
     if entries.len() != MSRS.len() || bytes.len() != MSRS.len() * 12 {
-        return Err(KvmError::BadState(format!("{} bytes of MSRs, expected {}", bytes.len(), MSRS.len() * 12)));
+        return Err(KvmError::BadState(format!(
+            "{} bytes of MSRs, expected {}",
+            bytes.len(),
+            MSRS.len() * 12
+        )));
     }
-    let msrs = Msrs::from_entries(&entries)
-        .map_err(|error| KvmError::BadState(format!("MSR list: {error:?}")))?;
+    let msrs =
+        Msrs::from_entries(&entries).map_err(|error| KvmError::BadState(format!("MSR list: {error:?}")))?;
     match vcpu.fd().set_msrs(&msrs).map_err(KvmError::call("KVM_SET_MSRS"))? {
         n if n == entries.len() => Ok(()),
         n => Err(KvmError::BadState(format!("this host refuses MSR {:#x}", entries[n].index))),

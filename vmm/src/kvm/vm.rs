@@ -6,7 +6,10 @@
 use std::path::Path;
 
 use devices::GuestRam;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -92,6 +95,14 @@ impl Vm {
     /// Makes the guest's one vCPU with the given CPUID table.
     pub fn create_vcpu(&self, cpuid: &CpuId) -> Result<Vcpu, KvmError> {
         let fd = self.fd.create_vcpu(0).map_err(KvmError::call("KVM_CREATE_VCPU"))?;
+        // Paravirtual clocks and the like are non-deterministic; without this KVM offers them to a guest
+        // that uses their MSRs without having found them in CPUID.
+        let enforce = kvm_enable_cap {
+            cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
+            args: [1, 0, 0, 0],
+            ..Default::default()
+        };
+        fd.enable_cap(&enforce).map_err(KvmError::call("KVM_ENABLE_CAP(ENFORCE_PV_FEATURE_CPUID)"))?;
         fd.set_cpuid2(cpuid).map_err(KvmError::call("KVM_SET_CPUID2"))?;
         Ok(Vcpu::new(fd))
     }

@@ -214,7 +214,11 @@ impl Machine {
         effects: &mut Vec<Effect>,
     ) -> Result<(), C::Error> {
         self.anchors += 1;
-        tracing::trace!(anchor = self.anchors, ?exit, rip = format_args!("{:#x}", self.vcpu.last_registers().rip));
+        tracing::trace!(
+            anchor = self.anchors,
+            ?exit,
+            rip = format_args!("{:#x}", self.vcpu.last_registers().rip)
+        );
         self.digest_registers(&exit);
         let first_effect = effects.len();
         match exit {
@@ -307,9 +311,7 @@ impl Machine {
     /// The guest's #GP handler was entered: supply a user-mode RDTSC, or let the handler go on.
     fn general_protection<C: Clock>(&mut self, clock: &mut C) -> Result<(), C::Error> {
         if self.vcpu.complete().map_err(MachineError::from)?.is_some() {
-            return Err(
-                MachineError::UserTsc("the hooked port write did not complete at once".into()).into()
-            );
+            return Err(MachineError::UserTsc("the hooked port write did not complete at once".into()).into());
         }
         let trap = self.user_tsc.trapped(&self.vcpu, &self.ram).map_err(C::Error::from)?;
         let tsc = match trap {

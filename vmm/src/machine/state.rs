@@ -27,8 +27,7 @@ impl Machine {
         own.extend_from_slice(&self.registers_digest.to_le_bytes());
         own.extend_from_slice(&self.user_tsc.to_saved().to_le_bytes());
         own.push(u8::from(self.halted));
-        let mut payloads =
-            vec![Payload { kind: MACHINE_KIND.into(), version: MACHINE_VERSION, bytes: own }];
+        let mut payloads = vec![Payload { kind: MACHINE_KIND.into(), version: MACHINE_VERSION, bytes: own }];
         payloads.extend(vcpu_state::save(&self.vcpu)?.into_iter().map(|part| Payload {
             kind: part.kind.into(),
             version: vcpu_state::VERSION,
@@ -60,7 +59,10 @@ impl Machine {
             )));
         }
         let bytes: &[u8; MACHINE_BYTES] = own.bytes.as_slice().try_into().map_err(|_| {
-            MachineError::BadState(format!("`{MACHINE_KIND}` has {} bytes, not {MACHINE_BYTES}", own.bytes.len()))
+            MachineError::BadState(format!(
+                "`{MACHINE_KIND}` has {} bytes, not {MACHINE_BYTES}",
+                own.bytes.len()
+            ))
         })?;
         let word = |index: usize| {
             let mut word = [0; 8];

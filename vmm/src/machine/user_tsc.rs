@@ -156,7 +156,9 @@ impl UserTsc {
                 vcpu.set_special_registers(&sregs)?;
             }
             (_, _, Some(hook)) => regs.rip = hook.resume_at,
-            (_, _, None) => return Err(MachineError::UserTsc("the hook's port was used without a hook".into())),
+            (_, _, None) => {
+                return Err(MachineError::UserTsc("the hook's port was used without a hook".into()));
+            }
         }
         Ok(vcpu.set_registers(&regs)?)
     }
@@ -203,7 +205,17 @@ fn user_code_segment(selector: u16) -> kvm_segment {
 }
 
 fn user_stack_segment(selector: u16) -> kvm_segment {
-    kvm_segment { limit: 0xffff_ffff, selector, type_: 3, present: 1, dpl: 3, db: 1, s: 1, g: 1, ..Default::default() }
+    kvm_segment {
+        limit: 0xffff_ffff,
+        selector,
+        type_: 3,
+        present: 1,
+        dpl: 3,
+        db: 1,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    }
 }
 
 /// IDT[13]'s handler, if it is a kernel address (AMD64 APM vol. 2, 4.8.4, 64-bit interrupt gate).

@@ -108,9 +108,9 @@ impl<S: BatchSource> Follow<S> {
         loop {
             let due = match self.peek()? {
                 None | Some(Entry::Clock(_)) => return Ok(None),
-                Some(Entry::Event { anchor, .. } | Entry::Check { anchor, .. } | Entry::End { anchor, .. }) => {
-                    *anchor
-                }
+                Some(
+                    Entry::Event { anchor, .. } | Entry::Check { anchor, .. } | Entry::End { anchor, .. },
+                ) => *anchor,
             };
             if due > here {
                 return Ok(None);

@@ -56,9 +56,8 @@ impl HostTime {
 
     /// How long until it shows `time`.
     pub fn until(&self, time: GuestTime) -> Duration {
-        Duration::from_nanos(time.to_ns()).saturating_sub(
-            Duration::from_nanos(self.offset_ns).saturating_add(self.base.elapsed()),
-        )
+        Duration::from_nanos(time.to_ns())
+            .saturating_sub(Duration::from_nanos(self.offset_ns).saturating_add(self.base.elapsed()))
     }
 }
 
@@ -130,9 +129,9 @@ impl<L: LogSink> Live<L> {
 
     /// Waits until there may be something to apply.
     fn wait(&mut self, machine: &Machine) {
-        let timer = machine.deadline().map_or_else(crossbeam_channel::never, |deadline| {
-            after(self.time.until(deadline))
-        });
+        let timer = machine
+            .deadline()
+            .map_or_else(crossbeam_channel::never, |deadline| after(self.time.until(deadline)));
         select! {
             recv(self.inbox) -> event => self.own.extend(event),
             recv(self.wake) -> _ => {}
