@@ -2,10 +2,12 @@
 //!
 //! - [`hosts`]: machines to run monitors on, their network, and the faults that befall them.
 //! - [`client`]: a client of the demo service that checks each reply and measures the gaps between them.
+//! - [`demo`]: what `run-ft.sh` shows.
 //! - [`harness`]: runs end-to-end tests, and says which a machine cannot run.
 //!
 //! Nothing here is part of the product, and the product depends on nothing here.
 
 pub mod client;
+pub mod demo;
 pub mod harness;
 pub mod hosts;

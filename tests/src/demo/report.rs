@@ -1,0 +1,336 @@
+//! What the demo saw, and whether all of it was as it must be.
+//!
+//! No I/O and no clock. A report with [`Report::failures`] must never read like a success.
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::client::{self, Sample};
+
+/// The result of a demo.
+#[derive(Debug)]
+pub struct Report {
+    /// What the hosts were, and why these.
+    pub(super) hosts: String,
+    /// The guest.
+    pub(super) guest: String,
+    /// Name of the host whose monitor was killed.
+    pub(super) killed: String,
+    /// Name of the host that took over, by its monitor's own words.
+    pub(super) successor: Option<String>,
+    /// Time from the monitor's noticing to the takeover, as it says.
+    pub(super) takeover_ms: Option<u64>,
+    /// How the guest was seen to go on.
+    pub(super) evidence: Evidence,
+}
+
+/// How the guest was seen to go on.
+#[derive(Debug)]
+pub(super) enum Evidence {
+    /// A client was at work all the time.
+    Traffic(Box<Traffic>),
+    /// No client; the console answered a key, or did not.
+    Console {
+        /// Why there was no client.
+        why: String,
+        /// Whether the default guest's service had to answer.
+        service_expected: bool,
+        /// Lines on the console before the kill and after the takeover.
+        lines: (usize, usize),
+    },
+}
+
+/// What the client saw, and the log behind it.
+#[derive(Debug)]
+pub(super) struct Traffic {
+    /// All requests.
+    pub(super) client: client::Report,
+    /// Requests answered before the kill.
+    pub(super) answered_before: usize,
+    /// The pauses.
+    pub(super) gaps: Gaps,
+    /// Bytes of log per second of traffic before the kill.
+    pub(super) log_bytes_per_s: Option<f64>,
+    /// Acknowledged writes that the service did not have at the end, or why that is not known.
+    pub(super) missing: Result<Vec<String>, String>,
+    /// The same of the disk image; `None` where this machine does not see it.
+    pub(super) disk: Option<Result<DiskVerdict, String>>,
+}
+
+/// What the disk image has.
+#[derive(Debug)]
+pub(super) struct DiskVerdict {
+    /// Writes, numbered without a gap.
+    pub(super) writes: usize,
+    /// Acknowledged writes that it does not have.
+    pub(super) missing: Vec<String>,
+}
+
+/// Times without a reply.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Gaps {
+    /// The longest that ended after the kill.
+    pub(super) blackout_ms: f64,
+    /// The longest that ended before it.
+    pub(super) before_ms: f64,
+}
+
+impl Gaps {
+    /// From the client's samples; `killed` is since the client's start.
+    pub(super) fn of(samples: &[Sample], killed: Duration) -> Gaps {
+        let mut replied: Vec<Duration> = samples.iter().filter_map(|sample| sample.replied).collect();
+        replied.sort_unstable();
+        let mut gaps = Gaps { blackout_ms: 0.0, before_ms: 0.0 };
+        for pair in replied.windows(2) {
+            let gap_ms = (pair[1] - pair[0]).as_secs_f64() * 1000.0;
+            let longest = if pair[1] > killed { &mut gaps.blackout_ms } else { &mut gaps.before_ms };
+            *longest = longest.max(gap_ms);
+        }
+        gaps
+    }
+}
+
+impl Report {
+    /// All that was not as it must be, as sentences. Empty: the demo succeeded.
+    pub fn failures(&self) -> Vec<String> {
+        let mut failures = Vec::new();
+        if self.successor.is_none() {
+            failures.push("No host took over.".to_owned());
+        }
+        match &self.evidence {
+            Evidence::Traffic(traffic) => traffic.failures(&mut failures),
+            Evidence::Console { why, service_expected, lines } => {
+                if *service_expected {
+                    failures.push(format!("No client was run: {why}."));
+                }
+                if lines.1 == 0 {
+                    failures.push("The guest's console did not answer after the takeover.".into());
+                }
+            }
+        }
+        failures
+    }
+}
+
+impl Traffic {
+    fn failures(&self, failures: &mut Vec<String>) {
+        let client = &self.client;
+        for (what, numbers) in [
+            ("lost", &client.lost),
+            ("repeated", &client.repeated),
+            ("answered out of order", &client.out_of_order),
+        ] {
+            if let Some(first) = numbers.first() {
+                failures.push(format!("{} requests were {what}, the first was {first}.", numbers.len()));
+            }
+        }
+        if let Some(first) = client.wrong.first() {
+            failures.push(format!("{} replies were wrong, the first was: {first}", client.wrong.len()));
+        }
+        if let Some(why) = &client.broken {
+            failures.push(format!("The client's connection broke: {why}."));
+        }
+        if client.samples.iter().filter(|sample| sample.replied.is_some()).count() <= self.answered_before {
+            failures.push("No request was answered after the kill.".into());
+        }
+        if self.log_bytes_per_s.is_none() {
+            failures.push("The primary did not say how much log it sent.".into());
+        }
+        let places = [("service", Some(self.missing.as_ref())), ("disk", self.disk_missing())];
+        for (place, missing) in places {
+            match missing {
+                Some(Err(why)) => failures.push(format!("What the {place} has is not known: {why}")),
+                Some(Ok(missing)) => failures.extend(
+                    missing.iter().map(|write| format!("The {place} lacks an acknowledged write: {write}.")),
+                ),
+                None => {}
+            }
+        }
+    }
+
+    fn disk_missing(&self) -> Option<Result<&Vec<String>, &String>> {
+        self.disk.as_ref().map(|disk| disk.as_ref().map(|verdict| &verdict.missing))
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let failures = self.failures();
+        writeln!(f, "hosts       {}", self.hosts)?;
+        writeln!(f, "guest       {}", self.guest)?;
+        writeln!(f, "killed      the monitor on {}, by SIGKILL", self.killed)?;
+        match (&self.successor, self.takeover_ms) {
+            (Some(host), Some(ms)) => writeln!(f, "took over   {host}, {ms} ms after it noticed")?,
+            (Some(host), None) => writeln!(f, "took over   {host}")?,
+            (None, _) => writeln!(f, "took over   nobody")?,
+        }
+        match &self.evidence {
+            Evidence::Traffic(traffic) => traffic.fmt(f)?,
+            Evidence::Console { why, lines: (before, after), .. } => {
+                writeln!(f, "client      none was run: {why}")?;
+                writeln!(
+                    f,
+                    "console     {before} lines before the kill; {after} after the takeover and a key typed then"
+                )?;
+            }
+        }
+        for failure in &failures {
+            writeln!(f, "FAILED      {failure}")?;
+        }
+        let result = if failures.is_empty() { "the guest survived" } else { "FAILED" };
+        write!(f, "result      {result}")
+    }
+}
+
+impl fmt::Display for Traffic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let client = &self.client;
+        writeln!(
+            f,
+            "blackout    {:.0} ms (longest pause before the kill: {:.0} ms)",
+            self.gaps.blackout_ms, self.gaps.before_ms
+        )?;
+        writeln!(
+            f,
+            "requests    {} on one TCP connection, {} of them answered before the kill; {:.0}/s, median {:.1} ms",
+            client.samples.len(),
+            self.answered_before,
+            client.replies_per_s,
+            client.p50_ms
+        )?;
+        let (lost, repeated, misplaced) =
+            (client.lost.len(), client.repeated.len(), client.out_of_order.len());
+        writeln!(f, "lost / repeated / out of order   {lost} / {repeated} / {misplaced}")?;
+        if let Ok(missing) = &self.missing {
+            writeln!(
+                f,
+                "service     lacks {} of {} acknowledged keys",
+                missing.len(),
+                client.acknowledged.len()
+            )?;
+        }
+        match &self.disk {
+            Some(Ok(disk)) => writeln!(
+                f,
+                "disk        has {} writes, each once and in order; lacks {} of {} acknowledged keys",
+                disk.writes,
+                disk.missing.len(),
+                client.acknowledged.len()
+            )?,
+            Some(Err(_)) => {}
+            None => writeln!(f, "disk        not looked at: it is on the other machines")?,
+        }
+        if let Some(rate) = self.log_bytes_per_s {
+            writeln!(f, "log         {rate:.0} bytes/s under this traffic")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    fn samples(replied_ms: &[u32]) -> Vec<Sample> {
+        let sample =
+            |(number, ms): (u64, &u32)| Sample { number, sent: Duration::ZERO, replied: Some(*ms * MS) };
+        (1..).zip(replied_ms).map(sample).collect()
+    }
+
+    fn traffic() -> Traffic {
+        let client = client::Report {
+            samples: samples(&[10, 20, 300]),
+            lost: Vec::new(),
+            repeated: Vec::new(),
+            out_of_order: Vec::new(),
+            wrong: Vec::new(),
+            broken: None,
+            blackout_ms: 280.0,
+            p50_ms: 1.0,
+            p99_ms: 1.0,
+            replies_per_s: 10.0,
+            acknowledged: BTreeMap::from([("a".into(), "x".into())]),
+            unacknowledged: BTreeMap::new(),
+        };
+        Traffic {
+            gaps: Gaps::of(&client.samples, 100 * MS),
+            client,
+            answered_before: 2,
+            log_bytes_per_s: Some(5000.0),
+            missing: Ok(Vec::new()),
+            disk: Some(Ok(DiskVerdict { writes: 3, missing: Vec::new() })),
+        }
+    }
+
+    fn report(evidence: Evidence) -> Report {
+        Report {
+            hosts: "two hosts".into(),
+            guest: "a guest".into(),
+            killed: "host 1".into(),
+            successor: Some("host 2".into()),
+            takeover_ms: Some(100),
+            evidence,
+        }
+    }
+
+    fn spoilt(spoil: impl FnOnce(&mut Traffic)) -> Report {
+        let mut traffic = traffic();
+        spoil(&mut traffic);
+        report(Evidence::Traffic(Box::new(traffic)))
+    }
+
+    #[test]
+    fn blackout_is_the_gap_that_the_kill_made() {
+        let gaps = Gaps::of(&samples(&[0, 500, 510, 520, 800, 810]), 515 * MS);
+        assert_eq!(gaps, Gaps { blackout_ms: 280.0, before_ms: 500.0 });
+        assert_eq!(Gaps::of(&[], MS), Gaps { blackout_ms: 0.0, before_ms: 0.0 });
+    }
+
+    #[test]
+    fn clean_run_is_a_success() {
+        let report = spoilt(|_| {});
+        assert_eq!(report.failures(), Vec::<String>::new());
+        let text = report.to_string();
+        assert!(text.contains("blackout    280 ms") && text.contains("0 / 0 / 0"), "{text}");
+        assert!(text.ends_with("the guest survived") && !text.contains("FAILED"), "{text}");
+    }
+
+    #[test]
+    fn anything_that_is_not_right_is_a_failure() {
+        let no_successor = Report { successor: None, ..spoilt(|_| {}) };
+        let spoilt = [
+            no_successor,
+            spoilt(|traffic| traffic.client.lost = vec![3]),
+            spoilt(|traffic| traffic.client.repeated = vec![2]),
+            spoilt(|traffic| traffic.client.out_of_order = vec![2]),
+            spoilt(|traffic| traffic.client.wrong = vec!["OK 1 7".into()]),
+            spoilt(|traffic| traffic.client.broken = Some("reset".into())),
+            spoilt(|traffic| traffic.answered_before = 3),
+            spoilt(|traffic| traffic.log_bytes_per_s = None),
+            spoilt(|traffic| traffic.missing = Ok(vec!["a must be x".into()])),
+            spoilt(|traffic| traffic.missing = Err("reset".into())),
+            spoilt(|traffic| traffic.disk = Some(Ok(DiskVerdict { writes: 0, missing: vec!["a".into()] }))),
+            spoilt(|traffic| traffic.disk = Some(Err("no log".into()))),
+        ];
+        for report in spoilt {
+            assert_eq!(report.failures().len(), 1, "{report}");
+            assert!(report.to_string().ends_with("FAILED"), "{report}");
+        }
+    }
+
+    #[test]
+    fn without_a_client_the_console_must_answer() {
+        let console = |service_expected, after| {
+            let why = "nothing answers".into();
+            report(Evidence::Console { why, service_expected, lines: (20, after) })
+        };
+        assert!(console(false, 1).failures().is_empty());
+        assert!(console(false, 1).to_string().contains("none was run: nothing answers"));
+        assert_eq!(console(false, 0).failures().len(), 1);
+        assert_eq!(console(true, 1).failures().len(), 1);
+    }
+}
