@@ -1,0 +1,54 @@
+# What people and CI run. `make help` lists it. Rust, its packages and everything else: scripts/setup.sh.
+
+# Seconds for each fuzz target.
+FUZZ_S ?= 60
+
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.PHONY: build test lint fmt unit e2e test-long bench fuzz guest clean help
+
+help: ## This list
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+build: ## The monitor, with optimisation: target/x86_64-unknown-linux-gnu/release/vmft
+	cargo build --release -p vmft --bin vmft
+
+test: ## All that CI runs; the last line is `N passed, N failed, N skipped`
+	@MAKE=$(MAKE) scripts/test.sh lint guest unit e2e
+
+lint: ## Format and clippy, as CI wants them
+	cargo fmt --all --check
+	rustfmt --edition 2024 --check fuzz/fuzz_targets/*.rs
+	cargo clippy --workspace --all-targets -- -D warnings
+
+fmt: ## Format everything
+	cargo fmt --all
+	rustfmt --edition 2024 fuzz/fuzz_targets/*.rs
+
+unit: ## Tests that need neither root nor KVM
+	@status=0; \
+	cargo test --workspace --exclude vmft-tests --no-fail-fast -- --show-output || status=1; \
+	cargo test -p vmft-tests --lib --bins --no-fail-fast || status=1; \
+	exit $$status
+
+e2e: build guest ## End-to-end tests on test hosts, as root
+	cargo test -p vmft-tests --test 'e2e_*' --no-fail-fast
+
+test-long: export PROPTEST_CASES ?= 20000
+test-long: export VMFT_REPLAYS ?= 100
+test-long: ## `make test` with more cases and more replays: hours
+	@MAKE=$(MAKE) scripts/test.sh lint guest unit e2e
+
+bench: ## Benchmarks
+	cargo bench --workspace --bench '*'
+
+fuzz: ## Each fuzz target for FUZZ_S seconds; needs a nightly Rust and cargo-fuzz
+	@for target in $$(cargo +nightly fuzz list); do \
+		cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_S) || exit 1; \
+	done
+
+guest: ## Kernel and initramfs for guests and test hosts, in the cache
+	guest-images/build.sh images
+
+clean: ## Remove what was built; the cache stays
+	cargo clean
