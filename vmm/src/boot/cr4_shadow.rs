@@ -3,27 +3,31 @@
 //! Owns: [`Cr4Shadow`], the patches to code that changes the shadow. Must never: touch a constant that does not
 //! end in the shadow.
 //!
-//! `cpu_tlbstate.cr4` is a per-CPU variable: the only one that a value read from CR4 is stored to at once
-//! (`cr4_init_shadow`). These are its uses that can take TSD away, as compilers write them; `X` is its address:
+//! `cpu_tlbstate.cr4` is a per-CPU variable, or a plain one in a kernel for one CPU: a value read from CR4 is stored
+//! to it at once (`cr4_init_shadow`). These are its uses that can take TSD away, as compilers write them; `X` is
+//! the variable and `...` may hold jumps, also to code far away:
 //!
 //! ```text
-//! cpu_init, inlined     mov r, gs:[X]; and r, ~(VME|PVI|TSD|DE)                      keep bit 2 of the mask
-//! cpu_init, enable_TSC  mov esi, mask; call update       update: mov r, gs:[X]; not  clear bit 2 of the mask
+//! cpu_init, inlined     mov r, X; ... and r, ~(VME|PVI|TSD|DE)                  keep bit 2 of the mask
+//! cpu_init, enable_TSC  mov esi, mask; call update       update: mov r, X; and  clear bit 2 of the mask
 //!                       mov edi, mask; call clear         clear: mov rsi, rdi; ... call update
-//! __switch_to_xtra      mov r, gs:[X]; xor r, TSD                                    clear bit 2 of the mask
+//! __switch_to_xtra      mov r, X; ... xor r, TSD                                clear bit 2 of the mask
 //! ```
 //!
 //! With these patched `PR_SET_TSC` changes nothing but a flag of the process.
 
-use iced_x86::{FlowControl, Instruction, Mnemonic, OpKind, Register};
+use std::collections::{BTreeSet, VecDeque};
 
-use super::sweep::{Site, immediate};
+use iced_x86::{FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
+
+use super::image::KernelImage;
+use super::sweep::{Site, decode_at, immediate};
 
 const TSD: u8 = 1 << 2;
 /// VME, PVI, TSD, DE.
 const CLEARED_BY_CPU_INIT: u64 = 0xf;
-/// How many instructions a value is followed behind its load.
-const WINDOW_INSTRUCTIONS: u32 = 8;
+/// How many instructions a value is followed behind its load, on all paths together.
+const FOLLOWED_INSTRUCTIONS: usize = 64;
 /// A function of the two kinds above reads its arguments within so many bytes of its start.
 const PROLOGUE_BYTES: u64 = 0x20;
 
@@ -31,24 +35,28 @@ const PROLOGUE_BYTES: u64 = 0x20;
 #[derive(Clone, Copy, Debug)]
 struct Argument {
     offset: usize,
+    value: u64,
     target: u64,
 }
 
-/// A change of a loaded per-CPU variable by a constant.
+/// A load of a variable that may be the shadow.
 #[derive(Clone, Copy, Debug)]
-struct Change {
-    variable: u64,
-    offset: usize,
-    toggles: bool,
-}
-
-/// A value that was loaded a few instructions ago.
-#[derive(Clone, Debug)]
-struct Loaded {
+struct Load {
     variable: u64,
     ip: u64,
-    registers: Vec<Register>,
-    instructions_left: u32,
+    into: Register,
+    next_ip: u64,
+}
+
+/// What was found of a function's uses of the shadow.
+#[derive(Debug, Default)]
+struct Uses {
+    /// File offsets of masks that clear TSD, with whether they clear all that `cpu_init` does.
+    clears: BTreeSet<(usize, bool)>,
+    /// File offsets of constants that toggle TSD.
+    toggles: BTreeSet<usize>,
+    /// Addresses of loads of what is then masked by no constant: the body of `update`.
+    masked_by_variable: Vec<u64>,
 }
 
 /// What was done to the kernel's code.
@@ -65,9 +73,7 @@ pub(super) struct ShadowReport {
 pub(super) struct Cr4Shadow {
     /// Variables that CR4 is stored to.
     shadows: Vec<u64>,
-    changes: Vec<Change>,
-    /// (variable, address) of loads followed by a NOT: the body of `update`.
-    complements: Vec<(u64, u64)>,
+    loads: Vec<Load>,
     /// (address of the copy, target) of calls behind a `mov rsi, rdi`: the body of `clear`.
     forwards: Vec<(u64, u64)>,
     first_arguments: Vec<Argument>,
@@ -75,13 +81,12 @@ pub(super) struct Cr4Shadow {
     state: Recent,
 }
 
-/// What the last few instructions left behind.
+/// What the last few instructions left behind: file offset and value of arguments.
 #[derive(Debug, Default)]
 struct Recent {
     cr4: Option<Register>,
-    loaded: Option<Loaded>,
-    edi: Option<usize>,
-    esi: Option<usize>,
+    edi: Option<(usize, u64)>,
+    esi: Option<(usize, u64)>,
     rdi_copied_at: Option<u64>,
 }
 
@@ -93,7 +98,7 @@ impl Cr4Shadow {
             FlowControl::Next => {
                 self.visit_store_of_cr4(instruction);
                 self.visit_arguments(site);
-                self.visit_loaded(site);
+                self.visit_load(instruction);
             }
             FlowControl::Call | FlowControl::UnconditionalBranch => self.visit_call(instruction),
             FlowControl::ConditionalBranch => {}
@@ -109,7 +114,7 @@ impl Cr4Shadow {
         } else if let Some(register) = self.state.cr4.take()
             && instruction.op0_kind() == OpKind::Memory
             && instruction.op1_register() == register
-            && let Some(variable) = per_cpu_move(instruction)
+            && let Some(variable) = variable_move(instruction)
         {
             self.shadows.push(variable);
         }
@@ -120,10 +125,9 @@ impl Cr4Shadow {
         if instruction.op_count() == 0 || instruction.op0_kind() != OpKind::Register {
             return;
         }
-        let with_tsd = (instruction.mnemonic() == Mnemonic::Mov
-            && immediate(instruction).is_some_and(|v| v & u64::from(TSD) != 0))
-        .then(|| site.immediate_offset())
-        .flatten();
+        let with_tsd = immediate(instruction)
+            .filter(|v| instruction.mnemonic() == Mnemonic::Mov && v & u64::from(TSD) != 0)
+            .and_then(|value| Some((site.immediate_offset()?, value)));
         match instruction.op0_register().full_register() {
             Register::RDI => self.state.edi = with_tsd,
             Register::RSI => {
@@ -138,53 +142,19 @@ impl Cr4Shadow {
         }
     }
 
-    fn visit_loaded(&mut self, site: &Site<'_, '_>) {
-        let instruction = site.instruction;
+    fn visit_load(&mut self, instruction: &Instruction) {
         if instruction.op0_kind() == OpKind::Register
-            && let Some(variable) = per_cpu_move(instruction)
+            && let Some(variable) = variable_move(instruction)
         {
-            self.state.loaded = Some(Loaded {
-                variable,
-                ip: instruction.ip(),
-                registers: vec![instruction.op0_register().full_register()],
-                instructions_left: WINDOW_INSTRUCTIONS,
-            });
-            return;
-        }
-        let Some(loaded) = &mut self.state.loaded else { return };
-        loaded.instructions_left -= 1;
-        let into = instruction.op0_register().full_register();
-        let known = instruction.op0_kind() == OpKind::Register && loaded.registers.contains(&into);
-        match (instruction.mnemonic(), immediate(instruction)) {
-            (Mnemonic::Mov, None)
-                if instruction.op0_kind() == OpKind::Register
-                    && loaded.registers.contains(&instruction.op1_register()) =>
-            {
-                loaded.registers.push(into);
-            }
-            (Mnemonic::And | Mnemonic::Xor, Some(mask)) if known => {
-                let toggles = instruction.mnemonic() == Mnemonic::Xor;
-                let concerns_tsd = if toggles {
-                    mask & u64::from(TSD) != 0
-                } else {
-                    clears_only_tsd_and_its_neighbours(mask, instruction.op0_register())
-                };
-                if let (true, Some(offset)) = (concerns_tsd, site.immediate_offset()) {
-                    self.changes.push(Change { variable: loaded.variable, offset, toggles });
-                }
-            }
-            (Mnemonic::Not, _) => self.complements.push((loaded.variable, loaded.ip)),
-            _ => {}
-        }
-        if loaded.instructions_left == 0 {
-            self.state.loaded = None;
+            let (ip, next_ip) = (instruction.ip(), instruction.next_ip());
+            self.loads.push(Load { variable, ip, into: instruction.op0_register(), next_ip });
         }
     }
 
     fn visit_call(&mut self, instruction: &Instruction) {
         let target = instruction.near_branch_target();
         let recent = std::mem::take(&mut self.state);
-        let argument = |offset| Argument { offset, target };
+        let argument = |(offset, value)| Argument { offset, value, target };
         self.first_arguments.extend(recent.edi.map(argument));
         self.second_arguments.extend(recent.esi.map(argument));
         self.forwards.extend(recent.rdi_copied_at.map(|ip| (ip, target)));
@@ -201,57 +171,145 @@ impl Cr4Shadow {
     ///
     /// # Errors
     /// A description of what was not found: then the kernel would clear TSD in a way that is not known here.
-    pub fn keep_tsd(self, bytes: &mut [u8]) -> Result<ShadowReport, String> {
+    pub fn keep_tsd(self, image: &mut KernelImage) -> Result<ShadowReport, String> {
         if self.shadows.is_empty() {
             return Err("its copy of CR4 was not found".into());
         }
-        let is_shadow = |variable: u64| self.shadows.contains(&variable);
-        let bodies = self.complements.iter().filter(|(variable, _)| is_shadow(*variable));
-        let updates: Vec<u64> = bodies.filter_map(|(_, ip)| self.function_of(*ip)).collect();
+        let mut uses = Uses::default();
+        for load in self.loads.iter().filter(|load| self.shadows.contains(&load.variable)) {
+            uses.follow(image, load);
+        }
+        let updates: Vec<u64> =
+            uses.masked_by_variable.iter().filter_map(|ip| self.function_of(*ip)).collect();
         let is_update = |function: u64| updates.contains(&function);
         let bodies = self.forwards.iter().filter(|(_, target)| is_update(*target));
         let clears: Vec<u64> = bodies.filter_map(|(ip, _)| self.function_of(*ip)).collect();
-        let is_clear = |function: u64| clears.contains(&function);
-
-        let mut report = ShadowReport::default();
-        for change in self.changes.iter().filter(|c| is_shadow(c.variable)) {
-            if change.toggles {
-                bytes[change.offset] &= !TSD;
-                report.toggles += 1;
-            } else {
-                bytes[change.offset] |= TSD;
-                report.clears += 1;
-            }
-        }
         let second = self.second_arguments.iter().filter(|a| is_update(a.target));
-        let first = self.first_arguments.iter().filter(|a| is_clear(a.target));
-        for argument in second.chain(first) {
-            bytes[argument.offset] &= !TSD;
-            report.clears += 1;
-        }
-        if report.clears == 0 {
+        let first = self.first_arguments.iter().filter(|a| clears.contains(&a.target));
+        let passed: BTreeSet<(usize, bool)> =
+            second.chain(first).map(|a| (a.offset, clears_all_of_cpu_init(a.value))).collect();
+
+        if !uses.clears.iter().chain(&passed).any(|(_, in_cpu_init)| *in_cpu_init) {
             return Err("the place where it clears TSD (cpu_init) was not found".into());
         }
-        Ok(report)
+        for (kept, _) in &uses.clears {
+            image.bytes[*kept] |= TSD;
+        }
+        for cleared in passed.iter().map(|(offset, _)| offset).chain(&uses.toggles) {
+            image.bytes[*cleared] &= !TSD;
+        }
+        Ok(ShadowReport { clears: uses.clears.len() + passed.len(), toggles: uses.toggles.len() })
     }
 }
 
-/// Whether an AND of `register` with `mask` takes away TSD and nothing else but VME, PVI or DE. An AND with any
-/// other mask does not make a new CR4: `setup_cr_pinning` picks some bits out of the shadow that way.
-fn clears_only_tsd_and_its_neighbours(mask: u64, register: Register) -> bool {
-    let width = u64::MAX >> (64 - 8 * register.size());
-    let cleared = !mask & width;
+impl Uses {
+    /// Takes note of what is done with a loaded value, along every path behind the load up to calls and returns.
+    fn follow(&mut self, image: &KernelImage, load: &Load) {
+        let mut info = InstructionInfoFactory::new();
+        let mut queue = VecDeque::from([(load.next_ip, vec![load.into])]);
+        let mut seen = BTreeSet::new();
+        while let Some((address, mut registers)) = queue.pop_front() {
+            if seen.len() == FOLLOWED_INSTRUCTIONS || !seen.insert(address) {
+                continue;
+            }
+            let Some((instruction, offset, constants)) = decode_at(image, address) else { continue };
+            let constant = constants.has_immediate().then(|| offset + constants.immediate_offset());
+            self.note(&instruction, constant, &registers, load);
+            copy_or_forget(&instruction, &mut info, &mut registers);
+            let (next, target) = (instruction.next_ip(), instruction.near_branch_target());
+            match instruction.flow_control() {
+                FlowControl::Next => queue.push_back((next, registers)),
+                FlowControl::UnconditionalBranch => queue.push_back((target, registers)),
+                FlowControl::ConditionalBranch => {
+                    queue.push_back((next, registers.clone()));
+                    queue.push_back((target, registers));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn note(
+        &mut self,
+        instruction: &Instruction,
+        constant: Option<usize>,
+        registers: &[Register],
+        load: &Load,
+    ) {
+        let is_value = |operand: u32| {
+            instruction.op_kind(operand) == OpKind::Register
+                && registers.contains(&instruction.op_register(operand).full_register())
+        };
+        if instruction.mnemonic() == Mnemonic::And
+            && instruction.op1_kind() == OpKind::Register
+            && is_value(0) != is_value(1)
+        {
+            self.masked_by_variable.push(load.ip);
+        }
+        let into = instruction.op0_register();
+        let known = instruction.op_count() > 0 && is_value(0) && !is_high_byte(into);
+        let (true, Some(mask), Some(constant)) = (known, immediate(instruction), constant) else { return };
+        let cleared = !mask & u64::MAX >> (64 - 8 * into.size());
+        match instruction.mnemonic() {
+            Mnemonic::And if clears_only_tsd_and_its_neighbours(cleared) => {
+                self.clears.insert((constant, clears_all_of_cpu_init(cleared)));
+            }
+            Mnemonic::Xor if mask & u64::from(TSD) != 0 => {
+                self.toggles.insert(constant);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Keeps in `registers` those that hold the followed value, changed or not, behind an instruction.
+fn copy_or_forget(
+    instruction: &Instruction,
+    info: &mut InstructionInfoFactory,
+    registers: &mut Vec<Register>,
+) {
+    let copied = instruction.mnemonic() == Mnemonic::Mov
+        && instruction.op0_kind() == OpKind::Register
+        && instruction.op1_kind() == OpKind::Register
+        && registers.contains(&instruction.op1_register().full_register());
+    for used in info.info(instruction).used_registers().iter().filter(|u| u.access() == OpAccess::Write) {
+        registers.retain(|register| *register != used.register().full_register());
+    }
+    if copied {
+        registers.push(instruction.op0_register().full_register());
+    }
+}
+
+/// Whether TSD is cleared and nothing else but VME, PVI or DE. An AND that clears anything else does not make a new
+/// CR4: `setup_cr_pinning` picks some bits out of the shadow that way.
+fn clears_only_tsd_and_its_neighbours(cleared: u64) -> bool {
     cleared & u64::from(TSD) != 0 && cleared & !CLEARED_BY_CPU_INIT == 0
 }
 
-/// The per-CPU variable that a 64-bit MOV loads or stores.
-fn per_cpu_move(instruction: &Instruction) -> Option<u64> {
-    let plain = instruction.mnemonic() == Mnemonic::Mov
-        && instruction.memory_segment() == Register::GS
+fn clears_all_of_cpu_init(cleared: u64) -> bool {
+    cleared & CLEARED_BY_CPU_INIT == CLEARED_BY_CPU_INIT
+}
+
+fn is_high_byte(register: Register) -> bool {
+    matches!(register, Register::AH | Register::BH | Register::CH | Register::DH)
+}
+
+/// The variable, per-CPU or plain, that a 64-bit MOV loads or stores. Addresses of plain ones are those of the
+/// kernel's half, per-CPU ones are offsets: the two do not meet.
+fn variable_move(instruction: &Instruction) -> Option<u64> {
+    let (to, from) = (instruction.op0_kind(), instruction.op1_kind());
+    let register = match (to, from) {
+        (OpKind::Memory, OpKind::Register) => instruction.op1_register(),
+        (OpKind::Register, OpKind::Memory) => instruction.op0_register(),
+        _ => return None,
+    };
+    let of_the_kernel = matches!(instruction.memory_segment(), Register::GS | Register::DS);
+    let names_a_variable = instruction.mnemonic() == Mnemonic::Mov
+        && register.is_gpr64()
+        && of_the_kernel
         && instruction.memory_index() == Register::None
-        && matches!(instruction.memory_base(), Register::None | Register::RIP)
-        && (instruction.op0_kind() == OpKind::Memory || instruction.op1_kind() == OpKind::Memory);
-    plain.then(|| instruction.memory_displacement64())
+        && matches!(instruction.memory_base(), Register::None | Register::RIP);
+    names_a_variable.then(|| instruction.memory_displacement64())
 }
 
 #[cfg(test)]
@@ -272,7 +330,7 @@ mod tests {
         let mut image = image_of(&parts.concat());
         let mut shadow = Cr4Shadow::default();
         sweep(&image, |site| shadow.visit(site));
-        let report = shadow.keep_tsd(&mut image.bytes)?;
+        let report = shadow.keep_tsd(&mut image)?;
         Ok((image.bytes, report))
     }
 
@@ -298,12 +356,70 @@ mod tests {
     }
 
     #[test]
+    fn the_value_is_followed_through_jumps_in_both_directions() {
+        let code = |mask| {
+            [
+                // the body, far from the load: and rdx, mask; mov gs:[0x100], rdx; ret (0x00 to 0x0d)
+                &[0x48, 0x83, 0xe2, mask][..],
+                &[0x65, 0x48, 0x89, 0x14, 0x25, 0, 1, 0, 0, 0xc3],
+                // cpu_init, at 0x0e: mov rdx, gs:[0x100]; test dl, 15; jne over the next; ret
+                &[0x65, 0x48, 0x8b, 0x14, 0x25, 0, 1, 0, 0, 0xf6, 0xc2, 0x0f, 0x75, 0x01, 0xc3],
+                // jmp to the body
+                &[0xeb, 0xe1],
+                INIT_SHADOW,
+            ]
+            .concat()
+        };
+        let (after, report) = patched(&[&code(0xf0)]).unwrap();
+        assert_eq!(after, code(0xf4));
+        assert_eq!(report, ShadowReport { clears: 1, toggles: 0 });
+    }
+
+    #[test]
+    fn a_plain_variable_is_a_shadow_too() {
+        let code = |mask| {
+            [
+                &[0x48, 0x8b, 0x05, 0xf9, 0x0f, 0, 0][..], // mov rax, [rip to 0x1000]
+                &[0x24, mask, 0xc3],                       // and al, mask; ret
+                &[0x0f, 0x20, 0xe0],                       // mov rax, cr4
+                &[0x48, 0x89, 0x05, 0xec, 0x0f, 0, 0],     // mov [rip to 0x1000], rax
+                RET,
+            ]
+            .concat()
+        };
+        assert_eq!(patched(&[&code(0xf0)]).unwrap().0, code(0xf4));
+    }
+
+    #[test]
+    fn an_overwritten_register_and_other_bits_are_left_alone() {
+        for other in [
+            &[0x48, 0x89, 0xf7, 0x48, 0x83, 0xe7, 0xf0][..], // mov rdi, rsi; and rdi, ~15
+            &[0x5f, 0x48, 0x83, 0xf7, 0x04],                 // pop rdi; xor rdi, 4
+            &[0x48, 0x89, 0xf8, 0x80, 0xe4, 0xf0],           // mov rax, rdi; and ah, 0xf0
+            &[0x40, 0x80, 0xe7, 0x70],                       // and dil, 0x70
+        ] {
+            let code = [LOAD_RDI, other, RET].concat();
+            let clear = [LOAD_RDI, &[0x48, 0x83, 0xe7, 0xf0], RET].concat();
+            let (after, report) = patched(&[&code, &clear, INIT_SHADOW]).unwrap();
+            assert_eq!(after[..code.len()], code, "{other:02x?}");
+            assert_eq!(report, ShadowReport { clears: 1, toggles: 0 }, "{other:02x?}");
+        }
+    }
+
+    #[test]
+    fn code_that_jumps_in_circles_ends() {
+        // load rdi; jmp back to behind the load; and a jump out of the image
+        let circle = [LOAD_RDI, &[0xeb, 0xfe], LOAD_RDI, &[0xe9, 0xff, 0xff, 0xff, 0x7f]].concat();
+        assert!(patched(&[&circle, INIT_SHADOW]).is_err());
+    }
+
+    #[test]
     fn masks_passed_to_functions_are_patched() {
         let code = |mask: u8, passed: u8| {
             [
-                // update: mov rax, rdi; mov rdi, rsi; load; not rdi; ret (0x00 to 0x12)
-                &[0x48, 0x89, 0xf8, 0x48, 0x89, 0xf7][..],
-                &[0x65, 0x48, 0x8b, 0x14, 0x25, 0, 1, 0, 0, 0x48, 0xf7, 0xd7, 0xc3],
+                // update: not rsi; load rdx; mov rdi, rsi; and rdi, rdx; ret (0x00 to 0x12)
+                &[0x48, 0xf7, 0xd6, 0x65, 0x48, 0x8b, 0x14, 0x25, 0, 1, 0, 0][..],
+                &[0x48, 0x89, 0xf7, 0x48, 0x21, 0xd7, 0xc3],
                 // clear, at 0x13: mov rsi, rdi; xor edi, edi; call update; ret (to 0x1d)
                 &[0x48, 0x89, 0xfe, 0x31, 0xff, 0xe8, 0xe3, 0xff, 0xff, 0xff, 0xc3],
                 // at 0x1e: mov edi, mask; call clear; ret (to 0x28)
@@ -325,6 +441,9 @@ mod tests {
     fn a_kernel_without_a_known_clear_is_refused() {
         assert!(patched(&[RET]).unwrap_err().contains("copy of CR4"));
         assert!(patched(&[LOAD_RDI, RET, INIT_SHADOW]).unwrap_err().contains("cpu_init"));
+        // and rdi, ~TSD: that is PR_SET_TSC alone; where cpu_init clears it is not known.
+        let only_tsd = [LOAD_RDI, &[0x48, 0x83, 0xe7, 0xfb], RET, INIT_SHADOW];
+        assert!(patched(&only_tsd).unwrap_err().contains("cpu_init"));
     }
 
     #[test]
@@ -337,7 +456,7 @@ mod tests {
         let mut shadow = Cr4Shadow::default();
         sweep(&image, |site| shadow.visit(site));
         // cpu_init and enable_TSC; __switch_to_xtra.
-        assert_eq!(shadow.keep_tsd(&mut image.bytes), Ok(ShadowReport { clears: 2, toggles: 1 }));
+        assert_eq!(shadow.keep_tsd(&mut image), Ok(ShadowReport { clears: 2, toggles: 1 }));
         let changed = before.iter().zip(&image.bytes).filter(|(a, b)| a != b).map(|(a, b)| (*a, *b));
         let mut changed: Vec<_> = changed.collect();
         changed.sort_unstable();

@@ -292,7 +292,7 @@ fn rewrite_code(kernel: &mut KernelImage, path: &Path) -> Result<usize, BootErro
         rdtsc.visit(site);
         shadow.visit(site);
     });
-    let shadow = shadow.keep_tsd(&mut kernel.bytes).map_err(untrapped)?;
+    let shadow = shadow.keep_tsd(kernel).map_err(untrapped)?;
     if shadow.toggles == 0 {
         tracing::warn!(
             kernel = %path.display(),

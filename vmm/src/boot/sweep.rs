@@ -1,6 +1,7 @@
 //! Goes over a kernel's code instruction by instruction.
 //!
-//! Owns: [`sweep`], the one linear pass that all rewriting shares. Must never: change a byte.
+//! Owns: [`sweep`], the one linear pass that all rewriting shares, and [`decode_at`] for following jumps. Must never:
+//! change a byte.
 
 use iced_x86::{ConstantOffsets, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
@@ -45,6 +46,17 @@ fn sweep_span(bytes: &[u8], span: &Span, visit: &mut impl FnMut(&Site<'_, '_>)) 
             break;
         }
     }
+}
+
+/// The instruction linked to `address`, the file offset of its first byte, and where its constants are.
+pub(super) fn decode_at(image: &KernelImage, address: u64) -> Option<(Instruction, usize, ConstantOffsets)> {
+    const INSTRUCTION_BYTES_MAX: usize = 15;
+    let offset = image.file_offset(address)?;
+    let end = (offset + INSTRUCTION_BYTES_MAX).min(image.bytes.len());
+    let mut decoder = Decoder::with_ip(64, &image.bytes[offset..end], address, DecoderOptions::NONE);
+    let instruction = decoder.decode();
+    let constants = decoder.get_constant_offsets(&instruction);
+    (!instruction.is_invalid()).then_some((instruction, offset, constants))
 }
 
 /// The second operand, sign-extended to 64 bits as the CPU does for a 64-bit operation.

@@ -18,12 +18,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use iced_x86::{
-    Code, ConstantOffsets, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
-    Mnemonic, OpAccess, OpKind, Register,
+    Code, ConstantOffsets, FlowControl, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind,
+    Register,
 };
 
 use super::image::KernelImage;
-use super::sweep::immediate;
+use super::sweep::{decode_at, immediate};
 
 const TSD_BIT: u64 = 2;
 const TSD: u8 = 1 << TSD_BIT;
@@ -122,16 +122,6 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    fn decode(&self, address: u64) -> Option<(Instruction, usize, ConstantOffsets)> {
-        const INSTRUCTION_BYTES_MAX: usize = 15;
-        let offset = self.image.file_offset(address)?;
-        let end = (offset + INSTRUCTION_BYTES_MAX).min(self.image.bytes.len());
-        let mut decoder = Decoder::with_ip(64, &self.image.bytes[offset..end], address, DecoderOptions::NONE);
-        let instruction = decoder.decode();
-        let constants = decoder.get_constant_offsets(&instruction);
-        (!instruction.is_invalid()).then_some((instruction, offset, constants))
-    }
-
     /// Control may come to `address` with this knowledge.
     fn enqueue(&mut self, address: u64, bits: &Bits, depth: u32) {
         if self.image.file_offset(address).is_none() {
@@ -151,7 +141,7 @@ impl Walk<'_> {
 
     fn step(&mut self, address: u64) {
         let Some((bits, depth)) = self.seen.get(&address).cloned() else { return };
-        let Some((instruction, offset, constants)) = self.decode(address) else { return };
+        let Some((instruction, offset, constants)) = decode_at(self.image, address) else { return };
         let after = self.effect(&instruction, offset, &constants, &bits);
         let (next, target) = (instruction.next_ip(), instruction.near_branch_target());
         match instruction.flow_control() {
@@ -228,7 +218,7 @@ impl Walk<'_> {
         let mut patches = BTreeSet::new();
         let mut writes = 0;
         for (address, (bits, depth)) in &self.seen {
-            let Some((instruction, ..)) = self.decode(*address) else { continue };
+            let Some((instruction, ..)) = decode_at(self.image, *address) else { continue };
             if instruction.code() != Code::Mov_cr_r64 || instruction.op0_register() != Register::CR4 {
                 continue;
             }
