@@ -62,6 +62,13 @@ pub struct Case {
     pub run: fn() -> TestResult,
 }
 
+impl Case {
+    /// A test that needs all that test hosts need.
+    pub const fn on_hosts(name: &'static str, run: fn() -> TestResult) -> Case {
+        Case { name, needs: TEST_HOSTS, run }
+    }
+}
+
 /// Runs the tests that the command line selects, as `cargo test` does. For the `main` of a test without harness.
 pub fn run(cases: &[Case]) -> ExitCode {
     let mut arguments = Arguments::from_args();

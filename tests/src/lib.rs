@@ -4,6 +4,7 @@
 //! - [`client`]: a client of the demo service that checks each reply and measures the gaps between them.
 //! - [`demo`]: what `run-ft.sh` shows.
 //! - [`harness`]: runs end-to-end tests, and says which a machine cannot run.
+//! - [`pair`]: monitors on test hosts, one or two at a time, and what a test needs around them.
 //!
 //! Nothing here is part of the product, and the product depends on nothing here.
 
@@ -11,3 +12,4 @@ pub mod client;
 pub mod demo;
 pub mod harness;
 pub mod hosts;
+pub mod pair;

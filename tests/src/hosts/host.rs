@@ -242,6 +242,20 @@ impl TestHost {
         self.freeze(false);
     }
 
+    /// Lets the server of the host's shared directory hang: what the host asks of it waits.
+    pub fn hang_storage(&self) {
+        if let Machine::Qemu(machine) = &mut *lock(&self.machine) {
+            machine.hang_storage(true);
+        }
+    }
+
+    /// Undoes [`TestHost::hang_storage`].
+    pub fn resume_storage(&self) {
+        if let Machine::Qemu(machine) = &mut *lock(&self.machine) {
+            machine.hang_storage(false);
+        }
+    }
+
     /// Takes the host off a network, silently.
     pub fn cut(&self, link: Link) -> Result<(), HostError> {
         self.net.cut(self.config.index, link)

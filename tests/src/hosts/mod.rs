@@ -12,6 +12,7 @@
 //! namespace ([`HostKind`]). Tests see the same [`TestHost`] for both. Everything has a deadline, and what a test
 //! creates goes away with it; what a killed test left behind is removed by the next one.
 
+mod capture;
 mod error;
 mod host;
 mod images;
@@ -23,6 +24,7 @@ pub mod protocol;
 mod qemu;
 mod tool;
 
+pub use capture::Capture;
 pub use error::HostError;
 pub use host::{HostConfig, HostKind, TestHost};
 pub use images::{Images, build_vmft, make_disk};

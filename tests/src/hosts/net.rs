@@ -125,6 +125,14 @@ impl Net {
         self.ip(&format!("link set {} up", link.interface(index)))
     }
 
+    /// Forgets at which hosts the bridges and the test have seen which addresses.
+    pub fn forget_neighbours(&self) -> Result<(), HostError> {
+        self.ip("neigh flush all")?;
+        Link::ALL
+            .into_iter()
+            .try_for_each(|link| self.ip(&format!("link set {} type bridge fdb_flush", link.bridge())))
+    }
+
     /// Runs `work` on a thread inside the namespace and returns its result.
     pub fn enter<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, HostError> {
         let failed = |reason: String| HostError::Namespace { namespace: self.namespace.clone(), reason };

@@ -104,6 +104,13 @@ impl QemuMachine {
         }
     }
 
+    /// Stops the server of the first share, or lets it go on.
+    pub(super) fn hang_storage(&mut self, hang: bool) {
+        if let Some(server) = self.file_servers.first_mut() {
+            server.signal(if hang { Signal::SIGSTOP } else { Signal::SIGCONT });
+        }
+    }
+
     /// Freezes the whole machine (SIGSTOP) or lets it go on (SIGCONT).
     pub(super) fn freeze(&mut self, stop: bool) {
         self.qemu.signal(if stop { Signal::SIGSTOP } else { Signal::SIGCONT });

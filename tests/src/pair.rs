@@ -1,0 +1,434 @@
+//! Monitors on test hosts: a site with hosts, fresh shared storage for each test, and pairs of monitors on them.
+//!
+//! Owns: the command lines of monitors in tests, and the clean-up between tests that share hosts. Must never: wait
+//! for a time where there is a condition to wait for, or hide what a monitor said: when a test fails, everything
+//! that its monitors have written is printed.
+//!
+//! ```text
+//!   SharedSite::run ──> Site::reset (links whole, hosts running) ──> the test ──> every process killed and gone
+//!                                                                      └ failed: logs printed, hosts thrown away
+//! ```
+
+use std::any::Any;
+use std::fmt::Write as _;
+use std::fs;
+use std::net::{SocketAddr, TcpStream};
+use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::client::{Client, Config, Report, dump};
+use crate::harness::TestResult;
+use crate::hosts::{
+    HostConfig, HostError, HostKind, HostProcess, Images, Link, Net, TestHost, build_vmft, make_disk,
+};
+
+/// Limit for what takes milliseconds when nothing is wrong.
+pub const SHORT: Duration = Duration::from_secs(20);
+/// Limit for a guest's boot, a snapshot's transfer and the like.
+pub const LONG: Duration = Duration::from_secs(90);
+/// What the guest writes to its console once its service listens.
+pub const SERVICE_READY: &str = "vmft-demo: ready";
+/// What a primary says once its backup follows; the view's number comes behind it.
+pub const PROTECTED: &str = "protected: the backup follows";
+/// What a former backup says once the guest is its own.
+pub const TAKEOVER: &str = "takeover: this host now runs the guest";
+/// What a primary says when it goes on without its backup.
+pub const UNPROTECTED: &str = "unprotected: the guest goes on without a backup";
+/// The guest's address and its demo service.
+pub const SERVICE: ([u8; 4], u16) = ([10, 77, 0, 2], 7777);
+/// Port of the primaries' log and heartbeats.
+pub const LOG_PORT: u16 = 7000;
+/// The address of the guest's network card in all tests.
+pub const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x77, 0x00, 0x02];
+
+const DISK_MIB: u32 = 64;
+
+/// Test hosts with the monitor and the guest's images on them.
+#[derive(Debug)]
+pub struct Site {
+    // The hosts go before the network that they are in.
+    hosts: Vec<TestHost>,
+    started: Vec<Started>,
+    net: Arc<Net>,
+    config: HostConfig,
+    kernel: String,
+    volumes: u32,
+}
+
+#[derive(Debug)]
+struct Started {
+    what: String,
+    process: Arc<HostProcess>,
+}
+
+/// A monitor on a test host.
+#[derive(Debug, Clone)]
+pub struct Monitor {
+    /// Number of its host.
+    pub host: u8,
+    process: Arc<HostProcess>,
+}
+
+impl Deref for Monitor {
+    type Target = HostProcess;
+
+    fn deref(&self) -> &HostProcess {
+        &self.process
+    }
+}
+
+/// A fresh directory on the storage that all hosts share, with a fresh disk for the guest.
+#[derive(Debug, Clone)]
+pub struct Volume {
+    /// As this machine sees it.
+    pub local: PathBuf,
+    /// As the hosts see it.
+    pub path: String,
+}
+
+impl Volume {
+    /// The guest's disk image as the hosts see it.
+    pub fn disk(&self) -> String {
+        format!("{}/disk.img", self.path)
+    }
+
+    /// The names of all files in it but the disk, the directory's id and what `vmft` never looks at again.
+    pub fn claims(&self) -> Result<Vec<String>, HostError> {
+        let failed = |source| HostError::File { path: self.local.clone(), source };
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.local).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
+            if name.contains(".view-") {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+}
+
+/// What a guest is made of, and how its pair is set up.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// Its memory in MiB.
+    pub memory_mib: u32,
+    /// What it does besides serving (`vmft.work`).
+    pub work: &'static str,
+    /// Silence after which the other side counts as failed.
+    pub timeout_ms: u32,
+}
+
+impl Default for Guest {
+    fn default() -> Guest {
+        Guest { memory_mib: 128, work: "none", timeout_ms: 500 }
+    }
+}
+
+impl Site {
+    /// Boots `count` hosts. The guests' kernel is the file that the environment variable `VMFT_GUEST_KERNEL` names,
+    /// or else Debian's.
+    pub fn boot(count: u8) -> Result<Site, HostError> {
+        let net = Arc::new(Net::new()?);
+        let shared = net.run_dir().join("shared");
+        fs::create_dir(&shared).map_err(|source| HostError::File { path: shared.clone(), source })?;
+        let images = Images::ensure()?;
+        let kernel = std::env::var_os("VMFT_GUEST_KERNEL").map_or_else(|| images.kernel(), PathBuf::from);
+        let name = kernel.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let mut files = vec![build_vmft()?];
+        if name != "vmlinuz" {
+            files.push(kernel);
+        }
+        let staged = net.stage_images(&images, &files)?;
+        let config = HostConfig { kind: HostKind::Qemu, ..HostConfig::new(1, &shared, &staged) };
+        let hosts = TestHost::boot_all(&net, count, &config)?;
+        hosts.iter().try_for_each(give_name)?;
+        Ok(Site { hosts, started: Vec::new(), net, config, kernel: name, volumes: 0 })
+    }
+
+    /// The network that the hosts are in.
+    pub fn net(&self) -> &Arc<Net> {
+        &self.net
+    }
+
+    /// Host `number`, from 1.
+    pub fn host(&self, number: u8) -> &TestHost {
+        &self.hosts[usize::from(number) - 1]
+    }
+
+    /// Boots host `number` again after a loss of power.
+    pub fn reboot(&mut self, number: u8) -> Result<(), HostError> {
+        let index = usize::from(number) - 1;
+        self.hosts[index].kill();
+        self.hosts[index] = TestHost::boot(&self.net, HostConfig { index: number, ..self.config.clone() })?;
+        give_name(&self.hosts[index])
+    }
+
+    /// Undoes what a test did to the hosts and their links.
+    fn reset(&mut self) -> Result<(), HostError> {
+        for number in 1..=self.hosts.len() as u8 {
+            let host = self.host(number);
+            if !host.is_running() {
+                self.reboot(number)?;
+                continue;
+            }
+            host.resume_storage();
+            host.cont();
+            Link::ALL.into_iter().try_for_each(|link| host.restore(link))?;
+        }
+        // The guest of the next test may be on another host than the last one's.
+        self.net.forget_neighbours()
+    }
+
+    /// Kills what still runs and waits until it is gone: the next test needs the taps and ports.
+    fn end_processes(&mut self) -> Result<(), HostError> {
+        for started in self.started.drain(..) {
+            if started.process.ending().is_none() {
+                // It may end or lose its host at this moment; the wait tells.
+                let _ = started.process.kill(Signal::SIGKILL);
+            }
+            started.process.wait_ending(SHORT)?;
+        }
+        Ok(())
+    }
+
+    /// Everything that the processes of the present test have written.
+    pub fn logs(&self) -> String {
+        let mut text = String::new();
+        for Started { what, process } in &self.started {
+            let ending =
+                process.ending().map_or_else(|| "still runs".to_owned(), |ending| ending.to_string());
+            let _ = writeln!(text, "--- {what}: {ending}");
+            for line in process.output() {
+                let _ = writeln!(text, "  | {line}");
+            }
+        }
+        text
+    }
+
+    /// A fresh directory and disk.
+    pub fn volume(&mut self) -> Result<Volume, HostError> {
+        self.volumes += 1;
+        let name = format!("volume{}", self.volumes);
+        let local = self.config.shared.join(&name);
+        fs::create_dir(&local).map_err(|source| HostError::File { path: local.clone(), source })?;
+        make_disk(&local.join("disk.img"), DISK_MIB)?;
+        let path = self.host(1).shared_dir().join(&name).display().to_string();
+        Ok(Volume { local, path })
+    }
+
+    /// Path on the hosts of a file among their images.
+    pub fn image(&self, name: &str) -> String {
+        self.host(1).images_dir().join(name).display().to_string()
+    }
+
+    /// The guest's kernel as the hosts see it.
+    pub fn kernel(&self) -> String {
+        self.image(&self.kernel)
+    }
+
+    /// The options that describe the guest.
+    pub fn guest_options(&self, guest: &Guest, volume: &Volume) -> Vec<String> {
+        let memory = guest.memory_mib.to_string();
+        let address = SERVICE.0.map(|byte| byte.to_string()).join(".");
+        let cmdline = format!("vmft.ip={address}/24 vmft.work={}", guest.work);
+        let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
+        let pairs: [(&str, &str); 7] = [
+            ("--kernel", &self.kernel()),
+            ("--initrd", &self.image("guest.cpio.gz")),
+            ("--memory-mib", &memory),
+            ("--disk", &volume.disk()),
+            ("--tap", "tap0"),
+            ("--mac", &mac),
+            ("--cmdline", &cmdline),
+        ];
+        pairs.iter().flat_map(|(name, value)| [(*name).to_owned(), (*value).to_owned()]).collect()
+    }
+
+    /// Starts `vmft` with these arguments on host `number`.
+    pub fn start(&mut self, number: u8, arguments: &[String]) -> Result<Monitor, HostError> {
+        let program = self.image("vmft");
+        let mut argv = vec![program.as_str()];
+        argv.extend(arguments.iter().map(String::as_str));
+        let process = Arc::new(self.host(number).spawn(&argv)?);
+        let what = format!("host {number}: vmft {}", arguments.join(" "));
+        self.started.push(Started { what, process: Arc::clone(&process) });
+        Ok(Monitor { host: number, process })
+    }
+
+    /// Where a monitor on host `number` takes backups.
+    pub fn log_address(&self, number: u8) -> String {
+        format!("{}:{LOG_PORT}", self.host(number).address(Link::Log))
+    }
+
+    fn pair_options(&self, number: u8, guest: &Guest, volume: &Volume) -> Vec<String> {
+        let listen = self.log_address(number);
+        let timeout = guest.timeout_ms.to_string();
+        ["--shared", &volume.path, "--listen", &listen, "--timeout-ms", &timeout].map(String::from).into()
+    }
+
+    /// Starts a primary on host `number`.
+    pub fn start_primary(
+        &mut self,
+        number: u8,
+        guest: &Guest,
+        volume: &Volume,
+    ) -> Result<Monitor, HostError> {
+        let mut arguments = vec!["primary".to_owned()];
+        arguments.extend(self.guest_options(guest, volume));
+        arguments.extend(self.pair_options(number, guest, volume));
+        self.start(number, &arguments)
+    }
+
+    /// Starts a backup on host `number` for the monitor on host `primary`.
+    pub fn start_backup(
+        &mut self,
+        number: u8,
+        primary: u8,
+        guest: &Guest,
+        volume: &Volume,
+    ) -> Result<Monitor, HostError> {
+        let connect = self.log_address(primary);
+        let mut arguments = ["backup", "--connect", &connect, "--disk", &volume.disk(), "--tap", "tap0"]
+            .map(String::from)
+            .to_vec();
+        arguments.extend(self.pair_options(number, guest, volume));
+        self.start(number, &arguments)
+    }
+
+    /// Starts a primary on host 1 and, once its service listens, a backup on host 2; returns when it follows.
+    pub fn start_pair(&mut self, guest: &Guest, volume: &Volume) -> Result<(Monitor, Monitor), HostError> {
+        let primary = self.start_primary(1, guest, volume)?;
+        primary.wait_for_line(SERVICE_READY, LONG)?;
+        let backup = self.start_backup(2, 1, guest, volume)?;
+        primary.wait_for_line(PROTECTED, LONG)?;
+        Ok((primary, backup))
+    }
+
+    /// A connection to the guest's service.
+    pub fn connect(&self) -> Result<TcpStream, Box<dyn std::error::Error>> {
+        Ok(self.net.connect(SocketAddr::from(SERVICE), SHORT)??)
+    }
+
+    /// A client of the guest's service.
+    pub fn client(&self, config: Config) -> Result<Client, Box<dyn std::error::Error>> {
+        Ok(Client::start(self.connect()?, config)?)
+    }
+
+    /// Fails unless the client saw nothing but a pause and the guest has each write that it acknowledged.
+    pub fn check(&self, report: &Report) -> TestResult {
+        if !report.is_clean() {
+            return Err(format!("the client saw: {}; wrong: {:?}", report.summary(), report.wrong).into());
+        }
+        let missing = report.missing_from(&dump(self.connect()?, SHORT)?);
+        if !missing.is_empty() {
+            return Err(format!("acknowledged writes are lost: {missing:?}").into());
+        }
+        Ok(())
+    }
+}
+
+/// Lets the host call itself what this machine calls it.
+fn give_name(host: &TestHost) -> Result<(), HostError> {
+    host.run(&["hostname", &host.name()], SHORT).map(drop)
+}
+
+/// Hosts that the tests of one program use in turn. [`SharedSite::close`] must be called before the program ends.
+#[derive(Debug)]
+pub struct SharedSite {
+    count: u8,
+    site: Mutex<Option<Site>>,
+}
+
+impl SharedSite {
+    /// A site of `count` hosts, booted when it is first used.
+    pub const fn new(count: u8) -> SharedSite {
+        SharedSite { count, site: Mutex::new(None) }
+    }
+
+    /// Runs one test on the site. If it fails, what its monitors wrote goes to standard error, and the next test
+    /// gets other hosts.
+    pub fn run(&self, test: impl FnOnce(&mut Site) -> TestResult) -> TestResult {
+        let mut slot = self.site.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut site = match slot.take() {
+            Some(mut site) => {
+                site.reset()?;
+                site
+            }
+            None => Site::boot(self.count)?,
+        };
+        let outcome = catch_unwind(AssertUnwindSafe(|| test(&mut site)))
+            .unwrap_or_else(|panic| Err(panic_text(panic.as_ref()).into()));
+        match outcome {
+            Ok(()) => {
+                site.end_processes()?;
+                *slot = Some(site);
+                Ok(())
+            }
+            Err(error) => {
+                eprintln!("{}", site.logs());
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes the hosts and their network away.
+    pub fn close(&self) {
+        drop(self.site.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("the test panicked").to_owned()
+}
+
+/// Random numbers for tests, equal for equal seeds: SplitMix64.
+#[derive(Debug)]
+pub struct Random(u64);
+
+impl Random {
+    /// Numbers from the seed in the environment variable `VMFT_SEED`, else from one made of the time. Prints it.
+    pub fn from_environment() -> Random {
+        let given = std::env::var("VMFT_SEED").ok().and_then(|text| text.parse().ok());
+        let made = || {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            now.unwrap_or_default().as_millis() as u64
+        };
+        let seed = given.unwrap_or_else(made);
+        println!("VMFT_SEED={seed}");
+        Random(seed)
+    }
+
+    /// A number from `from` to `to`, both included.
+    pub fn between(&mut self, from: u64, to: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        from + (mixed ^ (mixed >> 31)) % (to - from + 1)
+    }
+}
+
+/// The number in an environment variable, else `default`.
+pub fn count_from_environment(name: &str, default: u32) -> u32 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// The numeric value behind `field=` in a line of a monitor's log.
+pub fn field(line: &str, field: &str) -> Option<u64> {
+    let (_, rest) = line.split_once(&format!(" {field}="))?;
+    rest.split(' ').next()?.parse().ok()
+}
+
+/// A file of this machine that changes when the guest's disk does.
+pub fn file_hash(path: &Path) -> std::io::Result<u64> {
+    use std::hash::{DefaultHasher, Hasher};
+    let mut hasher = DefaultHasher::new();
+    hasher.write(&fs::read(path)?);
+    Ok(hasher.finish())
+}

@@ -1,0 +1,373 @@
+//! A pair of monitors survives what befalls either of them, and never runs the guest twice.
+//!
+//! `VMFT_KILLS` is the number of moments at which the primary is killed (default 4: one of each kind), `VMFT_SEED`
+//! repeats the moments of an earlier run.
+
+use std::fs;
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use vmft_tests::client::{Client, Config};
+use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::hosts::{Capture, Ending, HostError, Link};
+use vmft_tests::pair::{
+    GUEST_MAC, Guest, LONG, Monitor, PROTECTED, Random, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
+    UNPROTECTED, Volume, count_from_environment, field, file_hash,
+};
+
+static SITE: SharedSite = SharedSite::new(2);
+
+/// How often something that changes by itself is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
+fn main() -> ExitCode {
+    let status = harness::run(&[
+        Case::on_hosts("killed_primary_is_survived_at_any_moment", killed_primary_is_survived_at_any_moment),
+        Case::on_hosts("lost_host_is_survived", lost_host_is_survived),
+        Case::on_hosts("cut_logging_link_leaves_exactly_one", cut_logging_link_leaves_exactly_one),
+        Case::on_hosts("frozen_primary_that_returns_does_nothing", frozen_primary_that_returns_does_nothing),
+        Case::on_hosts("killed_backup_is_replaced", killed_backup_is_replaced),
+        Case::on_hosts("stopped_backup_claims_nothing", stopped_backup_claims_nothing),
+        Case::on_hosts("stopped_primary_hands_over", stopped_primary_hands_over),
+        Case::on_hosts("guest_that_powers_off_ends_both", guest_that_powers_off_ends_both),
+        Case::on_hosts("guest_stays_alone_without_a_backup", guest_stays_alone_without_a_backup),
+    ]);
+    SITE.close();
+    status
+}
+
+/// A load of synced writes and reads.
+fn load() -> Config {
+    Config { window: 4, value_len: 200, ..Config::default() }
+}
+
+/// Waits until `client` has had `count` more replies.
+fn more_replies(client: &Client, count: usize) -> TestResult {
+    if client.wait_for_replies(client.answered() + count, LONG) {
+        Ok(())
+    } else {
+        Err(format!("no {count} more replies within {LONG:?}").into())
+    }
+}
+
+/// A moment at which a primary is killed.
+#[derive(Debug, Clone, Copy)]
+enum Moment {
+    /// While the snapshot is on its way, from this percentage on: there is no pair yet.
+    Transfer { percent: u64 },
+    /// So long after the pair was formed, early in the guest's boot.
+    Boot { after: Duration },
+    /// After so many replies to a client.
+    Load { replies: usize },
+    /// The same, with a write to the disk that has not been answered yet.
+    DiskWrite { replies: usize },
+}
+
+impl Moment {
+    fn draw(index: u32, random: &mut Random) -> Moment {
+        match index % 4 {
+            0 => Moment::Transfer { percent: 25 * random.between(0, 2) },
+            1 => Moment::Boot { after: Duration::from_millis(random.between(0, 3_000)) },
+            2 => Moment::Load { replies: random.between(1, 150) as usize },
+            _ => Moment::DiskWrite { replies: random.between(1, 50) as usize },
+        }
+    }
+}
+
+fn killed_primary_is_survived_at_any_moment() -> TestResult {
+    let mut random = Random::from_environment();
+    let count = count_from_environment("VMFT_KILLS", 4);
+    let moments: Vec<Moment> = (0..count).map(|index| Moment::draw(index, &mut random)).collect();
+    let mut with_client = Vec::new();
+    SITE.run(|site| {
+        for moment in moments {
+            match moment {
+                Moment::Transfer { percent } => kill_during_transfer(site, percent)?,
+                Moment::Boot { after } => kill_during_boot(site, after)?,
+                Moment::Load { .. } | Moment::DiskWrite { .. } => with_client.push(moment),
+            }
+        }
+        kill_again_and_again(site, &with_client)
+    })
+}
+
+fn kill_during_transfer(site: &mut Site, percent: u64) -> TestResult {
+    let (guest, volume) = (Guest::default(), site.volume()?);
+    let primary = site.start_primary(1, &guest, &volume)?;
+    primary.wait_for_line(SERVICE_READY, LONG)?;
+    let backup = site.start_backup(2, 1, &guest, &volume)?;
+    match percent {
+        0 => backup.wait_for_line("receiving the guest primary=", SHORT)?,
+        _ => primary.wait_for_line(&format!("sending the guest to host2 percent={percent}"), SHORT)?,
+    };
+    primary.kill(Signal::SIGKILL)?;
+    let output = backup.wait(SHORT)?;
+    assert_eq!(output.ending, Ending::Exited(1), "{:?}", output.stderr);
+    let said = output.stderr.last().ok_or("the backup says nothing")?;
+    println!("killed from {percent} % of the transfer on: {said}");
+    assert!(said.starts_with("vmft: ") && said.contains("before the pair was formed"), "{said}");
+    assert_eq!(volume.claims()?, ["guest.view-1"], "a backup that never followed must claim nothing");
+    Ok(())
+}
+
+fn kill_during_boot(site: &mut Site, after: Duration) -> TestResult {
+    let (guest, volume) = (Guest::default(), site.volume()?);
+    let primary = site.start_primary(1, &guest, &volume)?;
+    let backup = site.start_backup(2, 1, &guest, &volume)?;
+    primary.wait_for_line(PROTECTED, LONG)?;
+    // Not a condition to wait for: the moment that was drawn.
+    thread::sleep(after);
+    primary.kill(Signal::SIGKILL)?;
+    let line = backup.wait_for_line(TAKEOVER, SHORT)?;
+    println!("killed {after:?} into the boot: {line}");
+    let is_up = primary.output().iter().any(|line| line.contains(SERVICE_READY));
+    if !is_up {
+        backup.wait_for_line(SERVICE_READY, LONG)?;
+    }
+    let client = site.client(load())?;
+    more_replies(&client, 30)?;
+    site.check(&client.stop(SHORT))
+}
+
+/// Kills one primary after the other under one client, whose one connection survives them all.
+fn kill_again_and_again(site: &mut Site, moments: &[Moment]) -> TestResult {
+    let (guest, volume) = (Guest::default(), site.volume()?);
+    let (mut primary, mut backup) = site.start_pair(&guest, &volume)?;
+    let client = site.client(load())?;
+    for (moment, view) in moments.iter().zip(2..) {
+        match *moment {
+            Moment::DiskWrite { replies } => {
+                more_replies(&client, replies)?;
+                kill_with_write_outstanding(site, &client, &primary)?;
+            }
+            Moment::Load { replies } => {
+                more_replies(&client, replies)?;
+                primary.kill(Signal::SIGKILL)?;
+            }
+            Moment::Transfer { .. } | Moment::Boot { .. } => return Err("not a moment with a client".into()),
+        }
+        let line = backup.wait_for_line(&format!("{TAKEOVER} view={view}"), SHORT)?;
+        println!("killed at {moment:?}: {line}");
+        if let (Moment::DiskWrite { .. }, Some(again)) = (moment, field(&line, "disk_again")) {
+            assert!(again > 0, "no disk write was outstanding: {line}");
+        }
+        more_replies(&client, 20)?;
+        let next = site.start_backup(primary.host, backup.host, &guest, &volume)?;
+        backup.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
+        (primary, backup) = (backup, next);
+    }
+    more_replies(&client, 20)?;
+    let report = client.stop(SHORT);
+    println!("{}", report.summary());
+    site.check(&report)
+}
+
+/// Kills the primary while its storage hangs with a write that the client waits for.
+fn kill_with_write_outstanding(site: &Site, client: &Client, primary: &Monitor) -> TestResult {
+    let host = site.host(primary.host);
+    host.hang_storage();
+    let mut answered = client.answered();
+    loop {
+        // Replies to what was written before may still come; then none does.
+        thread::sleep(Duration::from_millis(300));
+        if client.answered() == answered {
+            break;
+        }
+        answered = client.answered();
+    }
+    primary.kill(Signal::SIGKILL)?;
+    // The thread that waits for the storage cannot die before that answers, but the others can.
+    let dead = format!("until grep -q '^State:.Z' /proc/{}/status; do usleep 5000; done", primary.pid());
+    host.run(&["sh", "-c", &dead], SHORT)?;
+    host.resume_storage();
+    Ok(())
+}
+
+fn lost_host_is_survived() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let (_, backup) = site.start_pair(&guest, &volume)?;
+        let client = site.client(load())?;
+        more_replies(&client, 50)?;
+        site.host(1).kill();
+        println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
+        more_replies(&client, 50)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
+
+fn cut_logging_link_leaves_exactly_one() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let (primary, backup) = site.start_pair(&guest, &volume)?;
+        let client = site.client(load())?;
+        more_replies(&client, 50)?;
+        site.host(1).cut(Link::Log)?;
+        let deadline = Instant::now() + SHORT;
+        while primary.ending().is_none() && backup.ending().is_none() && Instant::now() < deadline {
+            thread::sleep(LOOK);
+        }
+        let (goes_on, stops, sign) = match (primary.ending(), backup.ending()) {
+            (None, Some(_)) => (&primary, &backup, UNPROTECTED),
+            (Some(_), None) => (&backup, &primary, TAKEOVER),
+            both => return Err(format!("one must end and one go on: {both:?}").into()),
+        };
+        assert_eq!(stops.ending(), Some(Ending::Exited(3)));
+        println!("host {} goes on: {}", goes_on.host, goes_on.wait_for_line(sign, SHORT)?);
+        more_replies(&client, 50)?;
+        assert_eq!(goes_on.ending(), None);
+        assert_eq!(volume.claims()?, ["guest.view-1", "guest.view-2"]);
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
+
+fn frozen_primary_that_returns_does_nothing() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let (primary, backup) = site.start_pair(&guest, &volume)?;
+        let client = site.client(Config { window: 1, interval: Duration::from_millis(50), ..load() })?;
+        more_replies(&client, 20)?;
+        site.host(1).stop();
+        // Requests go to the frozen host until the takeover: when it returns, its guest has something to
+        // answer and to write.
+        println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
+        more_replies(&client, 20)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)?;
+        wait_until_quiet(&volume)?;
+
+        let disk = volume.local.join("disk.img");
+        let before = (file_hash(&disk)?, fs::metadata(&disk)?.modified()?);
+        let from_old_host = Capture::start(site.net(), 1, Link::Guest)?;
+        site.host(1).cont();
+        let output = primary.wait(SHORT)?;
+        assert_eq!(output.ending, Ending::Exited(3), "{:?}", output.stderr);
+        assert_eq!(from_old_host.count_from(GUEST_MAC)?, 0, "the returned monitor let frames out");
+        let after = (file_hash(&disk)?, fs::metadata(&disk)?.modified()?);
+        assert_eq!(before, after, "the returned monitor wrote to the disk");
+        println!("{}", output.stderr.last().map_or("", String::as_str));
+
+        let client = site.client(load())?;
+        more_replies(&client, 20)?;
+        site.check(&client.stop(SHORT))
+    })
+}
+
+/// Waits until the guest has not written to its disk for longer than the five seconds after which its file system
+/// writes what it has kept back.
+fn wait_until_quiet(volume: &Volume) -> TestResult {
+    let disk = volume.local.join("disk.img");
+    let deadline = Instant::now() + LONG;
+    loop {
+        if fs::metadata(&disk)?.modified()?.elapsed()? > Duration::from_secs(8) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err("the idle guest does not stop writing to its disk".into());
+        }
+        thread::sleep(LOOK);
+    }
+}
+
+fn killed_backup_is_replaced() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let (primary, backup) = site.start_pair(&guest, &volume)?;
+        let client = site.client(load())?;
+        more_replies(&client, 20)?;
+        backup.kill(Signal::SIGKILL)?;
+        println!("{}", primary.wait_for_line(&format!("{UNPROTECTED} view=2"), SHORT)?);
+        more_replies(&client, 20)?;
+        backup.wait_ending(SHORT)?;
+
+        let backup = site.start_backup(2, 1, &guest, &volume)?;
+        println!("{}", primary.wait_for_line(&format!("{PROTECTED} view=2"), LONG)?);
+        more_replies(&client, 20)?;
+        primary.kill(Signal::SIGKILL)?;
+        println!("{}", backup.wait_for_line(&format!("{TAKEOVER} view=3"), SHORT)?);
+        more_replies(&client, 20)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
+
+fn stopped_backup_claims_nothing() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let (primary, backup) = site.start_pair(&guest, &volume)?;
+        let client = site.client(load())?;
+        more_replies(&client, 20)?;
+        assert_eq!(end(&backup)?, Ending::Exited(0));
+        primary.wait_for_line(&format!("{UNPROTECTED} view=2"), SHORT)?;
+        more_replies(&client, 20)?;
+        assert_eq!(primary.ending(), None);
+        let claim = fs::read_to_string(volume.local.join("guest.view-2"))?;
+        assert!(claim.contains("\nrole primary\n") && claim.contains("\nhost host1\n"), "{claim}");
+        site.check(&client.stop(SHORT))
+    })
+}
+
+fn stopped_primary_hands_over() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let (primary, backup) = site.start_pair(&guest, &volume)?;
+        let client = site.client(load())?;
+        more_replies(&client, 20)?;
+        assert_eq!(end(&primary)?, Ending::Exited(0));
+        println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
+        more_replies(&client, 20)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)?;
+        // The last monitor of a guest cleans up behind it.
+        assert_eq!(end(&backup)?, Ending::Exited(0));
+        assert_eq!(volume.claims()?, [""; 0]);
+        Ok(())
+    })
+}
+
+/// Asks a monitor to stop and waits for that.
+fn end(monitor: &Monitor) -> Result<Ending, HostError> {
+    monitor.kill(Signal::SIGTERM)?;
+    Ok(monitor.wait(SHORT)?.ending)
+}
+
+fn guest_that_powers_off_ends_both() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest { work: "poweroff-after-ready", ..Guest::default() }, site.volume()?);
+        let primary = site.start_primary(1, &guest, &volume)?;
+        let backup = site.start_backup(2, 1, &guest, &volume)?;
+        primary.wait_for_line(PROTECTED, LONG)?;
+        for monitor in [&primary, &backup] {
+            let output = monitor.wait(LONG)?;
+            assert_eq!(output.ending, Ending::Exited(0), "host {}: {:?}", monitor.host, output.stderr);
+            let powered_off = output.stderr.iter().any(|line| line.contains("the guest powered itself off"));
+            assert!(powered_off, "host {}: {:?}", monitor.host, output.stderr);
+        }
+        assert_eq!(volume.claims()?, [""; 0]);
+        Ok(())
+    })
+}
+
+fn guest_stays_alone_without_a_backup() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let primary = site.start_primary(1, &guest, &volume)?;
+        primary.wait_for_line(SERVICE_READY, LONG)?;
+        let client = site.client(load())?;
+        more_replies(&client, 50)?;
+        site.check(&client.stop(SHORT))?;
+        assert_eq!(volume.claims()?, ["guest.view-1"]);
+        assert_eq!(end(&primary)?, Ending::Exited(0));
+        assert_eq!(volume.claims()?, [""; 0]);
+        Ok(())
+    })
+}

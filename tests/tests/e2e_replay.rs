@@ -1,0 +1,195 @@
+//! Recordings of real guests replay equal, on another host, and damaged ones are refused.
+//!
+//! `VMFT_REPLAYS` is the number of boots that are recorded and replayed (default 3).
+
+use std::fs;
+use std::process::ExitCode;
+
+use nix::sys::signal::Signal;
+use vmft_tests::client::Config;
+use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::hosts::{Ending, HostError, Output};
+use vmft_tests::pair::{
+    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, count_from_environment,
+};
+
+static SITE: SharedSite = SharedSite::new(2);
+
+fn main() -> ExitCode {
+    let status = harness::run(&[
+        Case::on_hosts("user_mode_rdtsc_replays", user_mode_rdtsc_replays),
+        Case::on_hosts("boots_to_service_replay_equal", boots_to_service_replay_equal),
+        Case::on_hosts("busy_network_and_disk_replay_equal", busy_network_and_disk_replay_equal),
+        Case::on_hosts("damaged_recordings_are_refused", damaged_recordings_are_refused),
+    ]);
+    SITE.close();
+    status
+}
+
+/// Starts to record the default guest on host 1.
+fn record(site: &mut Site, guest: &Guest, volume: &Volume) -> Result<Monitor, HostError> {
+    let mut arguments = vec!["record".to_owned(), recording(volume)];
+    arguments.extend(site.guest_options(guest, volume));
+    site.start(1, &arguments)
+}
+
+fn recording(volume: &Volume) -> String {
+    format!("{}/recording", volume.path)
+}
+
+/// Starts to replay on host 2.
+fn replay(site: &mut Site, volume: &Volume) -> Result<Monitor, HostError> {
+    site.start(2, &["replay".to_owned(), "--console".to_owned(), recording(volume)])
+}
+
+/// Stops a recording, which must then be whole.
+fn stop(recorder: &Monitor) -> Result<Output, HostError> {
+    recorder.kill(Signal::SIGTERM)?;
+    let recorded = recorder.wait(SHORT)?;
+    assert_eq!(recorded.ending, Ending::Exited(0), "{:?}", recorded.stderr);
+    Ok(recorded)
+}
+
+/// Waits for a replay; it must have found the recording's digests and written the same to the console.
+fn assert_equal(replayer: &Monitor, recorded: &Output, anchors_min: u64) -> TestResult {
+    let replayed = replayer.wait(LONG)?;
+    assert_eq!(replayed.ending, Ending::Exited(0), "{:?}", replayed.stderr);
+    let text = replayed.stdout.join("\n");
+    let (console, verdict) = text.split_once("replay equal: ").ok_or("there is no verdict")?;
+    println!("replay equal: {verdict}");
+    assert_eq!(console.trim_end(), recorded.stdout.join("\n").trim_end(), "the console differs");
+    let anchors: u64 = verdict.split(' ').next().unwrap_or_default().parse()?;
+    assert!(anchors >= anchors_min, "only {anchors} anchors");
+    Ok(())
+}
+
+fn boots_to_service_replay_equal() -> TestResult {
+    let rounds = count_from_environment("VMFT_REPLAYS", 3);
+    SITE.run(|site| {
+        let mut previous: Option<(Monitor, Output, Volume)> = None;
+        for _ in 0..rounds {
+            let volume = site.volume()?;
+            let recorder = record(site, &Guest::default(), &volume)?;
+            recorder.wait_for_line(SERVICE_READY, LONG)?;
+            let recorded = stop(&recorder)?;
+            // Host 2 replays the one while host 1 records the next.
+            if let Some((replayer, recorded, volume)) = previous.take() {
+                assert_equal(&replayer, &recorded, 5_000)?;
+                fs::remove_dir_all(&volume.local)?;
+            }
+            previous = Some((replay(site, &volume)?, recorded, volume));
+        }
+        let (replayer, recorded, _) = previous.ok_or("VMFT_REPLAYS is 0")?;
+        assert_equal(&replayer, &recorded, 5_000)
+    })
+}
+
+fn busy_network_and_disk_replay_equal() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let guest = Guest { work: "busy", ..Guest::default() };
+        let recorder = record(site, &guest, &volume)?;
+        recorder.wait_for_line(SERVICE_READY, LONG)?;
+        let client = site.client(Config { window: 4, value_len: 500, ..Config::default() })?;
+        assert!(client.wait_for_replies(100, LONG), "the guest does not answer");
+        recorder.wait_for_line("vmft-work: busy round 2", LONG)?;
+        let report = client.stop(SHORT);
+        site.check(&report)?;
+        println!("{}", report.summary());
+        let recorded = stop(&recorder)?;
+        let replayer = replay(site, &volume)?;
+        assert_equal(&replayer, &recorded, 20_000)
+    })
+}
+
+/// Records the guest that only reads the time stamp counter, on host 1.
+fn record_counter_guest(site: &mut Site, volume: &Volume) -> Result<Output, Box<dyn std::error::Error>> {
+    let program = fs::read(env!("CARGO_BIN_EXE_vmft-tsc-guest"))?;
+    fs::write(volume.local.join("initrd"), archive_with_init(&program))?;
+    let initrd = format!("{}/initrd", volume.path);
+    let kernel = site.kernel();
+    let arguments =
+        ["record", &recording(volume), "--kernel", &kernel, "--initrd", &initrd, "--memory-mib", "128"];
+    let recorder = site.start(1, &arguments.map(String::from))?;
+    let recorded = recorder.wait(LONG)?;
+    assert_eq!(recorded.ending, Ending::Exited(0), "{:?}", recorded.stderr);
+    Ok(recorded)
+}
+
+fn user_mode_rdtsc_replays() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let recorded = record_counter_guest(site, &volume)?;
+        for who in ["before the fork", "child", "parent"] {
+            let start = format!("vmft-tsc: {who}: sum ");
+            let line = recorded.stdout.iter().find(|line| line.starts_with(&start));
+            let line = line.ok_or_else(|| format!("no '{start}' in {:?}", recorded.stdout))?.trim_end();
+            assert!(line.ends_with(", 0 of 100 fell"), "{line}");
+            println!("{line}");
+        }
+        let replayer = replay(site, &volume)?;
+        assert_equal(&replayer, &recorded, 1_000)
+    })
+}
+
+fn damaged_recordings_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        record_counter_guest(site, &volume)?;
+        let whole = fs::read(volume.local.join("recording"))?;
+        let len = whole.len();
+        let flipped = |at: usize| {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 0x10;
+            (format!("byte {at} of {len} flipped"), bytes)
+        };
+        let cut = |at: usize| (format!("cut off at {at} of {len}"), whole[..at].to_vec());
+        // Magic, version, first frame's header, snapshot, log, end.
+        let mut damaged: Vec<_> =
+            [0, 8, 12, 14, 20, len / 3, 2 * len / 3, len - 5_000, len - 10, len - 1].map(flipped).into();
+        damaged.extend([0, 7, 12, 1_000, len / 2, len - 5_000, len - 1].map(cut));
+        // Both hosts at once.
+        for pair in damaged.chunks(2) {
+            let replayers = pair.iter().zip(1..).map(|((_, bytes), host)| {
+                let name = format!("damaged{host}");
+                fs::write(volume.local.join(&name), bytes)?;
+                Ok(site.start(host, &["replay".to_owned(), format!("{}/{name}", volume.path)])?)
+            });
+            let replayers = replayers.collect::<Result<Vec<_>, Box<dyn std::error::Error>>>()?;
+            for (host, ((what, _), replayer)) in (1..).zip(pair.iter().zip(&replayers)) {
+                let file = format!("{}/damaged{host}", volume.path);
+                assert_refused(what, &file, &replayer.wait(LONG)?);
+            }
+        }
+        Ok(())
+    })
+}
+
+fn assert_refused(what: &str, file: &str, replayed: &Output) {
+    let said = replayed.stderr.iter().find(|line| line.starts_with("vmft: "));
+    println!("{what}: {}", said.map_or("", String::as_str));
+    let Ending::Exited(status) = replayed.ending else { panic!("{what}: {}", replayed.ending) };
+    assert!(status == 1 || status == 4, "{what}: status {status}");
+    assert!(said.is_some_and(|line| line.contains(file)), "{what}: {:?}", replayed.stderr);
+    let panicked = replayed.stderr.iter().any(|line| line.contains("panicked"));
+    assert!(!panicked, "{what}: {:?}", replayed.stderr);
+}
+
+/// An initramfs that holds nothing but `/init`: a cpio archive in the format that the kernel's
+/// Documentation/driver-api/early-userspace/buffer-format.rst calls newc.
+fn archive_with_init(program: &[u8]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    for (name, mode, data) in [("init", 0o100_755, program), ("TRAILER!!!", 0, &[][..])] {
+        let name_len = name.len() + 1;
+        // Magic, then inode, mode, uid, gid, links, mtime, size, device (2), special device (2), name size, check.
+        let fields = [1, mode, 0, 0, 1, 0, data.len(), 0, 0, 0, 0, name_len, 0];
+        archive.extend_from_slice(b"070701");
+        archive.extend(fields.iter().flat_map(|field| format!("{field:08x}").into_bytes()));
+        archive.extend_from_slice(name.as_bytes());
+        archive.push(0);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend_from_slice(data);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+    }
+    archive
+}
