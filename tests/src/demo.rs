@@ -24,7 +24,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use crate::client::{self, Client};
-use crate::hosts::HostError;
+use crate::hosts::{Ending, HostError};
 
 pub use options::{Options, USAGE};
 pub use report::Report;
@@ -101,6 +101,14 @@ pub enum DemoError {
         primary: String,
         /// The backup's last line.
         backup: String,
+    },
+    /// The guest powered off or crashed, or its monitor failed.
+    #[error("The primary {ending} before it could be killed. Its last line: {last}")]
+    EndedEarly {
+        /// How.
+        ending: Ending,
+        /// The primary's last line.
+        last: String,
     },
     /// The disk image after the run.
     #[error("the disk image cannot be read: {why}.")]

@@ -95,8 +95,12 @@ impl<'a> Pair<'a> {
         console_lines(&self.primary.lines_from(0))
     }
 
-    /// SIGKILL for the primary.
+    /// SIGKILL for the primary. An error if it has ended by itself: then there is nothing to take over.
     pub(super) fn kill_primary(&self) -> Result<(), DemoError> {
+        if let Some(ending) = self.primary.ending() {
+            let last = self.primary.lines_from(0).pop().unwrap_or_default();
+            return Err(DemoError::EndedEarly { ending, last });
+        }
         say(&format!("killing the monitor on {}", self.site.hosts[0].name()));
         self.primary.kill()
     }
