@@ -11,7 +11,7 @@ const ZERO_BYTES: usize = 64 << 20;
 
 /// Clock reads of a busy guest, one every 4 microseconds or so.
 fn clock_reads() -> Vec<Entry> {
-    (1..=CLOCK_READS).map(|read| Entry::Clock(GuestTime(read * 15 + read % 7))).collect()
+    (1..=CLOCK_READS).map(|read| Entry::Clock { unlogged: 0, now: GuestTime(read * 15 + read % 7) }).collect()
 }
 
 fn encode(entries: &[Entry]) -> Vec<u8> {

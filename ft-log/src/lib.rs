@@ -14,6 +14,7 @@
 //! never valid, numbers are little-endian. The layouts are in `docs/log-format.md`; a change to one changes
 //! its version, that document and the change log together.
 
+mod clock;
 mod codec;
 mod digest;
 mod error;
@@ -27,6 +28,7 @@ mod session;
 mod snapshot;
 mod stream;
 
+pub use clock::{CLOCK_TOLERANCE, ClockModel};
 pub use codec::{Decoder, Encoder, MAX_ENTRY_BYTES};
 pub use digest::StateDigest;
 pub use error::LogError;

@@ -8,7 +8,7 @@
 use crate::error::LogError;
 use crate::event::GuestTime;
 use crate::fields::{
-    check_len, get_array, get_text, get_u8, get_u16, get_u64, get_varint, put_bytes, put_varint,
+    check_len, get_array, get_text, get_u8, get_u16, get_u32, get_u64, get_varint, put_bytes, put_varint,
 };
 use crate::record::Cursor;
 use crate::session::{CpuIdentity, Hello, Welcome};
@@ -246,7 +246,9 @@ fn put_hello(out: &mut Vec<u8>, hello: &Hello) -> Result<(), LogError> {
         }
     }
     out.extend_from_slice(&hello.claims_id);
-    put_bytes(out, "host name", hello.host_name.as_bytes(), MAX_NAME_BYTES)
+    put_bytes(out, "host name", hello.host_name.as_bytes(), MAX_NAME_BYTES)?;
+    out.extend_from_slice(&hello.timeout_ms.to_le_bytes());
+    Ok(())
 }
 
 fn get_hello(input: &mut &[u8]) -> Result<Hello, LogError> {
@@ -266,6 +268,7 @@ fn get_hello(input: &mut &[u8]) -> Result<Hello, LogError> {
         },
         claims_id: get_array(input, "claims directory id")?,
         host_name: get_text(input, "host name", MAX_NAME_BYTES)?,
+        timeout_ms: get_u32(input, "timeout")?,
     })
 }
 

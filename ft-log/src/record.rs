@@ -12,8 +12,13 @@ use crate::event::{Event, GuestTime};
 /// k" means the boundary after exit k was handled. Anchors and times never go back from entry to entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Entry {
-    /// The guest read a clock and got this time. Its own exit asks for it, so the order is its position.
-    Clock(GuestTime),
+    /// The guest read a clock and got `now`. Its own exit asks for it, so the order is its position.
+    Clock {
+        /// Clock reads since the last such entry that got what [`crate::ClockModel`] predicts.
+        unlogged: u64,
+        /// What the guest got.
+        now: GuestTime,
+    },
     /// `event` reaches the guest at `anchor`.
     Event {
         /// The boundary at which it applies.

@@ -54,6 +54,8 @@ pub struct Hello {
     pub claims_id: [u8; 16],
     /// The name of its host.
     pub host_name: String,
+    /// Silence in milliseconds after which it takes the primary for failed.
+    pub timeout_ms: u32,
 }
 
 /// What a primary answers.
@@ -88,6 +90,8 @@ pub struct Expected {
     pub disk_bytes: Option<u64>,
     /// The id stored in the claims directory that the primary sees.
     pub claims_id: [u8; 16],
+    /// The primary's own timeout: what it lets out on an answer of the backup relies on the backup's.
+    pub timeout_ms: u32,
 }
 
 /// Why a backup may not follow, as a sentence for both operators.
@@ -132,6 +136,18 @@ pub enum Mismatch {
         backup: Option<u64>,
         /// The primary's disk.
         primary: Option<u64>,
+    },
+    /// Timeouts that differ: one side could act on an answer that the other has forgotten.
+    #[error(
+        "Backup host {host} was started with --timeout-ms {backup}, the primary with {primary}: both must be equal"
+    )]
+    Timeout {
+        /// The backup's host.
+        host: String,
+        /// The backup's timeout.
+        backup: u32,
+        /// The primary's timeout.
+        primary: u32,
     },
     /// Claims directories that are not the same: both sides could claim the guest.
     #[error(
@@ -179,6 +195,13 @@ pub fn check_hello(hello: &Hello, expected: &Expected) -> Result<(), Mismatch> {
     }
     if hello.cpu != expected.cpu {
         return Err(Mismatch::Cpu { host: host(), backup: hello.cpu, primary: expected.cpu });
+    }
+    if hello.timeout_ms != expected.timeout_ms {
+        return Err(Mismatch::Timeout {
+            host: host(),
+            backup: hello.timeout_ms,
+            primary: expected.timeout_ms,
+        });
     }
     if hello.disk_bytes != expected.disk_bytes {
         return Err(Mismatch::Disk { host: host(), backup: hello.disk_bytes, primary: expected.disk_bytes });

@@ -68,7 +68,7 @@ fn entries_cut_at_any_byte_are_refused_and_change_nothing() {
 #[test]
 fn time_and_anchor_that_go_back_are_not_encoded() {
     let mut encoder = Encoder::new(common::START);
-    let back = encoder.push(&Entry::Clock(GuestTime(999)));
+    let back = encoder.push(&Entry::Clock { unlogged: 0, now: GuestTime(999) });
     assert_eq!(back, Err(LogError::TimeWentBack { previous: 1_000, next: 999 }));
     let back = encoder.push(&Entry::Event { anchor: 60, event: Event::Tick { now: GuestTime(999) } });
     assert_eq!(back, Err(LogError::TimeWentBack { previous: 1_000, next: 999 }));
@@ -82,11 +82,11 @@ fn time_and_anchor_that_go_back_are_not_encoded() {
 fn numbers_that_overflow_are_refused() {
     let late = Cursor { time: GuestTime(u64::MAX), anchor: u64::MAX };
     // Clock +1; Tick at +0 with one tick; PowerButton at anchor +1.
-    assert_eq!(first(late, &[0x02]), Err(LogError::Overflow { what: "guest time" }));
+    assert_eq!(first(late, &[0x10]), Err(LogError::Overflow { what: "guest time" }));
     assert_eq!(first(late, &[0x03, 0x01]), Err(LogError::Overflow { what: "guest time" }));
     assert_eq!(first(late, &[0x2d]), Err(LogError::Overflow { what: "anchor" }));
     let mut encoder = Encoder::new(Cursor::default());
-    let leap = encoder.push(&Entry::Clock(GuestTime(u64::MAX)));
+    let leap = encoder.push(&Entry::Clock { unlogged: 0, now: GuestTime(u64::MAX) });
     assert_eq!(leap, Err(LogError::Overflow { what: "clock delta" }));
     let leap = encoder.push(&Entry::Check { anchor: 1 << 59, digest: 0 });
     assert_eq!(leap, Err(LogError::Overflow { what: "anchor delta" }));
@@ -112,7 +112,7 @@ fn nothing_follows_the_end_of_a_log() {
     let mut encoder = Encoder::new(common::START);
     encoder.push(&end).unwrap();
     let after = Err(LogError::AfterEnd { anchor: 60 });
-    assert_eq!(encoder.push(&Entry::Clock(GuestTime(1_000))), after);
+    assert_eq!(encoder.push(&Entry::Clock { unlogged: 0, now: GuestTime(1_000) }), after);
     let mut bytes = encoder.take();
     bytes.push(0);
     let mut decoder = Decoder::new(common::START);

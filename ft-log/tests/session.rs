@@ -14,8 +14,8 @@ use ft_log::{
 };
 
 fn expected() -> Expected {
-    let Hello { monitor_version, cpu, guest_name, disk_bytes, claims_id, .. } = common::hello();
-    Expected { monitor_version, cpu, guest_name, disk_bytes, claims_id }
+    let Hello { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms, .. } = common::hello();
+    Expected { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms }
 }
 
 #[test]
@@ -29,6 +29,10 @@ fn a_backup_that_differs_is_told_in_what() {
         |hello: Hello| check_hello(&hello, &expected()).map_err(|mismatch: Mismatch| mismatch.to_string());
     let cpu = common::hello().cpu;
     let cases = [
+        (
+            Hello { timeout_ms: 100, ..common::hello() },
+            "Backup host beta was started with --timeout-ms 100, the primary with 500: both must be equal",
+        ),
         (
             Hello { monitor_version: "0.2.0".into(), ..common::hello() },
             "Backup host beta runs monitor version 0.2.0, the primary runs 0.1.0",

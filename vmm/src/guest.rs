@@ -94,10 +94,7 @@ impl GuestConfig {
     /// A configuration with this host's form of the fixed CPUID table.
     pub fn new(kvm: &Kvm, name: &str, memory_bytes: u64, board: BoardConfig) -> Result<Self, GuestError> {
         let (table, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?)?;
-        let mut cpuid_bytes = Vec::new();
-        for entry in table.as_slice() {
-            cpuid_bytes.extend_from_slice(entry.as_bytes());
-        }
+        let cpuid_bytes = table_bytes(&table);
         Ok(Self { name: name.to_owned(), memory_bytes, board, cpuid_bytes, cpu })
     }
 
@@ -116,6 +113,11 @@ impl GuestConfig {
     /// Digest of the CPUID table.
     pub fn cpuid_digest(&self) -> u64 {
         xxh3_64(&self.cpuid_bytes)
+    }
+
+    /// Digest of a CPUID table, as [`Self::cpuid_digest`] gives it.
+    pub fn digest_of(table: &CpuId) -> u64 {
+        xxh3_64(&table_bytes(table))
     }
 
     /// Digest of everything here.
@@ -219,6 +221,10 @@ impl GuestConfig {
         };
         fits.then_some(Self { name, memory_bytes, board, cpuid_bytes, cpu })
     }
+}
+
+fn table_bytes(table: &CpuId) -> Vec<u8> {
+    table.as_slice().iter().flat_map(|entry| entry.as_bytes().to_vec()).collect()
 }
 
 fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {

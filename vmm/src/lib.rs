@@ -16,3 +16,17 @@ pub mod machine;
 pub mod outlet;
 pub mod run;
 pub mod snapshot;
+
+/// An error's sentence, with the causes that it does not name itself.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -22,17 +22,7 @@ fn main() -> ExitCode {
     match commands::execute(cli) {
         Ok(ending) => ExitCode::from(ending.status()),
         Err(error) => {
-            // One sentence; the causes that it does not hold itself follow it.
-            let mut text = error.to_string();
-            let mut source = std::error::Error::source(&error);
-            while let Some(cause) = source {
-                let cause_text = cause.to_string();
-                if !text.contains(&cause_text) {
-                    text = format!("{text}: {cause_text}");
-                }
-                source = cause.source();
-            }
-            eprintln!("vmft: {text}");
+            eprintln!("vmft: {}", vmft::with_causes(&error));
             ExitCode::from(error.status())
         }
     }

@@ -5,6 +5,7 @@
 
 use std::io::Stdout;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use devices::{DiskRequest, Effect};
@@ -63,6 +64,12 @@ impl Outlet {
         if let Some(tap) = &self.tap {
             tap.announce(mac);
         }
+    }
+
+    /// With the guard saying no: waits until no disk request is under way. False: one still was after
+    /// `timeout`.
+    pub fn quiesce(&self, timeout: Duration) -> bool {
+        self.disk.as_ref().is_none_or(|disk| disk.quiesce(timeout))
     }
 
     /// Performs one effect now.

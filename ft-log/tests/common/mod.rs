@@ -13,9 +13,9 @@ pub const START: Cursor = Cursor { time: GuestTime(1_000), anchor: 50 };
 pub fn entries() -> Vec<Entry> {
     let event = |anchor, event| Entry::Event { anchor, event };
     vec![
-        Entry::Clock(GuestTime(1_000)),
-        Entry::Clock(GuestTime(1_063)),
-        Entry::Clock(GuestTime(9_254)),
+        Entry::Clock { unlogged: 0, now: GuestTime(1_000) },
+        Entry::Clock { unlogged: 0, now: GuestTime(1_063) },
+        Entry::Clock { unlogged: 6, now: GuestTime(9_254) },
         event(50, Event::Tick { now: GuestTime(9_254) }),
         event(53, Event::Tick { now: GuestTime(45_049) }),
         event(54, Event::Frame { data: vec![0xde, 0xad] }),
@@ -25,7 +25,7 @@ pub fn entries() -> Vec<Entry> {
         event(567, Event::Entropy { data: vec![1, 2, 3, 4] }),
         event(568, Event::PowerButton),
         Entry::Check { anchor: 1_024, digest: 0x1234_5678 },
-        Entry::Clock(GuestTime(45_050)),
+        Entry::Clock { unlogged: 300, now: GuestTime(45_050) },
         Entry::End { anchor: 2_000, digest: StateDigest { registers: 1, memory: 2, devices: 3 } },
     ]
 }
@@ -61,6 +61,7 @@ pub fn hello() -> Hello {
         disk_bytes: Some(1 << 30),
         claims_id: *b"0123456789abcdef",
         host_name: "beta".into(),
+        timeout_ms: 500,
     }
 }
 

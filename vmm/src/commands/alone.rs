@@ -61,7 +61,7 @@ fn play<L: LogSink>(
         })
         .map_err(CommandError::host("start a thread"))?;
     let time = HostTime::starting_at(machine.now());
-    let mut door = Live::new(time, (sender, receiver), woken, stop.flag(), log(outlet));
+    let mut door = Live::new(&machine, time, (sender, receiver), woken, stop.flag(), log(outlet));
     let stopped = run::run(&mut machine, &mut door)?;
     Ok(ending(stopped, machine.anchors()))
 }

@@ -9,7 +9,7 @@ mod pair;
 mod replay;
 mod stop;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use devices::BoardConfig;
@@ -70,6 +70,13 @@ pub enum CommandError {
     Run(#[from] RunError),
     #[error(transparent)]
     Pair(#[from] pair::PairError),
+    /// The guest at the start of a recording.
+    #[error("the recording {path} cannot be replayed from its start: {source}", path = path.display())]
+    RecordingStart {
+        path: PathBuf,
+        #[source]
+        source: SnapshotError,
+    },
     #[error("{0}")]
     Unfit(String),
     /// Something that the host should always be able to give.

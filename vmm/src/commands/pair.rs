@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use devices::Effect;
-use ft_log::{Event, Expected, GuestTime, Hello, Role, StreamError};
+use ft_log::{ByeReason, Event, Expected, GuestTime, Hello, Role, StreamError};
 use thiserror::Error;
 
 use super::stop::Stop;
@@ -25,7 +25,7 @@ use crate::boot;
 use crate::config::{BackupArgs, PairArgs, PrimaryArgs};
 use crate::ft::accept::{AcceptError, Listener, Reception};
 use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, connect};
-use crate::ft::claim::{ClaimError, Claims, Outcome, Owner, random_id};
+use crate::ft::claim::{ClaimError, ClaimRole, Claims, Outcome, Owner, random_id};
 use crate::ft::heartbeat::{HeartbeatError, Heartbeats};
 use crate::ft::link::{Link, Phase};
 use crate::ft::output_gate::{Limits, Mode, OutputGate};
@@ -37,8 +37,8 @@ use crate::host::tap::Tap;
 use crate::kvm::Kvm;
 use crate::machine::Machine;
 use crate::outlet::{Outlet, Resources};
-use crate::run::{self, Follow, HostTime, INBOX_EVENTS, Live, Stopped};
-use crate::snapshot;
+use crate::run::{self, Follow, HostTime, INBOX_EVENTS, Live, RunError, Stopped};
+use crate::snapshot::{self, SnapshotError};
 
 /// Outputs that may wait for acknowledgements before the guest waits too.
 const GATE_LIMITS: Limits = Limits { count: 16_384, bytes: 16 << 20 };
@@ -77,10 +77,18 @@ pub enum PairError {
     NoTap,
     #[error("the guest has no network card, so --tap {0} serves nothing; leave it out")]
     UselessTap(String),
-    #[error("the primary's {what} is not what its snapshot holds; both monitors must be the same build")]
+    #[error(
+        "the primary's {what} is not the one here; both hosts must have the same CPU, kernel and monitor"
+    )]
     WelcomeMismatch { what: &'static str },
     #[error("the primary was lost before the pair was formed: {0}")]
     NotFormed(String),
+    #[error("the primary at {address} was lost before the pair was formed: {source}")]
+    Transfer {
+        address: SocketAddr,
+        #[source]
+        source: ft_log::SnapshotError,
+    },
 }
 
 /// What both sides have before there is a guest.
@@ -89,10 +97,11 @@ struct Side {
     owner: Owner,
     timeout: Duration,
     heartbeat: Duration,
+    version: String,
 }
 
 impl Side {
-    fn new(args: &PairArgs, name: &str, role: Role) -> Result<Self, CommandError> {
+    fn new(args: &PairArgs, name: &str, role: ClaimRole) -> Result<Self, CommandError> {
         if args.heartbeat_ms * 3 > args.timeout_ms {
             let PairArgs { heartbeat_ms, timeout_ms, .. } = *args;
             return Err(PairError::Heartbeats { heartbeat_ms, timeout_ms }.into());
@@ -101,6 +110,7 @@ impl Side {
         Ok(Self {
             claims: Claims::open(&args.shared, name).map_err(PairError::from)?,
             owner: Owner { host: host_name(), pid: std::process::id(), uuid, role },
+            version: build_version()?,
             timeout: Duration::from_millis(args.timeout_ms),
             heartbeat: Duration::from_millis(args.heartbeat_ms),
         })
@@ -111,6 +121,13 @@ impl Side {
     }
 }
 
+/// The monitor's version, exact to the byte: primary and backup must emulate the same machine.
+fn build_version() -> Result<String, CommandError> {
+    let program =
+        std::fs::read("/proc/self/exe").map_err(CommandError::host("read the monitor's program"))?;
+    Ok(format!("{}+{:016x}", env!("CARGO_PKG_VERSION"), xxhash_rust::xxh3::xxh3_64(&program)))
+}
+
 fn host_name() -> String {
     nix::unistd::gethostname().map_or_else(|_| "unknown".into(), |name| name.to_string_lossy().into_owned())
 }
@@ -118,38 +135,47 @@ fn host_name() -> String {
 /// `vmft primary`.
 pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
-    let side = Side::new(&args.pair, &args.guest.name, Role::Primary)?;
-    refuse_if_claimed(&side.claims, &args.guest.name, &args.pair.shared)?;
+    let side = Side::new(&args.pair, &args.guest.name, ClaimRole::Primary)?;
+    let view = first_view(&side.claims, &args.guest.name, &args.pair.shared)?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
     let heartbeats = Arc::new(
         Heartbeats::start(args.listen, &args.guest.name, Role::Primary, side.heartbeat)
             .map_err(PairError::from)?,
     );
     let prepared = prepare(&args.guest, Caching::WriteThrough)?;
-    match side.claims.claim(1, &side.owner).map_err(PairError::from)? {
+    match side.claims.claim(view, &side.owner).map_err(PairError::from)? {
         Outcome::Won => {}
-        Outcome::Lost { .. } | Outcome::Unknown { .. } => {
-            refuse_if_claimed(&side.claims, &args.guest.name, &args.pair.shared)?;
+        Outcome::Lost { holder } => {
+            return Err(claimed(&args.guest.name, &args.pair.shared, view, holder).into());
+        }
+        Outcome::Unknown { why } => {
             return Err(CommandError::Unfit(format!(
-                "the shared directory {} does not answer whether the guest may be started",
+                "the shared directory {} does not say whether the guest may be started: {why}",
                 args.pair.shared.display()
             )));
         }
     }
+    heartbeats.set_view(view, Role::Primary);
     let Prepared { config, machine, resources } = prepared;
-    let live = LiveSide { side, config, machine, resources, heartbeats, listener: Some(listener), view: 1 };
+    let live = LiveSide { side, config, machine, resources, heartbeats, listener: Some(listener), view };
     live.run(Vec::new(), None, stop)
 }
 
-fn refuse_if_claimed(claims: &Claims, name: &str, directory: &Path) -> Result<(), PairError> {
+/// The view in which a guest may be started: the first, or the one behind its last orderly end.
+fn first_view(claims: &Claims, name: &str, directory: &Path) -> Result<u64, PairError> {
     match claims.latest()? {
-        None => Ok(()),
-        Some((view, holder)) => Err(PairError::Claimed {
-            name: name.to_owned(),
-            view,
-            directory: directory.display().to_string(),
-            holder: Box::new(holder),
-        }),
+        None => Ok(1),
+        Some((view, Owner { role: ClaimRole::Ended, .. })) => Ok(view + 1),
+        Some((view, holder)) => Err(claimed(name, directory, view, holder)),
+    }
+}
+
+fn claimed(name: &str, directory: &Path, view: u64, holder: Owner) -> PairError {
+    PairError::Claimed {
+        name: name.to_owned(),
+        view,
+        directory: directory.display().to_string(),
+        holder: Box::new(holder),
     }
 }
 
@@ -214,19 +240,22 @@ impl LiveSide {
         let supervisor = supervisor(&side, &shared, heartbeats, &stop);
         spawn("supervisor", move || supervisor.run(&event_queue))?;
         let start = time.unwrap_or(GuestTime(0)).max(machine.now());
-        let mut door = Live::new(HostTime::starting_at(start), (sender, receiver), woken, stop.flag(), log);
+        let mut door =
+            Live::new(&machine, HostTime::starting_at(start), (sender, receiver), woken, stop.flag(), log);
         if let Some(len_bytes) = machine.board().outstanding_entropy() {
             door.supply_entropy(len_bytes)?;
         }
-        let stopped = run::run(&mut machine, &mut door)?;
+        let outcome = run::run(&mut machine, &mut door);
         if shared.lost.load(Ordering::SeqCst) {
             return Ok(Ending::LostClaim);
         }
-        if !(stopped == Stopped::Requested && door.log_mut().had_backup()) {
-            // Nobody runs the guest any more, and nobody will: the next start finds a clean directory.
-            side.claims.release_all(&side.owner).map_err(PairError::from)?;
+        let ended = matches!(outcome, Ok(Stopped::GuestEnded(_)));
+        let goes_on = shared.link.phase() != Phase::Alone || door.log_mut().had_backup();
+        if ended || !goes_on {
+            // Nobody runs the guest any more, and nobody in this pair will.
+            side.claims.end(shared.view.load(Ordering::SeqCst), &side.owner).map_err(PairError::from)?;
         }
-        Ok(ending(stopped, machine.anchors()))
+        Ok(ending(outcome?, machine.anchors()))
     }
 }
 
@@ -276,11 +305,12 @@ fn reception(
     stop: &Stop,
 ) -> Result<Reception, CommandError> {
     let expected = Expected {
-        monitor_version: env!("CARGO_PKG_VERSION").into(),
+        monitor_version: side.version.clone(),
         cpu: config.cpu,
         guest_name: config.name.clone(),
         disk_bytes: config.board.disk_bytes,
         claims_id: side.claims.directory_id().map_err(PairError::from)?,
+        timeout_ms: side.timeout.as_millis() as u32,
     };
     let stop = stop.clone();
     Ok(Reception { expected, link: Arc::clone(link), joins, wake: Box::new(move || stop.wake()) })
@@ -304,10 +334,10 @@ fn supervisor(side: &Side, shared: &Shared, heartbeats: Arc<Heartbeats>, stop: &
 /// `vmft backup`.
 pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
-    let side = Side::new(&args.pair, &args.name, Role::Backup)?;
+    let side = Side::new(&args.pair, &args.name, ClaimRole::Backup)?;
     let kvm = Kvm::open()?;
     let listener = args.listen.map(Listener::bind).transpose().map_err(PairError::from)?;
-    let (_, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?).map_err(GuestError::from)?;
+    let (table, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?).map_err(GuestError::from)?;
     let resources = Resources {
         disk: match &args.disk {
             // Without the lock, which the primary's monitor holds; the claim decides who may write.
@@ -317,12 +347,13 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
         tap: args.tap.as_deref().map(Tap::open).transpose()?,
     };
     let hello = Hello {
-        monitor_version: env!("CARGO_PKG_VERSION").into(),
+        monitor_version: side.version.clone(),
         cpu,
         guest_name: args.name.clone(),
         disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
         claims_id: side.claims.directory_id().map_err(PairError::from)?,
         host_name: side.owner.host.clone(),
+        timeout_ms: side.timeout.as_millis() as u32,
     };
     let timeout = Duration::from_millis(args.connect_timeout_ms);
     let mut connection = connect(args.connect, hello, timeout).map_err(PairError::from)?;
@@ -333,6 +364,9 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
     );
     heartbeats.set_view(connection.welcome.view, Role::Backup);
     heartbeats.set_peer(Some(args.connect));
+    if GuestConfig::digest_of(&table) != connection.welcome.cpuid_digest {
+        return Err(PairError::WelcomeMismatch { what: "CPUID table" }.into());
+    }
     let (config, machine) = receive_guest(&kvm, &mut connection)?;
     match (config.board.net_mac, &args.tap) {
         (Some(_), None) => return Err(PairError::NoTap.into()),
@@ -348,12 +382,17 @@ fn receive_guest(kvm: &Kvm, connection: &mut Connection) -> Result<(GuestConfig,
     tracing::info!(primary = %connection.welcome.host_name, memory_mib = total_mib, "receiving the guest");
     let mut quarter = 0;
     let total_bytes = connection.welcome.memory_bytes.max(1);
+    let address = connection.address;
     let (config, machine) = snapshot::load(kvm, connection.frames.snapshot(), |gpa| {
         let now = gpa.min(total_bytes) * 4 / total_bytes;
         if now > quarter {
             quarter = now;
             tracing::info!(percent = now * 25, "receiving the guest");
         }
+    })
+    .map_err(|source| match source {
+        SnapshotError::Container(source) => PairError::Transfer { address, source }.into(),
+        other => CommandError::from(other),
     })?;
     let welcome = &connection.welcome;
     for (what, equal) in [
@@ -386,6 +425,8 @@ fn follow(parts: Following, stop: (Stop, Receiver<()>)) -> Result<Ending, Comman
     let cursor = snapshot::cursor(&machine);
     let (inflow, frames) =
         connection.follow(cursor).map_err(|source: StreamError| PairError::NotFormed(source.to_string()))?;
+    // The primary was busy with the snapshot, and this host with loading it.
+    heartbeats.note_heard();
     let (verdict_in, verdict) = bounded(1);
     let receiver = {
         let (inflow, heartbeats, stop) = (Arc::clone(&inflow), Arc::clone(&heartbeats), stop.0.flag());
@@ -393,6 +434,8 @@ fn follow(parts: Following, stop: (Stop, Receiver<()>)) -> Result<Ending, Comman
         move || {
             let end = inflow.receive(frames, || heartbeats.note_heard());
             let noticed = Instant::now();
+            // An answer from here would let the primary act on; whoever claims is silent first.
+            heartbeats.fall_silent();
             let verdict = if stop.load(Ordering::Relaxed) {
                 Verdict::Stopped
             } else {
@@ -405,7 +448,11 @@ fn follow(parts: Following, stop: (Stop, Receiver<()>)) -> Result<Ending, Comman
     spawn("log-receiver", receiver)?;
     spawn("watchdog", watchdog(Arc::clone(&inflow), Arc::clone(&heartbeats), side.timeout, stop.0.flag()))?;
     let mut door = Follow::new(FromPrimary::new(Arc::clone(&inflow)), cursor);
-    let stopped = run::run(&mut machine, &mut door)?;
+    let stopped = run::run(&mut machine, &mut door).inspect_err(|error| {
+        if let RunError::Diverged(_) = error {
+            inflow.bye(ByeReason::Diverged, "this backup's guest differs; see its own report");
+        }
+    })?;
     if let Stopped::GuestEnded(_) = stopped {
         return Ok(ending(stopped, machine.anchors()));
     }
@@ -435,7 +482,8 @@ fn follow(parts: Following, stop: (Stop, Receiver<()>)) -> Result<Ending, Comman
     tracing::warn!(
         view = view + 1,
         anchor = machine.anchors(),
-        frames_again = again.len(),
+        outputs_again = again.len(),
+        disk_again = machine.board().outstanding_disk_requests().len(),
         took_ms = noticed.elapsed().as_millis() as u64,
         "takeover: this host now runs the guest"
     );
@@ -490,6 +538,7 @@ fn watchdog(
                 return;
             }
             if stop.load(Ordering::Relaxed) {
+                inflow.bye(ByeReason::Shutdown, "the operator stopped this backup");
                 inflow.give_up();
                 return;
             }

@@ -12,6 +12,8 @@ use devices::Effect;
 use ft_log::{Batch, GuestTime, RecordingReader};
 
 use super::{CommandError, Ending};
+use crate::boot;
+use crate::guest::GuestError;
 use crate::kvm::Kvm;
 use crate::run::{self, BatchSource, Follow, RunError, Stopped};
 use crate::snapshot;
@@ -26,17 +28,22 @@ impl BatchSource for FromFile {
     }
 
     fn executed(&mut self, _: u64, _: GuestTime) {}
-
-    fn abandoned(&self) -> bool {
-        false
-    }
 }
 
 /// `vmft replay FILE`.
 pub fn replay(file: &Path, console: bool) -> Result<Ending, CommandError> {
     let kvm = Kvm::open()?;
     let mut reader = RecordingReader::open(file)?;
-    let (config, mut machine) = snapshot::load(&kvm, reader.snapshot(), |_| {})?;
+    let (config, mut machine) = snapshot::load(&kvm, reader.snapshot(), |_| {})
+        .map_err(|source| CommandError::RecordingStart { path: file.into(), source })?;
+    let (_, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?).map_err(GuestError::from)?;
+    if cpu != config.cpu {
+        return Err(CommandError::Unfit(format!(
+            "the recording {} was made on a CPU {}, this host has {cpu}: their instructions may differ",
+            file.display(),
+            config.cpu
+        )));
+    }
     tracing::info!(guest = %config.name, anchor = machine.anchors(), "replaying");
     let started = Instant::now();
     let cursor = snapshot::cursor(&machine);
@@ -50,7 +57,7 @@ pub fn replay(file: &Path, console: bool) -> Result<Ending, CommandError> {
         }));
     }
     let stopped = run::run(&mut machine, &mut door)?;
-    if stopped == Stopped::LogEnded {
+    if stopped == Stopped::LogEnded || !door.was_equal() {
         return Err(RunError::Truncated { anchor: machine.anchors() }.into());
     }
     let digest = machine.state_digest();

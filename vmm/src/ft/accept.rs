@@ -17,6 +17,7 @@ use thiserror::Error;
 
 use super::link::{Link, Phase};
 use super::primary::Join;
+use crate::with_causes;
 
 /// Longest that one read or write of a greeting may take.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
@@ -102,7 +103,7 @@ fn greet_aside(
     let (reception, running) = (Arc::clone(reception), Arc::clone(greetings));
     let spawned = std::thread::Builder::new().name("greeting".into()).spawn(move || {
         if let Err(error) = greet(stream, address, &reception) {
-            tracing::warn!(%address, %error, "a connection on the log port came to nothing");
+            tracing::warn!(%address, error = %with_causes(&error), "a connection on the log port came to nothing");
         }
         running.fetch_sub(1, Ordering::SeqCst);
     });

@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,13 +23,15 @@ use ft_log::{
 use thiserror::Error;
 
 use crate::run::{BatchSource, RunError};
+use crate::with_causes;
 
 /// Bytes of batches that may wait for execution; beyond that the primary waits for acknowledgements.
 const QUEUE_LIMIT_BYTES: usize = 16 << 20;
 /// Pause between two attempts to reach the primary.
 const CONNECT_AGAIN: Duration = Duration::from_millis(100);
-/// Longest that one read of the greeting or the snapshot may take.
-const READ_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest that one read of the greeting or the snapshot may take. The primary sends the snapshot at its
+/// guest's next exit.
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a backup cannot follow.
 #[derive(Debug, Error)]
@@ -149,7 +151,7 @@ impl LinkEnd {
             }
             _ => false,
         };
-        Self::Lost { why: format!("{what}: {error}"), by_peer }
+        Self::Lost { why: format!("{what}: {}", with_causes(error)), by_peer }
     }
 }
 
@@ -168,7 +170,7 @@ pub struct Inflow {
     received: AtomicU64,
     executed: AtomicU64,
     executed_time: AtomicU64,
-    reached: AtomicU64,
+    gave_up: AtomicBool,
     stream: TcpStream,
 }
 
@@ -191,7 +193,7 @@ impl Connection {
             received: AtomicU64::new(0),
             executed: AtomicU64::new(start.anchor),
             executed_time: AtomicU64::new(start.time.0),
-            reached: AtomicU64::new(start.anchor),
+            gave_up: AtomicBool::new(false),
             stream: self.stream,
         };
         inflow.acknowledge()?;
@@ -206,6 +208,7 @@ impl Inflow {
 
     /// Gives the primary up: the receiver ends with what it has.
     pub fn give_up(&self) {
+        self.gave_up.store(true, Ordering::SeqCst);
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
@@ -234,7 +237,6 @@ impl Inflow {
                     if let Err(error) = order.accept(&batch) {
                         break LinkEnd::unsure(format!("the primary's log is out of order: {error}"));
                     }
-                    self.reached.store(batch.reached, Ordering::SeqCst);
                     let seq = batch.seq;
                     self.push(batch);
                     self.received.store(seq, Ordering::SeqCst);
@@ -257,6 +259,11 @@ impl Inflow {
                 }
                 Err(error) => break LinkEnd::broken("the connection to the primary failed", &error),
             }
+        };
+        let end = if self.gave_up.load(Ordering::SeqCst) {
+            LinkEnd::unsure("it was given up here".into())
+        } else {
+            end
         };
         // Nothing is acknowledged any more from here on.
         let _ = self.stream.shutdown(Shutdown::Both);
@@ -288,6 +295,12 @@ impl Inflow {
             }
             queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Tells the primary why this backup leaves. It may be gone itself.
+    pub fn bye(&self, reason: ByeReason, text: &str) {
+        let mut acks = self.acks.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = acks.send(&Message::Bye { reason, text: text.to_owned() });
     }
 
     fn is_empty(&self) -> bool {
@@ -334,9 +347,5 @@ impl BatchSource for FromPrimary {
         if self.primary_time().is_none_or(|guess| time > guess) {
             self.base = Some((now, time));
         }
-    }
-
-    fn abandoned(&self) -> bool {
-        false
     }
 }

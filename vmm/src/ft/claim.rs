@@ -22,7 +22,7 @@
 //! vmft-claim 1          magic and version
 //! guest web-1           the guest's name
 //! view 3                decimal
-//! role backup           what the claimant was before: primary or backup
+//! role backup           what the claimant was before: primary or backup; or ended: the guest's life is over
 //! host node-b           the claimant's host, at most 255 bytes, no control characters
 //! pid 1234              its process there
 //! uuid 32 hex digits    one life of one monitor
@@ -37,11 +37,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Duration;
 
-use crossbeam_channel::{RecvTimeoutError, bounded};
-use ft_log::Role;
 use nix::errno::Errno;
 
 use crate::host::random_bytes;
@@ -56,6 +52,17 @@ const MAX_HOST_BYTES: usize = 255;
 /// More than any valid file has.
 const MAX_FILE_BYTES: u64 = 4_096;
 
+/// What a monitor is when it makes a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClaimRole {
+    /// It runs the guest.
+    Primary,
+    /// It follows.
+    Backup,
+    /// Its guest has ended: nobody runs the guest in this view.
+    Ended,
+}
+
 /// A monitor that claims views.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
@@ -66,7 +73,7 @@ pub struct Owner {
     /// Random, made when the monitor started.
     pub uuid: [u8; 16],
     /// What it is at the time of the claim.
-    pub role: Role,
+    pub role: ClaimRole,
 }
 
 /// The answer to a claim.
@@ -141,16 +148,6 @@ pub enum ClaimError {
         /// What is wrong with it.
         why: String,
     },
-    /// The claims are another monitor's.
-    #[error("The claims of '{guest}' are not removed: view {view} is held by process {} on host '{}'", holder.pid, holder.host)]
-    NotOurs {
-        /// The guest.
-        guest: String,
-        /// The highest view.
-        view: u64,
-        /// Whose it is.
-        holder: Box<Owner>,
-    },
     /// Anything else that the host refuses.
     #[error("'{path}' cannot be used")]
     Io {
@@ -161,8 +158,7 @@ pub enum ClaimError {
     },
 }
 
-/// The claims of one guest in one directory. All methods may take as long as the file system does, except
-/// [`Claims::claim_with_timeout`].
+/// The claims of one guest in one directory. All methods may take as long as the file system does.
 #[derive(Clone, Debug)]
 pub struct Claims {
     directory: PathBuf,
@@ -232,32 +228,10 @@ impl Claims {
         self.judge(view, owner, linked)
     }
 
-    /// As [`Claims::claim`], with [`Outcome::Unknown`] when the file system has not answered after `timeout`.
-    /// The attempt is then left to finish by itself; should it win, claiming again says so.
-    pub fn claim_with_timeout(
-        &self,
-        view: u64,
-        owner: &Owner,
-        timeout: Duration,
-    ) -> Result<Outcome, ClaimError> {
-        let (sender, answer) = bounded(1);
-        let (claims, owner) = (self.clone(), owner.clone());
-        thread::Builder::new()
-            .name("claim".to_owned())
-            .spawn(move || {
-                // Nobody listens after the timeout.
-                let _ = sender.send(claims.claim(view, &owner));
-            })
-            .map_err(|source| ClaimError::NotMade { path: self.path_of(view), source })?;
-        answer.recv_timeout(timeout).unwrap_or_else(|error| {
-            let why = match error {
-                RecvTimeoutError::Timeout => {
-                    format!("the file system has not answered for {} ms", timeout.as_millis())
-                }
-                RecvTimeoutError::Disconnected => "the attempt ended without an answer".to_owned(),
-            };
-            Ok(Outcome::Unknown { why })
-        })
+    /// The guest of `owner`, who holds `view`, has ended in an orderly way. The claims stay, so that a member
+    /// of the pair that was frozen meanwhile finds its next view taken.
+    pub fn end(&self, view: u64, owner: &Owner) -> Result<Outcome, ClaimError> {
+        self.claim(view + 1, &Owner { role: ClaimRole::Ended, ..owner.clone() })
     }
 
     /// The highest view that is claimed, and by whom.
@@ -272,27 +246,6 @@ impl Claims {
             }
         }
         Ok(None)
-    }
-
-    /// Removes the guest's claims: it has ended in an orderly way and may be started anywhere, from view 1.
-    /// Refused when the highest view is not `owner`'s.
-    pub fn release_all(&self, owner: &Owner) -> Result<(), ClaimError> {
-        let Some((latest, holder)) = self.latest()? else { return Ok(()) };
-        if holder.uuid != owner.uuid {
-            let guest = self.guest.clone();
-            return Err(ClaimError::NotOurs { guest, view: latest, holder: Box::new(holder) });
-        }
-        // Upwards, so that a stop half way leaves the highest one, which is what everyone looks at.
-        for view in self.views()?.into_iter().filter(|view| *view <= latest) {
-            match fs::remove_file(self.path_of(view)) {
-                Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                    return Err(ClaimError::Io { path: self.path_of(view), source });
-                }
-                _ => {}
-            }
-        }
-        sync_directory(&self.directory)
-            .map_err(|source| ClaimError::Io { path: self.directory.clone(), source })
     }
 
     /// What an attempt to create the claim has led to.
@@ -420,10 +373,11 @@ fn damaged(path: &Path, why: String) -> ClaimError {
     ClaimError::Damaged { path: path.to_owned(), why }
 }
 
-fn role_name(role: Role) -> &'static str {
+fn role_name(role: ClaimRole) -> &'static str {
     match role {
-        Role::Primary => "primary",
-        Role::Backup => "backup",
+        ClaimRole::Primary => "primary",
+        ClaimRole::Backup => "backup",
+        ClaimRole::Ended => "ended",
     }
 }
 
@@ -448,8 +402,9 @@ fn decode_claim(contents: &[u8], guest: &str, view: u64) -> Result<Owner, String
         return Err(format!("it is a claim for view '{numbered}'"));
     }
     let role = match lines.field("role")? {
-        name if name == role_name(Role::Primary) => Role::Primary,
-        name if name == role_name(Role::Backup) => Role::Backup,
+        name if name == role_name(ClaimRole::Primary) => ClaimRole::Primary,
+        name if name == role_name(ClaimRole::Backup) => ClaimRole::Backup,
+        name if name == role_name(ClaimRole::Ended) => ClaimRole::Ended,
         name => return Err(format!("'{name}' is not a role")),
     };
     let host = lines.field("host")?.to_owned();
@@ -525,10 +480,12 @@ mod tests {
 
     use tempfile::TempDir;
 
+    use std::thread;
+
     use super::*;
 
     fn owner(number: u8) -> Owner {
-        Owner { host: "node-a".into(), pid: 1234, uuid: [number; 16], role: Role::Backup }
+        Owner { host: "node-a".into(), pid: 1234, uuid: [number; 16], role: ClaimRole::Backup }
     }
 
     fn claims() -> (TempDir, Claims) {
@@ -682,15 +639,13 @@ mod tests {
     }
 
     #[test]
-    fn only_the_holder_of_the_latest_view_releases() {
-        let (directory, claims) = claims();
+    fn an_ended_guest_leaves_a_claim_that_nobody_can_win_again() {
+        let (_directory, claims) = claims();
         claims.claim(1, &owner(1)).unwrap();
-        claims.claim(2, &owner(2)).unwrap();
-        assert!(matches!(claims.release_all(&owner(1)), Err(ClaimError::NotOurs { view: 2, .. })));
-        assert_eq!(claims.latest().unwrap(), Some((2, owner(2))));
-        claims.release_all(&owner(2)).unwrap();
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
-        claims.release_all(&owner(2)).unwrap();
+        assert_eq!(claims.end(1, &owner(1)).unwrap(), Outcome::Won);
+        let ended = Owner { role: ClaimRole::Ended, ..owner(1) };
+        assert_eq!(claims.latest().unwrap(), Some((2, ended.clone())));
+        assert_eq!(claims.claim(2, &owner(2)).unwrap(), Outcome::Lost { holder: ended });
     }
 
     #[test]
@@ -721,21 +676,6 @@ mod tests {
         let id = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
         assert_eq!(encode_directory_id(&id), golden);
         assert_eq!(decode_directory_id(golden.as_bytes()), Ok(id));
-    }
-
-    #[test]
-    fn a_file_system_that_hangs_gives_unknown_and_may_still_win() {
-        let (directory, claims) = claims();
-        // Opening a FIFO to read waits for a writer, as a dead file server makes one wait.
-        let fifo = directory.path().join("web-1.view-1");
-        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let outcome = claims.claim_with_timeout(1, &owner(1), Duration::from_millis(50)).unwrap();
-        assert!(matches!(outcome, Outcome::Unknown { .. }));
-        let server_is_back = OpenOptions::new().write(true).open(&fifo).unwrap();
-        drop(server_is_back);
-        fs::remove_file(&fifo).unwrap();
-        let outcome = claims.claim_with_timeout(1, &owner(1), Duration::from_secs(60)).unwrap();
-        assert_eq!(outcome, Outcome::Won);
     }
 
     #[test]

@@ -241,6 +241,11 @@ impl Heartbeats {
         lock(&self.exchange).set_peer(peer, boot_time());
     }
 
+    /// Answers nothing any more until the next [`Heartbeats::set_peer`]; what is heard still counts.
+    pub fn fall_silent(&self) {
+        lock(&self.exchange).peer = None;
+    }
+
     /// This side is in `view` now, as `role`.
     pub fn set_view(&self, view: u64, role: Role) {
         lock(&self.exchange).set_view(view, role);
@@ -303,7 +308,7 @@ fn send(socket: &UdpSocket, exchange: &Mutex<Exchange>) {
 }
 
 /// Time since the host was started, suspended time included.
-fn boot_time() -> Duration {
+pub(super) fn boot_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the kernel writes one timespec into `time`.
     let result = unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut time) };

@@ -304,6 +304,19 @@ impl<P: Performer> OutputGate<P> {
         drop(self.changed.wait_while(queue, performing).unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// Where outputs go.
+    pub fn performer(&self) -> &P {
+        &self.performer
+    }
+
+    /// With the lease refused: waits until nothing is being performed. False: something still was after
+    /// `timeout`.
+    pub fn quiesce(&self, timeout: Duration) -> bool {
+        let performing = |queue: &mut Queue| queue.performing.is_some();
+        let waited = self.changed.wait_timeout_while(self.lock(), timeout, performing);
+        waited.unwrap_or_else(PoisonError::into_inner).0.performing.is_none()
+    }
+
     /// The mode.
     pub fn mode(&self) -> Mode {
         self.lock().mode

@@ -16,20 +16,20 @@ use crossbeam_channel::{Receiver, Sender};
 use devices::Effect;
 use ft_log::{ByeReason, Encoder, Entry, FrameReader, FrameWriter, Message, StreamError, Welcome};
 
-use super::link::{Counted, Link, Phase};
+use super::link::{Counted, Link, Mood, Phase};
 use super::output_gate::{OutputGate, Room};
 use super::supervise::LinkEvent;
 use crate::guest::GuestConfig;
 use crate::machine::Machine;
 use crate::outlet::Outlet;
 use crate::run::{LogSink, RunError};
-use crate::snapshot;
+use crate::{snapshot, with_causes};
 
 /// Anchors between two register digests in a log that carries no output.
 const CHECK_EVERY_ANCHORS: u64 = 1_024;
 /// The backup's lag from which the guest is slowed, and the one at which it runs at a fifth of its speed.
-const PACE_FROM: Duration = Duration::from_millis(40);
-const PACE_FULL: Duration = Duration::from_millis(90);
+const PACE_FROM: Duration = Duration::from_millis(60);
+const PACE_FULL: Duration = Duration::from_millis(120);
 /// Longest pause at one boundary, so that slowing stays smooth.
 const PACE_PAUSE_MAX: Duration = Duration::from_millis(5);
 /// A backup that takes no bytes for this long while it is being fed is given up.
@@ -116,6 +116,8 @@ impl PairLog {
         let cursor = snapshot::cursor(machine);
         let stream = &join.stream;
         stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(StreamError::Io)?;
+        // From here on heartbeats tell whether the backup lives, however long it takes to load.
+        stream.set_read_timeout(None).map_err(StreamError::Io)?;
         let mut frames = FrameWriter::new(stream);
         frames.send(&Message::Welcome(Welcome {
             view: self.view.load(Ordering::SeqCst),
@@ -167,8 +169,8 @@ impl PairLog {
     }
 
     /// Slows the guest while the backup's execution lags, the more the further it is behind.
-    fn pace(&mut self, machine: &Machine) {
-        let lag = self.link.lag(machine.now());
+    fn pace(&mut self) {
+        let lag = self.link.lag();
         let ran = self.paced_at.elapsed();
         if lag > PACE_FROM {
             let over = (lag - PACE_FROM).as_secs_f64() / (PACE_FULL - PACE_FROM).as_secs_f64();
@@ -187,7 +189,12 @@ impl PairLog {
             encoder.push(&Entry::Check { anchor, digest: machine.registers_digest() as u32 })?;
         }
         let entries = if encoder.is_empty() { Vec::new() } else { encoder.take() };
-        let seq = self.link.publish(&entries, anchor, visible);
+        let mood = match (visible, machine.waiting()) {
+            (true, _) => Mood::Urgent,
+            (false, true) => Mood::Idle,
+            (false, false) => Mood::Busy,
+        };
+        let seq = self.link.publish(&entries, anchor, mood);
         if seq.is_none() && self.link.phase() == Phase::Alone {
             self.encoder = None;
             return Ok(None);
@@ -215,44 +222,52 @@ impl LogSink for PairLog {
             }
         }
         if seq.is_some() {
-            self.pace(machine);
+            self.pace();
         }
         Ok(())
     }
 
-    fn at_boundary(&mut self, machine: &mut Machine) -> Result<(), RunError> {
+    fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError> {
         if self.waiting_join.is_none() && self.joins.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         let Some(join) = self.waiting_join.take().or_else(|| self.joins.try_recv().ok()) else {
-            return Ok(());
+            return Ok(false);
         };
         if self.link.phase() != Phase::Alone {
             tracing::warn!(backup = %join.host, "a backup came while there was one; it is turned away");
-            return Ok(());
+            // It may be gone already.
+            let _ = FrameWriter::new(&join.stream)
+                .send(&Message::Refuse { reason: "this guest has a backup already".into() });
+            return Ok(false);
         }
         self.encoder = None;
         if !machine.settle()? {
             self.waiting_join = Some(join);
-            return Ok(());
+            return Ok(false);
         }
         let host = join.host.clone();
         if let Err(error) = self.pair_with(machine, join) {
-            tracing::warn!(backup = %host, %error, "the backup could not be given the guest; it goes on without");
+            tracing::warn!(backup = %host, error = %with_causes(&error), "the backup could not be given the guest; it goes on without");
+            return Ok(false);
         }
-        Ok(())
+        Ok(true)
     }
 
     fn finish(&mut self, machine: &Machine) -> Result<(), RunError> {
         let ended = machine.end().is_some();
-        self.had_backup = self.link.phase() == Phase::Paired;
+        self.had_backup = self.link.phase() != Phase::Alone;
         if let Some(mut encoder) = self.encoder.take() {
             if ended {
                 encoder.push(&Entry::End { anchor: machine.anchors(), digest: machine.state_digest() })?;
             }
-            self.link.publish(&encoder.take(), machine.anchors(), true);
+            self.link.publish(&encoder.take(), machine.anchors(), Mood::Urgent);
             self.link.drain(DRAIN_TIMEOUT);
+            // From here on the lease and the disk's guard say no; then nothing is under way any more.
             self.link.end(ended.then_some(ByeReason::GuestEnded));
+            self.gate.quiesce(DRAIN_TIMEOUT);
+            self.gate.performer().quiesce(DRAIN_TIMEOUT);
+            self.link.close();
         }
         if let Some(sender) = self.sender.take()
             && sender.join().is_err()
@@ -271,11 +286,12 @@ fn send_batches(link: &Link, stream: TcpStream, events: &Sender<LinkEvent>) {
     let mut frames = FrameWriter::new(Counted { out: stream, link });
     while let Some(batch) = link.next_batch() {
         if let Err(error) = frames.send(&Message::Batch(batch)) {
-            let _ = events.send(LinkEvent::Down(format!("the log cannot be sent: {error}")));
+            let _ = events.send(LinkEvent::Down(format!("the log cannot be sent: {}", with_causes(&error))));
             return;
         }
     }
-    if let Some(reason) = link.bye() {
+    let Some(bye) = link.last_word() else { return };
+    if let Some(reason) = bye {
         // The backup learns the same from the closed connection, only less exactly.
         let _ = frames.send(&Message::Bye { reason, text: String::new() });
     }
@@ -300,7 +316,7 @@ fn receive_acks(link: &Link, gate: &OutputGate<Outlet>, stream: TcpStream, event
             Ok(Some(Message::Bye { text, reason })) => break format!("the backup left: {reason:?} {text}"),
             Ok(Some(other)) => break format!("the backup sent a {} message", other.kind().name()),
             Ok(None) => break "the backup closed the connection".into(),
-            Err(error) => break format!("the connection to the backup failed: {error}"),
+            Err(error) => break format!("the connection to the backup failed: {}", with_causes(&error)),
         }
     };
     let _ = events.send(LinkEvent::Down(why));

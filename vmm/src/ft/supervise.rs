@@ -24,8 +24,8 @@ use super::link::{Link, Phase};
 use super::output_gate::OutputGate;
 use crate::outlet::Outlet;
 
-/// How long one claim may take before it is asked for again.
-const CLAIM_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the connection stays open for the output that is under way when the backup is given up.
+const QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time between two reports of numbers, at debug level.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 /// Pause before an unanswered claim is made again.
@@ -112,7 +112,10 @@ impl Supervisor {
             tracing::warn!("backup lost: {why}");
             self.report();
             self.heartbeats.set_peer(None);
-            if let Some(stream) = connection.take() {
+            // A backup that sees the connection close may claim at once, so nothing may be under way then.
+            // If something is stuck, the backup has to find out by the silence.
+            let quiet = self.gate.quiesce(QUIESCE_TIMEOUT) && self.gate.performer().quiesce(QUIESCE_TIMEOUT);
+            if let Some(stream) = connection.take().filter(|_| quiet) {
                 let _ = stream.shutdown(Shutdown::Both);
             }
             if !self.claim_next_view() {
@@ -148,7 +151,7 @@ impl Supervisor {
                 true
             }
             Some(holder) => {
-                self.gate.close();
+                // The lease and the disk's guard look at this.
                 self.lost.store(true, Ordering::SeqCst);
                 tracing::error!(view = next, host = %holder.host, pid = holder.pid,
                     "the backup has taken over; this monitor stops");
@@ -166,19 +169,14 @@ impl Supervisor {
 pub fn claim_until_known(claims: &Claims, view: u64, owner: &Owner) -> Option<Owner> {
     let mut said = false;
     loop {
-        match claims.claim_with_timeout(view, owner, CLAIM_TIMEOUT) {
+        let why = match claims.claim(view, owner) {
             Ok(Outcome::Won) => return None,
             Ok(Outcome::Lost { holder }) => return Some(holder),
-            Ok(Outcome::Unknown { .. }) if said => {}
-            Ok(Outcome::Unknown { .. }) => {
-                tracing::warn!(view, "the shared directory does not answer the claim; asking again");
-                said = true;
-            }
-            Err(error) if said => tracing::debug!(%error, "claim failed"),
-            Err(error) => {
-                tracing::warn!(view, %error, "the claim failed; asking again");
-                said = true;
-            }
+            Ok(Outcome::Unknown { why }) => why,
+            Err(error) => error.to_string(),
+        };
+        if !std::mem::replace(&mut said, true) {
+            tracing::warn!(view, "the claim is undecided, asking again until there is an answer: {why}");
         }
         std::thread::sleep(CLAIM_AGAIN);
     }

@@ -16,8 +16,8 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{self, Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, select};
 use devices::{DiskOp, DiskRequest};
@@ -34,6 +34,8 @@ const QUEUE_REQUESTS: usize = 256;
 
 /// How often a guard that said no is asked again.
 const GUARD_PAUSE: Duration = Duration::from_millis(5);
+/// Pause between two looks at whether a request is under way.
+const QUIESCE_POLL: Duration = Duration::from_millis(1);
 
 /// Asked before each request: whether this monitor may touch the disk now. After a no, nothing is done until
 /// it says yes again: the lease is back, or a claim has been won. Otherwise nothing is done ever.
@@ -198,12 +200,21 @@ impl Disk {
     pub fn start(self, events: Sender<Event>, guard: Guard) -> Result<DiskWorker, DiskError> {
         let (queue, requests) = bounded(QUEUE_REQUESTS);
         let path = self.path.clone();
-        let worker = Worker::spawn("disk", move |stop| self.run(stop, &requests, &events, &guard))
+        let busy = Arc::new(Mutex::new(()));
+        let at_work = Arc::clone(&busy);
+        let worker = Worker::spawn("disk", move |stop| self.run(stop, &requests, &events, &guard, &at_work))
             .map_err(|source| DiskError::Io { path, source })?;
-        Ok(DiskWorker { _worker: worker, queue })
+        Ok(DiskWorker { _worker: worker, queue, busy })
     }
 
-    fn run(self, stop: &StopToken, requests: &Receiver<DiskRequest>, events: &Sender<Event>, guard: &Guard) {
+    fn run(
+        self,
+        stop: &StopToken,
+        requests: &Receiver<DiskRequest>,
+        events: &Sender<Event>,
+        guard: &Guard,
+        busy: &Mutex<()>,
+    ) {
         let mut backlog = VecDeque::new();
         loop {
             let next = backlog.pop_front().or_else(|| {
@@ -216,9 +227,17 @@ impl Disk {
             if stop.stopped() {
                 return;
             }
-            if !wait_for(guard, stop, requests, &mut backlog)
-                || !deliver(self.perform(request), stop, requests, events, &mut backlog)
-            {
+            let done = loop {
+                if !wait_for(guard, stop, requests, &mut backlog) {
+                    return;
+                }
+                let _at_work = busy.lock().unwrap_or_else(PoisonError::into_inner);
+                // Asked again: a refusal that came before the lock was taken holds.
+                if guard() {
+                    break self.perform(request);
+                }
+            };
+            if !deliver(done, stop, requests, events, &mut backlog) {
                 return;
             }
         }
@@ -321,9 +340,22 @@ pub struct DiskWorker {
     // First, so that the thread is told to stop before its queue closes.
     _worker: Worker,
     queue: Sender<DiskRequest>,
+    busy: Arc<Mutex<()>>,
 }
 
 impl DiskWorker {
+    /// With the guard saying no: waits until no request is under way. False: one still was after `timeout`.
+    pub fn quiesce(&self, timeout: Duration) -> bool {
+        let deadline = Instant::now() + timeout;
+        loop {
+            match self.busy.try_lock() {
+                Ok(_) | Err(sync::TryLockError::Poisoned(_)) => return true,
+                Err(sync::TryLockError::WouldBlock) if Instant::now() >= deadline => return false,
+                Err(sync::TryLockError::WouldBlock) => std::thread::sleep(QUIESCE_POLL),
+            }
+        }
+    }
+
     /// Queues `request` behind the others. Waits while the queue is full, which slows the guest down to the
     /// speed of its disk.
     pub fn submit(&self, request: DiskRequest) {

@@ -79,6 +79,8 @@ pub struct Machine {
     halted: bool,
     end: Option<GuestEnd>,
     user_tsc: UserTsc,
+    /// The next anchor, if finishing the last instruction has led to it already.
+    early_exit: Option<Exit>,
 }
 
 impl Machine {
@@ -94,6 +96,7 @@ impl Machine {
             halted: false,
             end: None,
             user_tsc: UserTsc::default(),
+            early_exit: None,
         }
     }
 
@@ -153,7 +156,10 @@ impl Machine {
         clock: &mut C,
         effects: &mut Vec<Effect>,
     ) -> Result<(), C::Error> {
-        let exit = self.enter(clock)?;
+        let exit = match self.early_exit.take() {
+            Some(exit) => exit,
+            None => self.enter(clock)?,
+        };
         self.halted = false;
         self.handle(exit, clock, effects)
     }
@@ -271,7 +277,10 @@ impl Machine {
         if port == u16::from(RDTSC_PORT) || port == u16::from(RDTSCP_PORT) {
             self.board.advance(clock.read()?);
             let tsc = self.board.tsc();
-            self.vcpu.pio_data().copy_from_slice(&(tsc as u32).to_le_bytes()[..usize::from(size)]);
+            let low = (tsc as u32).to_le_bytes();
+            for element in self.vcpu.pio_data().chunks_mut(usize::from(size)) {
+                element.copy_from_slice(&low[..element.len()]);
+            }
             self.vcpu.change_registers(|regs| {
                 regs.rdx = tsc >> 32;
                 if port == u16::from(RDTSCP_PORT) {
@@ -296,7 +305,7 @@ impl Machine {
         clock: &mut C,
         effects: &mut Vec<Effect>,
     ) -> Result<(), C::Error> {
-        if port == u16::from(GP_PORT) && self.user_tsc.installed() {
+        if port == u16::from(GP_PORT) && self.user_tsc.is_hook(self.vcpu.last_registers().rip) {
             return self.general_protection(clock);
         }
         if self.board.pio_needs_time(port, true) {
@@ -325,10 +334,12 @@ impl Machine {
     }
 
     /// Finishes the last exit's instruction, so that the machine may be saved. False: the instruction
-    /// needs another exit first; run to the next anchor and try again.
+    /// needs another exit first, which is the next anchor; run to it and try again.
     pub fn settle(&mut self) -> Result<bool, MachineError> {
-        // A second exit of a split access is pending inside KVM and shows again at the next entry.
-        Ok(self.vcpu.complete()?.is_none())
+        if self.early_exit.is_none() {
+            self.early_exit = self.vcpu.complete()?;
+        }
+        Ok(self.early_exit.is_none())
     }
 
     /// Digests of the registers so far, of all memory and of every device.

@@ -91,6 +91,7 @@ impl Machine {
             halted: bytes[24] != 0,
             end: None,
             user_tsc: UserTsc::from_saved(word(2)),
+            early_exit: None,
         };
         // Refreshes what KVM says about interrupt delivery, as `settle` did where the state was saved.
         if machine.vcpu.complete()?.is_some() {

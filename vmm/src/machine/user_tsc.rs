@@ -68,6 +68,11 @@ impl UserTsc {
         self.hook.is_some()
     }
 
+    /// Is `rip`, as of a write to the hook's port, inside the hook? Where exactly differs between KVMs.
+    pub fn is_hook(&self, rip: u64) -> bool {
+        self.hook.is_some_and(|hook| (hook.resume_at - PADDING_BYTES as u64..=hook.resume_at).contains(&rip))
+    }
+
     /// For the snapshot: the address behind the padding, 0 if not installed.
     pub fn to_saved(self) -> u64 {
         self.hook.map_or(0, |hook| hook.resume_at)

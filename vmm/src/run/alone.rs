@@ -35,8 +35,8 @@ impl LogSink for NoLog {
         Ok(())
     }
 
-    fn at_boundary(&mut self, _: &mut Machine) -> Result<(), RunError> {
-        Ok(())
+    fn at_boundary(&mut self, _: &mut Machine) -> Result<bool, RunError> {
+        Ok(false)
     }
 
     fn finish(&mut self, _: &Machine) -> Result<(), RunError> {
@@ -97,8 +97,8 @@ impl LogSink for FileLog {
         Ok(())
     }
 
-    fn at_boundary(&mut self, _: &mut Machine) -> Result<(), RunError> {
-        Ok(())
+    fn at_boundary(&mut self, _: &mut Machine) -> Result<bool, RunError> {
+        Ok(false)
     }
 
     fn finish(&mut self, machine: &Machine) -> Result<(), RunError> {

@@ -37,7 +37,7 @@ struct Brief {
 impl Brief {
     fn new(entry: &Entry) -> Self {
         let (what, anchor, number) = match entry {
-            Entry::Clock(time) => ("clock read, ticks", None, time.0),
+            Entry::Clock { now, .. } => ("clock read, ticks", None, now.0),
             Entry::Check { anchor, digest } => ("register digest", Some(*anchor), u64::from(*digest)),
             Entry::End { anchor, digest } => ("end, register digest", Some(*anchor), digest.registers),
             Entry::Event { anchor, event } => {

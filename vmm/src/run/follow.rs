@@ -7,11 +7,11 @@
 use std::collections::VecDeque;
 
 use devices::Effect;
-use ft_log::{Batch, Cursor, Decoder, Entry, GuestTime};
+use ft_log::{Batch, ClockModel, Cursor, Decoder, Entry, Event, GuestTime};
 
 use super::divergence::{Recent, describe};
 use super::{Door, Next, RunError, Stopped};
-use crate::machine::{Clock, GuestEnd, Machine, MachineError};
+use crate::machine::{Clock, GuestEnd, Machine};
 
 /// Where batches come from: a file, or the connection to the primary.
 pub trait BatchSource {
@@ -19,8 +19,6 @@ pub trait BatchSource {
     fn next(&mut self) -> Result<Option<Batch>, RunError>;
     /// The guest stands at `anchor` and has seen `time`.
     fn executed(&mut self, anchor: u64, time: GuestTime);
-    /// Should a guest that runs long without an anchor be broken off?
-    fn abandoned(&self) -> bool;
 }
 
 /// Most effects that are kept for a takeover; the primary reports what it let out far more often.
@@ -30,6 +28,7 @@ const KEPT_EFFECTS: usize = 16_384;
 pub struct Follow<S> {
     source: S,
     decoder: Decoder,
+    model: ClockModel,
     batch: Vec<u8>,
     offset: usize,
     ahead: Option<Entry>,
@@ -38,6 +37,7 @@ pub struct Follow<S> {
     unreleased: VecDeque<(u64, Effect)>,
     recent: Recent,
     watcher: Option<Watcher>,
+    equal: bool,
 }
 
 /// Sees every effect of a followed guest.
@@ -50,6 +50,7 @@ impl<S: BatchSource> Follow<S> {
             source,
             reached: cursor.anchor,
             decoder: Decoder::new(cursor),
+            model: ClockModel::starting_at(cursor.time),
             batch: Vec::new(),
             offset: 0,
             ahead: None,
@@ -57,6 +58,7 @@ impl<S: BatchSource> Follow<S> {
             unreleased: VecDeque::new(),
             recent: Recent::default(),
             watcher: None,
+            equal: false,
         }
     }
 
@@ -68,6 +70,11 @@ impl<S: BatchSource> Follow<S> {
     /// Effects of the guest that the primary is not known to have let out, in order.
     pub fn into_unreleased(self) -> Vec<Effect> {
         self.unreleased.into_iter().map(|(_, effect)| effect).collect()
+    }
+
+    /// Was the log's end mark reached, with every digest equal?
+    pub fn was_equal(&self) -> bool {
+        self.equal
     }
 
     /// Where batches come from.
@@ -107,7 +114,7 @@ impl<S: BatchSource> Follow<S> {
         let here = machine.anchors();
         loop {
             let due = match self.peek()? {
-                None | Some(Entry::Clock(_)) => return Ok(None),
+                None | Some(Entry::Clock { .. }) => return Ok(None),
                 Some(
                     Entry::Event { anchor, .. } | Entry::Check { anchor, .. } | Entry::End { anchor, .. },
                 ) => *anchor,
@@ -121,7 +128,14 @@ impl<S: BatchSource> Follow<S> {
                 return Err(self.diverged(machine, describe(&entry), found));
             }
             match &entry {
-                Entry::Event { event, .. } => machine.apply(event, effects)?,
+                Entry::Event { event, .. } => {
+                    if let Err(error) = machine.apply(event, effects) {
+                        return Err(self.diverged(machine, describe(&entry), error.to_string()));
+                    }
+                    if let Event::Tick { now } = event {
+                        self.model.tick(*now);
+                    }
+                }
                 Entry::Check { digest, .. } if *digest == machine.registers_digest() as u32 => {}
                 Entry::Check { .. } => {
                     let found = format!("register digest {:08x}", machine.registers_digest() as u32);
@@ -130,11 +144,14 @@ impl<S: BatchSource> Follow<S> {
                 Entry::End { digest, .. } => {
                     let found = machine.state_digest();
                     if *digest != found {
-                        return Err(self.diverged(machine, describe(&entry), format!("{found:x?}")));
+                        return Err(self.diverged(machine, format!("{digest:x?}"), format!("{found:x?}")));
                     }
+                    self.equal = true;
+                    // What follows an end mark is the end, or the log is damaged.
+                    while self.fetch()? {}
                     return Ok(Some(Stopped::ReplayEqual));
                 }
-                Entry::Clock(_) => {}
+                Entry::Clock { .. } => {}
             }
             self.recent.note(&entry);
         }
@@ -149,23 +166,23 @@ impl<S: BatchSource> Clock for Follow<S> {
     type Error = RunError;
 
     fn read(&mut self) -> Result<GuestTime, RunError> {
+        // The log is complete up to the exit that asks, so a read without an entry is one that was predicted.
+        let unlogged_so_far = self.model.unlogged();
         match self.peek()? {
-            Some(Entry::Clock(time)) => {
-                let time = *time;
-                self.recent.note(&Entry::Clock(time));
+            Some(entry @ Entry::Clock { unlogged, now }) if *unlogged == unlogged_so_far => {
+                let (entry, now) = (entry.clone(), *now);
+                self.recent.note(&entry);
                 self.ahead = None;
-                Ok(time)
+                self.model.correct(now);
+                Ok(now)
             }
-            // The next check says more about why; here only the machine that asked is at hand.
-            other => Err(RunError::Machine(MachineError::BadState(format!(
-                "the guest reads a clock where the log has {}",
-                other.map_or_else(|| "nothing".to_owned(), describe)
-            )))),
+            _ => Ok(self.model.accept()),
         }
     }
 
     fn kicked(&mut self) -> Result<(), RunError> {
-        if self.source.abandoned() { Err(RunError::StopRequested) } else { Ok(()) }
+        // The primary has reached the next anchor, so this guest will.
+        Ok(())
     }
 }
 
@@ -186,6 +203,11 @@ impl<S: BatchSource> Door for Follow<S> {
                 }
                 return Ok(Next::Enter);
             }
+            // Everything up to here has been executed, so nothing may be left of what was logged up to here.
+            if let Some(entry) = self.ahead.take() {
+                let found = "a guest that did not ask for it".to_owned();
+                return Err(self.diverged(machine, describe(&entry), found));
+            }
             if !self.fetch()? {
                 return Ok(Next::Stop(Stopped::LogEnded));
             }
@@ -204,6 +226,10 @@ impl<S: BatchSource> Door for Follow<S> {
                 self.unreleased.push_back((self.seq, effect));
             }
         }
+        Ok(())
+    }
+
+    fn broken_off(&mut self, _: &mut Machine) -> Result<(), RunError> {
         Ok(())
     }
 

@@ -10,13 +10,17 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, after, select};
 use devices::Effect;
-use ft_log::{Entry, Event, GuestTime};
+use ft_log::{CLOCK_TOLERANCE, ClockModel, Entry, Event, GuestTime};
 
 use super::{Door, Next, RunError, Stopped};
 use crate::machine::{Clock, GuestEnd, Machine};
 
 /// Most events that are applied at one boundary, so that a flood of frames cannot keep the guest from running.
 const EVENTS_PER_BOUNDARY: usize = 64;
+
+/// Bytes of events after which the rest waits for the next boundary: with one more event of the largest kind
+/// they still fit into one batch of the log.
+const BYTES_PER_BOUNDARY: usize = 1 << 20;
 
 /// Events that wait for the guest's next boundary; beyond that frames are dropped, as a network card does,
 /// and everything else waits.
@@ -28,8 +32,9 @@ pub trait LogSink {
     fn record(&mut self, entry: &Entry) -> Result<(), RunError>;
     /// The log is complete up to the machine's boundary; `effects` may go once that is safe.
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError>;
-    /// A chance to look after the log's other end. The machine stands at a boundary.
-    fn at_boundary(&mut self, machine: &mut Machine) -> Result<(), RunError>;
+    /// A chance to look after the log's other end. The machine stands at a boundary. True: a snapshot was
+    /// taken here and the log starts anew.
+    fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError>;
     /// No entries will follow.
     fn finish(&mut self, machine: &Machine) -> Result<(), RunError>;
     /// May the guest be broken off between anchors? Not where its state then must be named.
@@ -64,6 +69,7 @@ impl HostTime {
 /// The door of a live guest.
 pub struct Live<L> {
     time: HostTime,
+    model: ClockModel,
     inbox: Receiver<Event>,
     // With a sender here the channel never closes, so waiting on it always waits.
     _keep_open: Sender<Event>,
@@ -77,6 +83,7 @@ impl<L: LogSink> Live<L> {
     /// A door whose events come from `inbox`. `wake` makes a halted guest's thread look at `stop` and at
     /// its log's other end.
     pub fn new(
+        machine: &Machine,
         time: HostTime,
         inbox: (Sender<Event>, Receiver<Event>),
         wake: Receiver<()>,
@@ -84,7 +91,8 @@ impl<L: LogSink> Live<L> {
         log: L,
     ) -> Self {
         let (_keep_open, inbox) = inbox;
-        Self { time, inbox, _keep_open, wake, own: VecDeque::new(), stop, log }
+        let model = ClockModel::starting_at(machine.now());
+        Self { time, model, inbox, _keep_open, wake, own: VecDeque::new(), stop, log }
     }
 
     /// The log, for what comes after the loop.
@@ -116,13 +124,22 @@ impl<L: LogSink> Live<L> {
 
     /// Applies what is due at this boundary.
     fn apply_due(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
+        let mut bytes = 0;
         for _ in 0..EVENTS_PER_BOUNDARY {
+            if bytes >= BYTES_PER_BOUNDARY {
+                break;
+            }
             let Some(event) = self.own.pop_front().or_else(|| self.inbox.try_recv().ok()) else { break };
+            if let Event::DiskDone { data, .. } | Event::Frame { data } = &event {
+                bytes += data.len();
+            }
             self.apply(machine, event, effects)?;
         }
-        let now = self.time.now();
+        // Never earlier than what the guest has been shown.
+        let now = self.time.now().max(machine.now());
         if machine.deadline().is_some_and(|deadline| deadline <= now) {
             self.apply(machine, Event::Tick { now }, effects)?;
+            self.model.tick(now);
         }
         Ok(())
     }
@@ -145,7 +162,12 @@ impl<L: LogSink> Clock for Live<L> {
 
     fn read(&mut self) -> Result<GuestTime, RunError> {
         let now = self.time.now();
-        self.log.record(&Entry::Clock(now))?;
+        if self.model.prediction().0.abs_diff(now.0) <= CLOCK_TOLERANCE {
+            return Ok(self.model.accept());
+        }
+        let now = now.max(self.model.earliest());
+        self.log.record(&Entry::Clock { unlogged: self.model.unlogged(), now })?;
+        self.model.correct(now);
         Ok(now)
     }
 
@@ -160,7 +182,9 @@ impl<L: LogSink> Clock for Live<L> {
 impl<L: LogSink> Door for Live<L> {
     fn boundary(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<Next, RunError> {
         loop {
-            self.log.at_boundary(machine)?;
+            if self.log.at_boundary(machine)? {
+                self.model = ClockModel::starting_at(machine.now());
+            }
             if self.stop.load(Ordering::Relaxed) {
                 self.log.finish(machine)?;
                 return Ok(Next::Stop(Stopped::Requested));
@@ -189,6 +213,10 @@ impl<L: LogSink> Door for Live<L> {
             self.supply_entropy(len_bytes)?;
         }
         self.log.publish(machine, effects)
+    }
+
+    fn broken_off(&mut self, machine: &mut Machine) -> Result<(), RunError> {
+        self.log.finish(machine)
     }
 
     fn ended(&mut self, machine: &mut Machine, _: GuestEnd) -> Result<(), RunError> {

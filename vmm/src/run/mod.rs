@@ -33,6 +33,8 @@ pub trait Door: Clock<Error = RunError> {
     fn boundary(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<Next, RunError>;
     /// The machine stands at a boundary with its last exit handled: takes what it produced.
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError>;
+    /// The guest was broken off between two anchors, on request.
+    fn broken_off(&mut self, machine: &mut Machine) -> Result<(), RunError>;
     /// The guest's life is over.
     fn ended(&mut self, machine: &mut Machine, end: GuestEnd) -> Result<(), RunError>;
 }
@@ -111,7 +113,11 @@ pub fn run<D: Door>(machine: &mut Machine, door: &mut D) -> Result<Stopped, RunE
         }
         match machine.run_to_anchor(door, &mut effects) {
             Ok(()) => {}
-            Err(RunError::StopRequested) => return Ok(Stopped::Requested),
+            Err(RunError::StopRequested) => {
+                // Between two anchors: the log is complete up to the last one, and ends there.
+                door.broken_off(machine)?;
+                return Ok(Stopped::Requested);
+            }
             Err(error) => return Err(error),
         }
         door.publish(machine, &mut effects)?;
