@@ -1,0 +1,435 @@
+//! What the monitor does when it is given something wrong: one sentence that names it, a status other than 0, and
+//! nothing left behind; and what strangers on the log port can do: nothing.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vmft_tests::client::{Config, Sample};
+use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::hosts::{Ending, Link, Output, build_vmft, make_disk};
+use vmft_tests::pair::{
+    Guest, LOG_PORT, LONG, Monitor, PROTECTED, Random, SERVICE_READY, SHORT, SharedSite, Site, Volume,
+};
+
+static SITE: SharedSite = SharedSite::new(2);
+
+/// Longest that the primary may keep a connection on which nobody says who he is.
+const GREETING_MAX: Duration = Duration::from_secs(15);
+
+fn main() -> ExitCode {
+    let status = harness::run(&[
+        Case::on_hosts("wrong_command_lines_are_refused", wrong_command_lines_are_refused),
+        Case::on_hosts("unusable_files_are_refused", unusable_files_are_refused),
+        Case::on_hosts("unusable_networks_and_directories_are_refused", unusable_networks_are_refused),
+        Case::on_hosts("unfit_hosts_are_refused", unfit_hosts_are_refused),
+        Case::on_hosts("what_another_monitor_has_is_refused", what_another_monitor_has_is_refused),
+        Case::on_hosts("strangers_on_the_log_port_disturb_nothing", strangers_disturb_nothing),
+    ]);
+    SITE.close();
+    status
+}
+
+/// Words of a command line.
+fn words(line: &str) -> Vec<String> {
+    line.split_whitespace().map(String::from).collect()
+}
+
+/// Fails unless `output` is a refusal in one sentence that holds all of `says`.
+fn assert_refusal(line: &str, output: &Output, status: i32, says: &[&str]) {
+    assert_eq!(output.ending, Ending::Exited(status), "`{line}`: {:?}", output.stderr);
+    let mut sentences = output.stderr.iter().filter(|line| !line.contains(" INFO "));
+    let sentence = sentences.next().unwrap_or_else(|| panic!("`{line}` says nothing"));
+    println!("{sentence}");
+    let start = if status == 2 { "error: " } else { "vmft: " };
+    assert!(sentence.starts_with(start), "`{line}`: {:?}", output.stderr);
+    // What is said of a wrong command line goes on in more lines: what is missing, and how it should be.
+    let rest: Vec<&str> = sentences.map(String::as_str).collect();
+    assert!(status == 2 || rest.is_empty(), "`{line}` says more: {:?}", output.stderr);
+    let whole = format!("{sentence}\n{}", rest.join("\n"));
+    for what in says {
+        assert!(whole.contains(what), "`{line}` does not say '{what}': {whole}");
+    }
+}
+
+/// Runs `vmft` on host `number`; it must refuse and leave nothing behind.
+fn refused(site: &mut Site, number: u8, line: &str, status: i32, says: &[&str]) -> TestResult {
+    let before = traces(site, number)?;
+    let output = site.start(number, &words(line))?.wait(SHORT)?;
+    assert_refusal(line, &output, status, says);
+    assert_eq!(traces(site, number)?, before, "`{line}` left something behind");
+    Ok(())
+}
+
+/// Interfaces, files and monitors of a host. The id of a shared directory stays for good once it is made.
+fn traces(site: &Site, number: u8) -> Result<Vec<String>, Box<dyn std::error::Error>> {
+    let look = "ls /sys/class/net; find /shared /tmp | grep -v vmft-id; pidof vmft; true";
+    Ok(site.host(number).run(&["sh", "-c", look], SHORT)?.stdout)
+}
+
+fn wrong_command_lines_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let path = &volume.path;
+        let run = format!("run --kernel {} --memory-mib", site.kernel());
+        let pair = format!("--shared {path} --listen 10.78.0.101:7000 --kernel {}", site.kernel());
+        for (line, status, says) in [
+            ("walk", 2, &["walk"][..]),
+            ("run --kernel /images/vmlinuz --frobnicate", 2, &["--frobnicate"]),
+            ("run", 2, &["--kernel"]),
+            ("replay", 2, &["FILE"]),
+            (&format!("primary --kernel /images/vmlinuz --shared {path}"), 2, &["--listen"]),
+            (&format!("{run} much"), 2, &["--memory-mib", "much"]),
+            (&format!("{run} 99999999999999999999"), 2, &["--memory-mib"]),
+            (&format!("{run} 0"), 1, &["--memory-mib 0", "between 32 and"]),
+            (&format!("{run} 16"), 1, &["--memory-mib 16", "between 32 and"]),
+            (&format!("{run} 999999999"), 1, &["--memory-mib 999999999", "between 32 and"]),
+            (&format!("{run} 128 --tap tap0 --mac 52:54:00:12:34"), 2, &["--mac", "six bytes"]),
+            (&format!("{run} 128 --tap tap0 --mac 53:54:00:12:34:56"), 2, &["--mac", "must be even"]),
+            (&format!("primary {pair} --timeout-ms 1"), 2, &["--timeout-ms"]),
+            (
+                &format!("primary {pair} --heartbeat-ms 300 --timeout-ms 500"),
+                1,
+                &["--heartbeat-ms 300 is too long for --timeout-ms 500", "a third"],
+            ),
+            (
+                &format!("primary {pair} --name ../guest"),
+                1,
+                &["'../guest' is not a guest name", "use 1 to 64 of"],
+            ),
+            (&format!("backup --shared {path} --connect nowhere"), 2, &["--connect", "nowhere"]),
+        ] {
+            refused(site, 1, line, status, says)?;
+        }
+        Ok(())
+    })
+}
+
+fn unusable_files_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let (path, local) = (volume.path.as_str(), &volume.local);
+        let kernel = fs::read(vmft_tests::hosts::Images::ensure()?.kernel())?;
+        fs::write(local.join("short"), &kernel[..100])?;
+        fs::write(local.join("truncated"), &kernel[..kernel.len() / 2])?;
+        fs::write(local.join("text"), "not a kernel\n".repeat(1_000))?;
+        fs::write(local.join("empty"), "")?;
+        File::create(local.join("huge"))?.set_len(200 << 20)?;
+        File::create(local.join("odd.img"))?.set_len(100_001)?;
+        let run = format!("run --kernel {}", site.kernel());
+        for (line, says) in [
+            (format!("run --kernel {path}/none"), &["kernel", "none", "No such file"][..]),
+            (format!("run --kernel {path}"), &["kernel", path]),
+            (format!("run --kernel {path}/empty"), &["empty is not a Linux kernel"]),
+            (format!("run --kernel {path}/short"), &["short is not a Linux kernel"]),
+            (format!("run --kernel {path}/text"), &["text is not a Linux kernel", "vmlinux", "bzImage"]),
+            (format!("run --kernel {path}/truncated"), &["truncated is incomplete", "Copy it again"]),
+            (format!("{run} --initrd {path}/none"), &["initrd", "none", "No such file"]),
+            (format!("{run} --initrd {path}/empty"), &["empty is empty"]),
+            (
+                format!("{run} --memory-mib 128 --initrd {path}/huge"),
+                &["initrd", "huge does not fit in 128 MiB", "--memory-mib"],
+            ),
+            (format!("{run} --memory-mib 32"), &["kernel", "does not fit in 32 MiB", "--memory-mib"]),
+            (format!("{run} --memory-mib 524288"), &["524288 MiB", "--memory-mib"]),
+            (format!("{run} --disk {path}/none.img"), &["none.img' does not exist", "truncate -s"]),
+            (format!("{run} --disk {path}"), &["neither a file nor a block device"]),
+            (format!("{run} --disk {path}/odd.img"), &["odd.img' has 100001 bytes", "multiple of 512"]),
+            (format!("{run} --disk {path}/empty"), &["empty' has 0 bytes", "multiple of 512"]),
+            (
+                format!("record {path}/text --kernel {}", site.kernel()),
+                &["text exists already", "another name"],
+            ),
+            (format!("record {path}/none/recording --kernel {}", site.kernel()), &["none/recording"]),
+            (format!("record {path}/recording --kernel {path}/none"), &["kernel", "No such file"]),
+            (format!("replay {path}/none"), &["none"]),
+            (format!("replay {path}"), &[path]),
+            (format!("replay {path}/text"), &["text is not a recording"]),
+        ] {
+            refused(site, 1, &line, 1, says)?;
+        }
+        Ok(())
+    })
+}
+
+fn unusable_networks_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let path = volume.path.as_str();
+        fs::write(volume.local.join("file"), "")?;
+        let kernel = site.kernel();
+        let own = site.host(1).address(Link::Log);
+        let primary = format!("primary --kernel {kernel} --shared {path} --listen");
+        let backup = format!("backup --shared {path} --connect-timeout-ms 300 --connect");
+        // Something else on the ports that are to be used.
+        let _silent = site.host(1).spawn(&["nc", "-l", "-p", "7001"])?;
+        let _talking = site.host(1).spawn(&["sh", "-c", "yes | nc -l -p 7002"])?;
+        let listening = "until [ $(netstat -ltn | grep -c ':700[12] ') = 2 ]; do usleep 10000; done";
+        site.host(1).run(&["sh", "-c", listening], SHORT)?;
+        for (line, says) in [
+            (
+                format!("run --kernel {kernel} --tap none0"),
+                &["Tap 'none0' does not exist", "ip tuntap add none0"][..],
+            ),
+            (format!("run --kernel {kernel} --tap eth1"), &["'eth1' is not a single-queue tap"]),
+            (format!("run --kernel {kernel} --tap a/b"), &["a/b"]),
+            (format!("{primary} {own}:7001"), &[":7001 (TCP)", "in use", "--listen"]),
+            (format!("{primary} 10.78.0.250:7000"), &["10.78.0.250:7000", "of this host"]),
+            (format!("{backup} {own}:7999"), &["no primary answers at", ":7999", "--listen"]),
+            (format!("{backup} 10.78.0.250:7000"), &["no primary answers at 10.78.0.250:7000"]),
+            (format!("{backup} {own}:7002"), &["primary at", ":7002"]),
+            (
+                format!("primary --kernel {kernel} --listen {own}:7000 --shared {path}/none"),
+                &["none' does not exist", "create it"],
+            ),
+            (
+                format!("primary --kernel {kernel} --listen {own}:7000 --shared {path}/file"),
+                &["file' is not a directory"],
+            ),
+            (
+                format!("primary --kernel {kernel} --listen {own}:7000 --shared /images"),
+                &["/images' cannot be written", "Read-only"],
+            ),
+            (format!("backup --connect {own}:7000 --shared /images"), &["/images' cannot be written"]),
+        ] {
+            refused(site, 1, &line, 1, says)?;
+        }
+        Ok(())
+    })
+}
+
+fn unfit_hosts_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let line = format!("run --kernel {}", site.kernel());
+        let under =
+            |before: &str, after: &str| format!("{before}; /images/vmft {line}; s=$?; {after}; exit $s");
+        let no_device = under("mv /dev/kvm /dev/kvm.away", "mv /dev/kvm.away /dev/kvm");
+        let no_right = format!(
+            "echo nobody:x:65534:65534::/:/bin/sh >/etc/passwd; start-stop-daemon -S -c nobody -x /images/vmft -- {line}"
+        );
+        // As it looks on a host with that module.
+        let software =
+            under("mount -t tmpfs none /sys/module; mkdir /sys/module/kvm_pvm", "umount /sys/module");
+        let cases: [(&str, &[&str]); 3] = [
+            (&no_device, &["cannot open /dev/kvm: No such file", "modprobe kvm"]),
+            (&no_right, &["cannot open /dev/kvm: Permission denied", "as root or join the group"]),
+            (&software, &["KVM is unfit: it is kvm-pvm", "VT-x or AMD-V is needed", "vmft doctor"]),
+        ];
+        for (script, says) in cases {
+            let output = site.host(1).run(&["sh", "-c", script], SHORT)?;
+            assert_refusal(script, &output, 1, says);
+        }
+        Ok(())
+    })?;
+    // The real thing, where it is.
+    if Path::new("/sys/module/kvm_pvm").exists() {
+        let mut vmft = Command::new(build_vmft()?);
+        let output = vmft.args(["run", "--kernel", "/none"]).stdin(Stdio::null()).output()?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        print!("{said}");
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("it is kvm-pvm") && said.lines().count() == 1, "{said}");
+    }
+    Ok(())
+}
+
+fn running_primary(site: &mut Site, volume: &Volume) -> Result<Monitor, Box<dyn std::error::Error>> {
+    let primary = site.start_primary(1, &Guest::default(), volume)?;
+    primary.wait_for_line(SERVICE_READY, LONG)?;
+    Ok(primary)
+}
+
+fn what_another_monitor_has_is_refused() -> TestResult {
+    SITE.run(|site| {
+        let (volume, other) = (site.volume()?, site.volume()?);
+        make_disk(&volume.local.join("small.img"), 32)?;
+        let primary = running_primary(site, &volume)?;
+        let client = site.client(Config { interval: Duration::from_millis(50), ..Config::default() })?;
+
+        let (kernel, path) = (site.kernel(), &volume.path);
+        let run = format!("run --kernel {kernel}");
+        let second = format!("primary --kernel {kernel} --shared {path}");
+        for (line, says) in [
+            (format!("{run} --disk {path}/disk.img"), &["disk.img' is in use by another monitor"][..]),
+            (format!("{run} --tap tap0"), &["Tap 'tap0' is in use", "its own tap"]),
+            (format!("{second} --name other --listen 10.78.0.101:7000"), &[":7000", "in use", "--listen"]),
+            (
+                format!("{second} --listen 10.78.0.101:7001"),
+                &["guest 'guest' is already run by host1", &format!("process {}", primary.pid()), "view 1"],
+            ),
+        ] {
+            refused(site, 1, &line, 1, says)?;
+        }
+        let timeout = Guest::default().timeout_ms;
+        let address = "the primary at 10.78.0.101:7000 refuses this backup: ";
+        let backup = |shared: &str, disk: &str, rest: &str| {
+            format!("backup --connect 10.78.0.101:7000 --shared {shared} --disk {disk} {rest}")
+        };
+        let disk = volume.disk();
+        let fitting = format!("--tap tap0 --timeout-ms {timeout}");
+        let slower = format!("--tap tap0 --timeout-ms {}", timeout + 200);
+        for (line, says) in [
+            (
+                backup(path, &disk, &format!("{fitting} --name other")),
+                &[address, "host2 wants to follow guest \"other\"", "\"guest\""][..],
+            ),
+            (
+                backup(path, &format!("{path}/small.img"), &fitting),
+                &[address, "33554432 bytes", "67108864 bytes"],
+            ),
+            (backup(&other.path, &disk, &fitting), &[address, "sees claims directory", "mount the same"]),
+            (backup(path, &disk, &slower), &[address, "--timeout-ms", "must be equal"]),
+            (backup(path, &disk, &format!("--timeout-ms {timeout}")), &["--tap"]),
+        ] {
+            refused(site, 2, &line, 1, says)?;
+        }
+        assert_eq!(volume.claims()?, ["guest.view-1"], "a refused backup must not change who runs the guest");
+        assert!(client.wait_for_replies(client.answered() + 20, LONG), "the guest does not answer");
+        assert_eq!(primary.ending(), None);
+        site.check(&client.stop(SHORT))
+    })
+}
+
+/// A stranger's connection to the log port.
+fn stranger(site: &Site) -> Result<TcpStream, Box<dyn std::error::Error>> {
+    let address = SocketAddr::from((site.host(1).address(Link::Log), LOG_PORT));
+    let stream = site.net().connect(address, SHORT)??;
+    stream.set_read_timeout(Some(GREETING_MAX))?;
+    Ok(stream)
+}
+
+/// Waits until the primary closes the connection.
+fn wait_for_close(what: &str, mut stream: &TcpStream) -> TestResult {
+    let started = Instant::now();
+    let mut bytes = [0; 4096];
+    loop {
+        match stream.read(&mut bytes) {
+            Ok(0) => break,
+            Ok(_) if started.elapsed() < GREETING_MAX => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => break,
+            other => return Err(format!("{what}: not closed within {GREETING_MAX:?}: {other:?}").into()),
+        }
+    }
+    println!("{what}: closed after {} ms", started.elapsed().as_millis());
+    Ok(())
+}
+
+/// Descriptors and threads of a monitor.
+fn holdings(site: &Site, monitor: &Monitor) -> Result<String, Box<dyn std::error::Error>> {
+    let pid = monitor.pid();
+    let count = format!("ls /proc/{pid}/fd | wc -l; ls /proc/{pid}/task | wc -l");
+    Ok(site.host(monitor.host).run(&["sh", "-c", &count], SHORT)?.stdout.join(" "))
+}
+
+/// The middle one of the times from request to reply.
+fn median_ms<'a>(samples: impl Iterator<Item = &'a Sample>) -> f64 {
+    let mut times: Vec<f64> =
+        samples.filter_map(|sample| Some((sample.replied? - sample.sent).as_secs_f64() * 1_000.0)).collect();
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+fn strangers_disturb_nothing() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let primary = running_primary(site, &volume)?;
+        let mut random = Random::from_environment();
+        let client = site.client(Config { interval: Duration::from_millis(20), ..Config::default() })?;
+        assert!(client.wait_for_replies(100, LONG), "the guest does not answer");
+        let (undisturbed, held) = (client.answered(), holdings(site, &primary)?);
+
+        random_bytes(site, &mut random)?;
+        frames_of_nonsense(site, &mut random)?;
+        silent_crowd(site)?;
+        slow_talker(site)?;
+        datagrams(site, &mut random)?;
+        assert_eq!(primary.ending(), None);
+
+        let disturbed = client.answered();
+        assert!(disturbed > undisturbed, "the guest did not answer during all this");
+        let deadline = Instant::now() + SHORT;
+        while holdings(site, &primary)? != held {
+            assert!(
+                Instant::now() < deadline,
+                "descriptors and threads: {held}, now {}",
+                holdings(site, &primary)?
+            );
+        }
+        site.start_backup(2, 1, &Guest::default(), &volume)?;
+        primary.wait_for_line(PROTECTED, LONG)?;
+        assert!(client.wait_for_replies(client.answered() + 20, LONG), "the guest does not answer any more");
+        let report = client.stop(SHORT);
+        let before = median_ms(report.samples[..undisturbed].iter());
+        let during = median_ms(report.samples[undisturbed..disturbed].iter());
+        println!("median latency {before:.1} ms before, {during:.1} ms during; {}", report.summary());
+        assert!(during < 2.0 * before + 50.0, "the client had to wait {during} ms, before {before} ms");
+        site.check(&report)
+    })
+}
+
+fn random_bytes(site: &Site, random: &mut Random) -> TestResult {
+    for _ in 0..10 {
+        let bytes: Vec<u8> = (0..4_096).map(|_| random.between(0, 255) as u8).collect();
+        let mut stream = stranger(site)?;
+        // The primary may close before it has read all of it.
+        let _ = stream.write_all(&bytes);
+        wait_for_close("random bytes", &stream)?;
+    }
+    Ok(())
+}
+
+/// A right beginning, which the primary itself shows, and then nonsense.
+fn frames_of_nonsense(site: &Site, random: &mut Random) -> TestResult {
+    for round in 0..10 {
+        let mut stream = stranger(site)?;
+        let mut preamble = [0; 12];
+        stream.read_exact(&mut preamble)?;
+        stream.write_all(&preamble)?;
+        let len = if round == 0 { 12 << 20 } else { random.between(1, 200) };
+        let bytes: Vec<u8> = (0..len).map(|_| random.between(0, 255) as u8).collect();
+        // As above.
+        let _ = stream.write_all(&bytes);
+        wait_for_close("a nonsense frame", &stream)?;
+    }
+    Ok(())
+}
+
+/// Twenty at once that say nothing.
+fn silent_crowd(site: &Site) -> TestResult {
+    let crowd = (0..20).map(|_| stranger(site)).collect::<Result<Vec<_>, _>>()?;
+    crowd.iter().try_for_each(|stream| wait_for_close("one of a silent crowd", stream))
+}
+
+/// One that always says a little more, too little.
+fn slow_talker(site: &Site) -> TestResult {
+    let mut stream = stranger(site)?;
+    let mut preamble = [0; 12];
+    stream.read_exact(&mut preamble)?;
+    let mut talk = stream.try_clone()?;
+    let talker = thread::spawn(move || {
+        // The primary ends it.
+        while talk.write_all(&[preamble[0]]).is_ok() {
+            preamble.rotate_left(1);
+            thread::sleep(Duration::from_secs(1));
+        }
+    });
+    wait_for_close("a slow talker", &stream)?;
+    // What is written to a closed connection fails at the second attempt.
+    talker.join().map_err(|_| "the talker panicked")?;
+    Ok(())
+}
+
+fn datagrams(site: &Site, random: &mut Random) -> TestResult {
+    let address = SocketAddr::from((site.host(1).address(Link::Log), LOG_PORT));
+    let socket = site.net().enter(|| UdpSocket::bind("0.0.0.0:0"))??;
+    for _ in 0..1_000 {
+        let len = random.between(0, 100);
+        let bytes: Vec<u8> = (0..len).map(|_| random.between(0, 255) as u8).collect();
+        socket.send_to(&bytes, address)?;
+    }
+    Ok(())
+}
