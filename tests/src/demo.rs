@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use crate::client::{self, Client};
 use crate::hosts::{Ending, HostError};
+use crate::pair::{SERVICE, SERVICE_READY};
 
 pub use options::{Options, USAGE};
 pub use report::Report;
@@ -34,8 +35,6 @@ use pair::{Pair, Takeover};
 use report::{DiskVerdict, Evidence, Gaps, Traffic};
 use site::Site;
 
-/// Port of the demo service.
-const SERVICE_PORT: u16 = 7777;
 /// Limit for the default guest to boot.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
 /// The same for another guest, which may have no service.
@@ -143,7 +142,7 @@ pub fn run(options: &Options) -> Result<Report, DemoError> {
     let pair = Pair::start(&site, options)?;
     let kernel = pair.wait_protected()?;
     say("protected; waiting for the guest's service");
-    let address = SocketAddr::from((options.guest_ip.0, SERVICE_PORT));
+    let address = SocketAddr::from((options.guest_ip.0, SERVICE.1));
     let outcome = match find_service(&site, &pair, options, address) {
         Ok(stream) => with_client(&site, &pair, stream, options, address)?,
         Err(why) => without_client(&pair, why, options)?,
@@ -192,7 +191,7 @@ fn find_service(
     address: SocketAddr,
 ) -> Result<TcpStream, String> {
     let timeout = if options.is_default_guest() { BOOT_TIMEOUT } else { OTHER_BOOT_TIMEOUT };
-    let said = pair.guest_prints("vmft-demo: ready", timeout);
+    let said = pair.guest_prints(SERVICE_READY, timeout);
     let ping = || -> io::Result<TcpStream> {
         let stream = site.connect(address, REPLY_TIMEOUT)?;
         stream.set_read_timeout(Some(REPLY_TIMEOUT))?;

@@ -11,6 +11,7 @@ use super::host::{Follower, Monitor};
 use super::options::Options;
 use super::site::Site;
 use super::{DemoError, say};
+use crate::pair::{PROTECTED, TAKEOVER};
 
 /// Limit for the guest's snapshot to reach the backup.
 const PROTECTED_TIMEOUT: Duration = Duration::from_secs(120);
@@ -58,7 +59,7 @@ impl<'a> Pair<'a> {
 
     /// Waits until the guest would survive, and returns what the primary says of the kernel.
     pub(super) fn wait_protected(&self) -> Result<String, DemoError> {
-        let protected = |line: &str| line.contains(" protected: ");
+        let protected = |line: &str| line.contains(PROTECTED);
         if self.primary.wait_for(0, PROTECTED_TIMEOUT, &protected).is_none() {
             let said = |monitor: &Arc<dyn Monitor>| monitor.lines_from(0).pop().unwrap_or_default();
             return Err(DemoError::NotProtected { primary: said(&self.primary), backup: said(&self.backup) });
@@ -107,7 +108,7 @@ impl<'a> Pair<'a> {
 
     /// Waits until the backup says that it runs the guest. `None`: it does not.
     pub(super) fn wait_takeover(&self) -> Option<Takeover> {
-        let announced = |line: &str| line.contains(" takeover: ");
+        let announced = |line: &str| line.contains(TAKEOVER);
         let (line, seen) = self.backup.wait_for(0, TAKEOVER_TIMEOUT, &announced)?;
         Some(Takeover { took_ms: field(&line, "took_ms"), seen })
     }

@@ -177,7 +177,11 @@ impl fmt::Display for Report {
         for failure in &failures {
             writeln!(f, "FAILED      {failure}")?;
         }
-        let result = if failures.is_empty() { "the guest survived" } else { "FAILED" };
+        let result = match &self.evidence {
+            _ if !failures.is_empty() => "FAILED",
+            Evidence::Traffic(_) => "the guest survived, and its client noticed no more than a pause",
+            Evidence::Console { .. } => "the guest survived, as far as its console shows",
+        };
         write!(f, "result      {result}")
     }
 }
@@ -296,7 +300,7 @@ mod tests {
         assert_eq!(report.failures(), Vec::<String>::new());
         let text = report.to_string();
         assert!(text.contains("blackout    280 ms") && text.contains("0 / 0 / 0"), "{text}");
-        assert!(text.ends_with("the guest survived") && !text.contains("FAILED"), "{text}");
+        assert!(text.ends_with("no more than a pause") && !text.contains("FAILED"), "{text}");
     }
 
     #[test]

@@ -15,12 +15,12 @@ use super::options::{Backend, Initrd, Options, Remote};
 use super::ssh::{SshDir, SshHost, quoted};
 use super::{DemoError, say};
 use crate::hosts::{HostConfig, HostKind, Images, Link, Net, TestHost, build_vmft, make_disk};
+use crate::pair::LOG_PORT;
 
 /// Size of the fresh disk.
 const DISK_MIB: u32 = 64;
 /// What an emulated host needs besides the guest.
 const HOST_OWN_MIB: u32 = 768;
-const LOG_PORT: u16 = 7000;
 
 /// See the module's description. Fields are dropped in this order: hosts before their network.
 pub(super) struct Site {
