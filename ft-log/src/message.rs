@@ -248,6 +248,7 @@ fn put_hello(out: &mut Vec<u8>, hello: &Hello) -> Result<(), LogError> {
     out.extend_from_slice(&hello.claims_id);
     put_bytes(out, "host name", hello.host_name.as_bytes(), MAX_NAME_BYTES)?;
     out.extend_from_slice(&hello.timeout_ms.to_le_bytes());
+    out.push(if hello.has_network { HAS_NETWORK } else { NO_NETWORK });
     Ok(())
 }
 
@@ -269,9 +270,16 @@ fn get_hello(input: &mut &[u8]) -> Result<Hello, LogError> {
         claims_id: get_array(input, "claims directory id")?,
         host_name: get_text(input, "host name", MAX_NAME_BYTES)?,
         timeout_ms: get_u32(input, "timeout")?,
+        has_network: match get_u8(input, "network tag")? {
+            NO_NETWORK => false,
+            HAS_NETWORK => true,
+            tag => return Err(LogError::UnknownTag { what: "network tag", tag }),
+        },
     })
 }
 
+const NO_NETWORK: u8 = 1;
+const HAS_NETWORK: u8 = 2;
 const NO_DISK: u8 = 1;
 const HAS_DISK: u8 = 2;
 

@@ -56,6 +56,8 @@ pub struct Hello {
     pub host_name: String,
     /// Silence in milliseconds after which it takes the primary for failed.
     pub timeout_ms: u32,
+    /// Whether it has a network for the guest.
+    pub has_network: bool,
 }
 
 /// What a primary answers.
@@ -92,6 +94,8 @@ pub struct Expected {
     pub claims_id: [u8; 16],
     /// The primary's own timeout: what it lets out on an answer of the backup relies on the backup's.
     pub timeout_ms: u32,
+    /// Whether the guest has a network card.
+    pub has_network: bool,
 }
 
 /// Why a backup may not follow, as a sentence for both operators.
@@ -136,6 +140,18 @@ pub enum Mismatch {
         backup: Option<u64>,
         /// The primary's disk.
         primary: Option<u64>,
+    },
+    /// A network on one side only.
+    #[error(
+        "The guest has {}, but backup host {host} was started {} --tap",
+        if *.primary { "a network card" } else { "no network card" },
+        if *.primary { "without" } else { "with" }
+    )]
+    Network {
+        /// The backup's host.
+        host: String,
+        /// Whether the guest has a network card.
+        primary: bool,
     },
     /// Timeouts that differ: one side could act on an answer that the other has forgotten.
     #[error(
@@ -195,6 +211,9 @@ pub fn check_hello(hello: &Hello, expected: &Expected) -> Result<(), Mismatch> {
     }
     if hello.cpu != expected.cpu {
         return Err(Mismatch::Cpu { host: host(), backup: hello.cpu, primary: expected.cpu });
+    }
+    if hello.has_network != expected.has_network {
+        return Err(Mismatch::Network { host: host(), primary: expected.has_network });
     }
     if hello.timeout_ms != expected.timeout_ms {
         return Err(Mismatch::Timeout {

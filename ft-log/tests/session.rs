@@ -14,8 +14,9 @@ use ft_log::{
 };
 
 fn expected() -> Expected {
-    let Hello { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms, .. } = common::hello();
-    Expected { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms }
+    let Hello { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms, has_network, .. } =
+        common::hello();
+    Expected { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms, has_network }
 }
 
 #[test]
@@ -29,6 +30,10 @@ fn a_backup_that_differs_is_told_in_what() {
         |hello: Hello| check_hello(&hello, &expected()).map_err(|mismatch: Mismatch| mismatch.to_string());
     let cpu = common::hello().cpu;
     let cases = [
+        (
+            Hello { has_network: false, ..common::hello() },
+            "The guest has a network card, but backup host beta was started without --tap",
+        ),
         (
             Hello { timeout_ms: 100, ..common::hello() },
             "Backup host beta was started with --timeout-ms 100, the primary with 500: both must be equal",

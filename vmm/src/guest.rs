@@ -127,6 +127,11 @@ impl GuestConfig {
 
     /// Guest memory, all zero.
     pub fn allocate_ram(&self) -> Result<GuestRam, GuestError> {
+        let host = nix::sys::sysinfo::sysinfo().map_or(u64::MAX, |info| info.ram_total());
+        if self.memory_bytes > host {
+            let reason = format!("it has {} MiB in all", host >> 20);
+            return Err(GuestError::NoMemory { mib: self.memory_bytes >> 20, reason });
+        }
         GuestMemoryMmap::from_ranges(&boot::ram_regions(self.memory_bytes))
             .map_err(|error| GuestError::NoMemory { mib: self.memory_bytes >> 20, reason: error.to_string() })
     }

@@ -62,6 +62,7 @@ pub fn hello() -> Hello {
         claims_id: *b"0123456789abcdef",
         host_name: "beta".into(),
         timeout_ms: 500,
+        has_network: true,
     }
 }
 

@@ -73,10 +73,6 @@ pub enum PairError {
         "--heartbeat-ms {heartbeat_ms} is too long for --timeout-ms {timeout_ms}; it may be a third of it at most"
     )]
     Heartbeats { heartbeat_ms: u64, timeout_ms: u64 },
-    #[error("the guest has a network card but no --tap was given; the primary's guest needs one here too")]
-    NoTap,
-    #[error("the guest has no network card, so --tap {0} serves nothing; leave it out")]
-    UselessTap(String),
     #[error(
         "the primary's {what} is not the one here; both hosts must have the same CPU, kernel and monitor"
     )]
@@ -311,6 +307,7 @@ fn reception(
         disk_bytes: config.board.disk_bytes,
         claims_id: side.claims.directory_id().map_err(PairError::from)?,
         timeout_ms: side.timeout.as_millis() as u32,
+        has_network: config.board.net_mac.is_some(),
     };
     let stop = stop.clone();
     Ok(Reception { expected, link: Arc::clone(link), joins, wake: Box::new(move || stop.wake()) })
@@ -354,6 +351,7 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
         claims_id: side.claims.directory_id().map_err(PairError::from)?,
         host_name: side.owner.host.clone(),
         timeout_ms: side.timeout.as_millis() as u32,
+        has_network: resources.tap.is_some(),
     };
     let timeout = Duration::from_millis(args.connect_timeout_ms);
     let mut connection = connect(args.connect, hello, timeout).map_err(PairError::from)?;
@@ -368,11 +366,6 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
         return Err(PairError::WelcomeMismatch { what: "CPUID table" }.into());
     }
     let (config, machine) = receive_guest(&kvm, &mut connection)?;
-    match (config.board.net_mac, &args.tap) {
-        (Some(_), None) => return Err(PairError::NoTap.into()),
-        (None, Some(tap)) => return Err(PairError::UselessTap(tap.clone()).into()),
-        _ => {}
-    }
     follow(Following { side, config, machine, resources, heartbeats, listener, connection }, stop)
 }
 

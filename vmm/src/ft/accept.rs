@@ -3,11 +3,11 @@
 //! Owns: the listening socket. Must never: disturb the guest. Whoever connects has a bounded time and a
 //! bounded number of bytes to say who it is; random bytes, silence and wrong peers end here.
 
-use std::io;
+use std::io::{self, Read};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, TrySendError};
 use ft_log::{
@@ -19,7 +19,7 @@ use super::link::{Link, Phase};
 use super::primary::Join;
 use crate::with_causes;
 
-/// Longest that one read or write of a greeting may take.
+/// Longest that a greeting may take in all.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(2);
 /// Greetings at the same time; whoever comes beyond that is closed at once.
 const GREETINGS_MAX: usize = 4;
@@ -115,11 +115,11 @@ fn greet_aside(
 
 fn greet(mut stream: TcpStream, address: SocketAddr, reception: &Reception) -> Result<(), StreamError> {
     stream.set_nodelay(true).map_err(StreamError::Io)?;
-    stream.set_read_timeout(Some(GREETING_TIMEOUT)).map_err(StreamError::Io)?;
     stream.set_write_timeout(Some(GREETING_TIMEOUT)).map_err(StreamError::Io)?;
     write_preamble(&mut stream)?;
-    read_preamble(&mut stream)?;
-    let hello = match FrameReader::new(&stream).receive()? {
+    let mut input = Hurried { stream: &stream, deadline: Instant::now() + GREETING_TIMEOUT };
+    read_preamble(&mut input)?;
+    let hello = match FrameReader::new(input).receive()? {
         Some(Message::Hello(hello)) => hello,
         Some(other) => return refuse(&stream, format!("expected hello, got {}", other.kind().name())),
         None => return Ok(()),
@@ -139,6 +139,24 @@ fn greet(mut stream: TcpStream, address: SocketAddr, reception: &Reception) -> R
         }
     }
     Ok(())
+}
+
+/// Reads until a deadline, however little comes at a time.
+struct Hurried<'a> {
+    stream: &'a TcpStream,
+    deadline: Instant,
+}
+
+impl Read for Hurried<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the greeting took too long"));
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        let mut stream = self.stream;
+        stream.read(buffer)
+    }
 }
 
 fn refuse(stream: &TcpStream, reason: String) -> Result<(), StreamError> {
