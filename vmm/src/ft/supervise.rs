@@ -28,6 +28,9 @@ use crate::outlet::Outlet;
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time between two reports of numbers, at debug level.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
+/// Silence that is borne from a backup that is loading its snapshot: its host is at its busiest then, and it
+/// cannot take over before it follows.
+const LOADING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause before an unanswered claim is made again.
 const CLAIM_AGAIN: Duration = Duration::from_millis(50);
 /// How long the guest's thread may take to stop after a lost claim before the process ends regardless.
@@ -75,23 +78,26 @@ impl Supervisor {
     pub fn run(self, events: &Receiver<LinkEvent>) {
         let mut connection: Option<TcpStream> = None;
         let mut report_at = Instant::now();
+        let mut limit = self.timeout;
         let tick = self.timeout / 10;
         loop {
             let why = match events.recv_timeout(tick) {
                 Ok(LinkEvent::Paired { stream, address }) => {
                     self.heartbeats.set_peer(Some(address));
                     connection = Some(stream);
+                    limit = self.timeout.max(LOADING_TIMEOUT);
                     continue;
                 }
                 Ok(LinkEvent::Protected) => {
                     let view = self.view.load(Ordering::SeqCst);
                     tracing::info!(view, "protected: the backup follows");
+                    limit = self.timeout;
                     continue;
                 }
                 Ok(LinkEvent::Down(why)) => why,
                 Err(RecvTimeoutError::Timeout) => {
                     let silent = self.link.silent_for().min(self.heartbeats.unanswered_for());
-                    if self.link.phase() == Phase::Paired && silent > self.timeout {
+                    if self.link.phase() == Phase::Paired && silent > limit {
                         format!("the backup has been silent for {} ms", silent.as_millis())
                     } else {
                         // What was acknowledged while the lease had run out may go now.
