@@ -124,8 +124,10 @@ pub struct Guest {
 }
 
 impl Default for Guest {
+    /// A small guest that only serves. The time-out is long because test hosts are emulated, on a machine that may
+    /// have fewer processors than they have: a heartbeat may be late without any fault.
     fn default() -> Guest {
-        Guest { memory_mib: 128, work: "none", timeout_ms: 500 }
+        Guest { memory_mib: 128, work: "none", timeout_ms: 2_000 }
     }
 }
 
@@ -184,8 +186,9 @@ impl Site {
         self.net.forget_neighbours()
     }
 
-    /// Kills what still runs and waits until it is gone: the next test needs the taps and ports.
-    fn end_processes(&mut self) -> Result<(), HostError> {
+    /// Kills the monitors that still run and waits until they are gone: the next ones need their taps and ports.
+    /// A test that starts several pairs one after the other calls it between them.
+    pub fn end_processes(&mut self) -> Result<(), HostError> {
         for started in self.started.drain(..) {
             if started.process.ending().is_none() {
                 // It may end or lose its host at this moment; the wait tells.

@@ -88,6 +88,7 @@ fn killed_primary_is_survived_at_any_moment() -> TestResult {
                 Moment::Boot { after } => kill_during_boot(site, after)?,
                 Moment::Load { .. } | Moment::DiskWrite { .. } => with_client.push(moment),
             }
+            site.end_processes()?;
         }
         kill_again_and_again(site, &with_client)
     })
