@@ -35,7 +35,8 @@ e2e: build guest ## End-to-end tests on test hosts, as root
 	cargo test -p vmft-tests --test 'e2e_*' --no-fail-fast
 
 test-long: export PROPTEST_CASES ?= 20000
-test-long: export VMFT_REPLAYS ?= 100
+test-long: export VMFT_REPLAYS ?= 20
+test-long: export VMFT_KILLS ?= 30
 test-long: ## `make test` with more cases and more replays: hours
 	@MAKE=$(MAKE) scripts/test.sh lint guest unit e2e
 

@@ -271,7 +271,10 @@ impl Site {
     fn pair_options(&self, number: u8, guest: &Guest, volume: &Volume) -> Vec<String> {
         let listen = self.log_address(number);
         let timeout = guest.timeout_ms.to_string();
-        ["--shared", &volume.path, "--listen", &listen, "--timeout-ms", &timeout].map(String::from).into()
+        // The details are for the log of a failed test.
+        ["-v", "--shared", &volume.path, "--listen", &listen, "--timeout-ms", &timeout]
+            .map(String::from)
+            .into()
     }
 
     /// Starts a primary on host `number`.
