@@ -137,6 +137,30 @@ impl Report {
     }
 }
 
+/// Times without a reply, before and after a moment at which something failed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Gaps {
+    /// The longest that ended after the moment, in milliseconds.
+    pub after_ms: f64,
+    /// The longest that ended before it, in milliseconds.
+    pub before_ms: f64,
+}
+
+impl Gaps {
+    /// From the client's samples; `failed` is since the client's start.
+    pub fn of(samples: &[Sample], failed: Duration) -> Gaps {
+        let mut replied: Vec<Duration> = samples.iter().filter_map(|sample| sample.replied).collect();
+        replied.sort_unstable();
+        let mut gaps = Gaps { after_ms: 0.0, before_ms: 0.0 };
+        for pair in replied.windows(2) {
+            let gap_ms = (pair[1] - pair[0]).as_secs_f64() * 1000.0;
+            let longest = if pair[1] > failed { &mut gaps.after_ms } else { &mut gaps.before_ms };
+            *longest = longest.max(gap_ms);
+        }
+        gaps
+    }
+}
+
 /// A client at work. Dropping it without [`Client::stop`] breaks its connection.
 #[derive(Debug)]
 pub struct Client {

@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use crate::client::{self, Client};
+use crate::client::{self, Client, Gaps};
 use crate::hosts::{Ending, HostError};
 use crate::pair::{SERVICE, SERVICE_READY};
 
@@ -32,7 +32,7 @@ pub use report::Report;
 
 use options::Initrd;
 use pair::{Pair, Takeover};
-use report::{DiskVerdict, Evidence, Gaps, Traffic};
+use report::{DiskVerdict, Evidence, Traffic};
 use site::Site;
 
 /// Limit for the default guest to boot.

@@ -51,6 +51,11 @@ fn missing_program(name: &str) -> Option<String> {
     (!found).then(|| format!("the program '{name}' is not installed"))
 }
 
+/// Why this machine does not have all of `needs`; `None` if it has.
+pub fn first_missing(needs: &[Need]) -> Option<String> {
+    needs.iter().find_map(|need| need.missing())
+}
+
 /// A test.
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
@@ -85,7 +90,7 @@ pub fn run(cases: &[Case]) -> ExitCode {
 }
 
 fn trial(case: Case, require_all: bool) -> Trial {
-    match case.needs.iter().find_map(|need| need.missing()) {
+    match first_missing(case.needs) {
         None => Trial::test(case.name, move || (case.run)().map_err(|error| Failed::from(error.to_string()))),
         Some(reason) if require_all => {
             Trial::test(case.name, move || Err(format!("This machine cannot run it: {reason}.").into()))

@@ -39,6 +39,8 @@ pub const PROTECTED: &str = "protected: the backup follows";
 pub const TAKEOVER: &str = "takeover: this host now runs the guest";
 /// What a primary says when it goes on without its backup.
 pub const UNPROTECTED: &str = "unprotected: the guest goes on without a backup";
+/// What a monitor with `-v` says of a pair every second.
+pub const PAIR_FIGURES: &str = " pair so far ";
 /// The guest's address and its demo service.
 pub const SERVICE: ([u8; 4], u16) = ([10, 77, 0, 2], 7777);
 /// Port of the primaries' log and heartbeats.

@@ -12,6 +12,7 @@ use nix::sys::signal::Signal;
 
 use super::DemoError;
 use crate::hosts::{Ending, HostProcess, TestHost};
+use crate::pair::PAIR_FIGURES;
 
 /// How often the output of a monitor is passed on.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(20);
@@ -103,7 +104,7 @@ pub(super) struct Follower {
 }
 
 impl Follower {
-    /// Puts `name` before each line.
+    /// Puts `name` before each line. Leaves out the figures that the report is made of.
     pub(super) fn start(name: String, monitor: Arc<dyn Monitor>) -> Follower {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
@@ -114,7 +115,7 @@ impl Follower {
                 let last = stopped.load(Ordering::SeqCst);
                 let lines = monitor.lines_from(seen);
                 seen += lines.len();
-                for line in lines {
+                for line in lines.iter().filter(|line| !line.contains(PAIR_FIGURES)) {
                     eprintln!("{name} | {line}");
                 }
                 if last {

@@ -11,7 +11,7 @@ use super::host::{Follower, Monitor};
 use super::options::Options;
 use super::site::Site;
 use super::{DemoError, say};
-use crate::pair::{PROTECTED, TAKEOVER};
+use crate::pair::{PAIR_FIGURES, PROTECTED, TAKEOVER};
 
 /// Limit for the guest's snapshot to reach the backup.
 const PROTECTED_TIMEOUT: Duration = Duration::from_secs(120);
@@ -19,7 +19,8 @@ const PROTECTED_TIMEOUT: Duration = Duration::from_secs(120);
 const CONNECT_TIMEOUT_MS: &str = "60000";
 /// Limit for the takeover; it takes far less than a second.
 const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(30);
-/// More than twice the interval in which the primary says how much log it sent.
+/// How long log is counted, and limit for the primary's next line about it.
+const FIGURES_TIME: Duration = Duration::from_secs(5);
 const FIGURES_TIMEOUT: Duration = Duration::from_secs(15);
 /// Limit for the console's answer to a key.
 const CONSOLE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -85,7 +86,13 @@ impl<'a> Pair<'a> {
             seen = end;
             figures(&line)
         };
-        let ((from_s, from_bytes), (to_s, to_bytes)) = (next()?, next()?);
+        let (from_s, from_bytes) = next()?;
+        let (to_s, to_bytes) = loop {
+            let (to_s, to_bytes) = next()?;
+            if (to_s - from_s).rem_euclid(86_400.0) >= FIGURES_TIME.as_secs_f64() {
+                break (to_s, to_bytes);
+            }
+        };
         // Times are of the day, which may have ended between.
         let seconds = (to_s - from_s).rem_euclid(86_400.0);
         Some(to_bytes.checked_sub(from_bytes)? as f64 / seconds)
@@ -159,7 +166,7 @@ fn backup_line<'a>(site: &'a Site, keys: &'a str) -> Vec<&'a str> {
 
 /// Seconds of the day and bytes sent so far, from a primary's line about what it sent.
 fn figures(line: &str) -> Option<(f64, u64)> {
-    let bytes = field(line.split_once(" pair so far ")?.1, "log_bytes")?;
+    let bytes = field(line.split_once(PAIR_FIGURES)?.1, "log_bytes")?;
     let (_, time) = line.split_once('T')?;
     let mut parts = time.split_once('Z')?.0.splitn(3, ':').map(|part| part.parse::<f64>().ok());
     let (h, m, s) = (parts.next()??, parts.next()??, parts.next()??);

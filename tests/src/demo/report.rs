@@ -3,9 +3,8 @@
 //! No I/O and no clock. A report with [`Report::failures`] must never read like a success.
 
 use std::fmt;
-use std::time::Duration;
 
-use crate::client::{self, Sample};
+use crate::client::{self, Gaps};
 
 /// The result of a demo.
 #[derive(Debug)]
@@ -64,30 +63,6 @@ pub(super) struct DiskVerdict {
     pub(super) writes: usize,
     /// Acknowledged writes that it does not have.
     pub(super) missing: Vec<String>,
-}
-
-/// Times without a reply.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Gaps {
-    /// The longest that ended after the kill.
-    pub(super) blackout_ms: f64,
-    /// The longest that ended before it.
-    pub(super) before_ms: f64,
-}
-
-impl Gaps {
-    /// From the client's samples; `killed` is since the client's start.
-    pub(super) fn of(samples: &[Sample], killed: Duration) -> Gaps {
-        let mut replied: Vec<Duration> = samples.iter().filter_map(|sample| sample.replied).collect();
-        replied.sort_unstable();
-        let mut gaps = Gaps { blackout_ms: 0.0, before_ms: 0.0 };
-        for pair in replied.windows(2) {
-            let gap_ms = (pair[1] - pair[0]).as_secs_f64() * 1000.0;
-            let longest = if pair[1] > killed { &mut gaps.blackout_ms } else { &mut gaps.before_ms };
-            *longest = longest.max(gap_ms);
-        }
-        gaps
-    }
 }
 
 impl Report {
@@ -192,7 +167,7 @@ impl fmt::Display for Traffic {
         writeln!(
             f,
             "blackout    {:.0} ms (longest pause before the kill: {:.0} ms)",
-            self.gaps.blackout_ms, self.gaps.before_ms
+            self.gaps.after_ms, self.gaps.before_ms
         )?;
         writeln!(
             f,
@@ -234,8 +209,10 @@ impl fmt::Display for Traffic {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::time::Duration;
 
     use super::*;
+    use crate::client::Sample;
 
     const MS: Duration = Duration::from_millis(1);
 
@@ -290,8 +267,8 @@ mod tests {
     #[test]
     fn blackout_is_the_gap_that_the_kill_made() {
         let gaps = Gaps::of(&samples(&[0, 500, 510, 520, 800, 810]), 515 * MS);
-        assert_eq!(gaps, Gaps { blackout_ms: 280.0, before_ms: 500.0 });
-        assert_eq!(Gaps::of(&[], MS), Gaps { blackout_ms: 0.0, before_ms: 0.0 });
+        assert_eq!(gaps, Gaps { after_ms: 280.0, before_ms: 500.0 });
+        assert_eq!(Gaps::of(&[], MS), Gaps { after_ms: 0.0, before_ms: 0.0 });
     }
 
     #[test]

@@ -60,15 +60,22 @@ enum Stream {
     Stderr,
 }
 
+#[derive(Debug)]
+struct Line {
+    stream: Stream,
+    at: Instant,
+    text: String,
+}
+
 #[derive(Debug, Default)]
 struct Progress {
-    lines: Vec<(Stream, String)>,
+    lines: Vec<Line>,
     ending: Option<Ending>,
 }
 
 impl Progress {
     fn lines_of(&self, wanted: Stream) -> Vec<String> {
-        self.lines.iter().filter(|(stream, _)| *stream == wanted).map(|(_, line)| line.clone()).collect()
+        self.lines.iter().filter(|line| line.stream == wanted).map(|line| line.text.clone()).collect()
     }
 }
 
@@ -79,6 +86,11 @@ struct Shared {
 }
 
 impl Shared {
+    fn said(&self, stream: Stream, text: String) {
+        self.progress().lines.push(Line { stream, at: Instant::now(), text });
+        self.changed.notify_all();
+    }
+
     fn progress(&self) -> MutexGuard<'_, Progress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -112,14 +124,12 @@ impl HostProcess {
         thread::spawn(move || {
             loop {
                 let ending = match protocol::receive(&mut reader) {
-                    Ok(Some(Event::Stdout(line))) => {
-                        follower.progress().lines.push((Stream::Stdout, line));
-                        follower.changed.notify_all();
+                    Ok(Some(Event::Stdout(text))) => {
+                        follower.said(Stream::Stdout, text);
                         continue;
                     }
-                    Ok(Some(Event::Stderr(line))) => {
-                        follower.progress().lines.push((Stream::Stderr, line));
-                        follower.changed.notify_all();
+                    Ok(Some(Event::Stderr(text))) => {
+                        follower.said(Stream::Stderr, text);
                         continue;
                     }
                     Ok(Some(Event::Exited(status))) => Ending::Exited(status),
@@ -144,7 +154,7 @@ impl HostProcess {
     /// Waits for a line, of either stream, that contains `text`; lines from before the call count. Returns it.
     pub fn wait_for_line(&self, text: &str, timeout: Duration) -> Result<String, HostError> {
         let found = |progress: &Progress| {
-            progress.lines.iter().map(|(_, line)| line).find(|line| line.contains(text)).cloned()
+            progress.lines.iter().map(|line| &line.text).find(|line| line.contains(text)).cloned()
         };
         self.wait_until(&format!("A line with '{text}'"), timeout, found)
     }
@@ -178,7 +188,12 @@ impl HostProcess {
 
     /// The lines that came after the first `seen` of them, to follow a process as it goes.
     pub fn output_from(&self, seen: usize) -> Vec<String> {
-        self.shared.progress().lines.iter().skip(seen).map(|(_, line)| line.clone()).collect()
+        self.shared.progress().lines.iter().skip(seen).map(|line| line.text.clone()).collect()
+    }
+
+    /// All lines of both streams so far, each with the time of its arrival here.
+    pub fn timed_output(&self) -> Vec<(Instant, String)> {
+        self.shared.progress().lines.iter().map(|line| (line.at, line.text.clone())).collect()
     }
 
     /// Sends a signal to the process and its group.
@@ -202,7 +217,7 @@ impl HostProcess {
                 return Ok(result);
             }
             let output = |progress: &Progress| {
-                let lines: Vec<&str> = progress.lines.iter().map(|(_, line)| line.as_str()).collect();
+                let lines: Vec<&str> = progress.lines.iter().map(|line| line.text.as_str()).collect();
                 tail(&lines.join("\n"))
             };
             let (what, command, host) = (what.to_owned(), self.command.clone(), self.host.clone());

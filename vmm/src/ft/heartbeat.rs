@@ -85,6 +85,8 @@ struct Exchange {
     /// When the newest heartbeat that has an answer was sent.
     answered_sent_at: Option<Duration>,
     heard_at: Duration,
+    /// Longest time from the sending of an answered heartbeat to the next answer.
+    silence_max: Duration,
     stats: HeartbeatStats,
 }
 
@@ -99,6 +101,7 @@ impl Exchange {
             unanswered: VecDeque::new(),
             answered_sent_at: None,
             heard_at: now,
+            silence_max: Duration::ZERO,
             stats: HeartbeatStats::default(),
         }
     }
@@ -106,6 +109,7 @@ impl Exchange {
     fn set_peer(&mut self, peer: Option<SocketAddr>, now: Duration) {
         self.peer = peer;
         self.heard_at = now;
+        self.silence_max = Duration::ZERO;
         self.forget_answers();
     }
 
@@ -149,7 +153,7 @@ impl Exchange {
             (heartbeat.guest, heartbeat.view) == (self.guest, self.view) && heartbeat.role != self.role;
         let news = counts
             && match self.role {
-                Role::Primary => self.take_answer(heartbeat.counter, from),
+                Role::Primary => self.take_answer(heartbeat.counter, from, now),
                 Role::Backup => heartbeat.counter > self.counter,
             };
         if !news {
@@ -165,13 +169,16 @@ impl Exchange {
     }
 
     /// Whether `counter` answers a heartbeat that had no answer yet.
-    fn take_answer(&mut self, counter: u64, from: SocketAddr) -> bool {
+    fn take_answer(&mut self, counter: u64, from: SocketAddr, now: Duration) -> bool {
         if let Some(peer) = self.peer.as_mut().filter(|peer| peer.ip() == from.ip()) {
             peer.set_port(from.port());
         }
         let Ok(answered) = self.unanswered.binary_search_by_key(&counter, |(sent, _)| *sent) else {
             return false;
         };
+        if let Some(sent_at) = self.answered_sent_at {
+            self.silence_max = self.silence_max.max(now.saturating_sub(sent_at));
+        }
         self.answered_sent_at = Some(self.unanswered[answered].1);
         self.unanswered.drain(..=answered);
         true
@@ -228,6 +235,11 @@ impl Heartbeats {
     pub fn unanswered_for(&self) -> Duration {
         let sent_at = lock(&self.exchange).answered_sent_at;
         sent_at.map_or(Duration::MAX, |sent_at| boot_time().saturating_sub(sent_at))
+    }
+
+    /// A primary's: the largest that [`Heartbeats::unanswered_for`] has been with this peer.
+    pub fn silence_max(&self) -> Duration {
+        lock(&self.exchange).silence_max
     }
 
     /// Something else than a heartbeat came from the peer: log traffic shows it alive just as well.

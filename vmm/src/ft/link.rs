@@ -17,6 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use hdrhistogram::Histogram;
+
 use super::heartbeat::boot_time;
 use ft_log::{Ack, Batch, BatchSender, ByeReason, MAX_BATCH_ENTRIES_BYTES, SequenceError};
 
@@ -29,6 +31,8 @@ const EAGER_BYTES: usize = 8 << 10;
 const BUSY_INTERVAL: Duration = Duration::from_millis(20);
 /// Longest that an entry waits to be sent. A guest that wakes up briefly now and then costs as many batches.
 const IDLE_INTERVAL: Duration = Duration::from_millis(100);
+/// Longest lag that figures tell apart.
+const LAG_MAX_US: u64 = 60_000_000;
 /// Most batches that are remembered until the backup has executed them; with more, the lag is understated.
 const BATCHES_REMEMBERED: usize = 4_096;
 
@@ -54,6 +58,21 @@ pub enum Mood {
     Idle,
 }
 
+/// Numbers since the backup was given the guest.
+#[derive(Clone, Copy, Debug)]
+pub struct LinkFigures {
+    /// Bytes written behind the snapshot, framing included.
+    pub log_bytes: u64,
+    /// Batches sent.
+    pub batches: u64,
+    /// Median of the times from a batch's sending to the news that it is executed.
+    pub lag_p50_us: u64,
+    /// 99th percentile of the same.
+    pub lag_p99_us: u64,
+    /// For how long the guest was held up because of the lag.
+    pub paced: Duration,
+}
+
 /// A batch that the backup has not executed yet.
 struct Sent {
     seq: u64,
@@ -73,6 +92,8 @@ struct State {
     batch_at: Instant,
     busy_since: Option<Instant>,
     alive_at: Duration,
+    lags_us: Histogram<u32>,
+    paced: Duration,
     end: Option<End>,
 }
 
@@ -96,6 +117,9 @@ impl State {
             batch_at: Instant::now(),
             busy_since: None,
             alive_at: boot_time(),
+            lags_us: Histogram::new_with_max(LAG_MAX_US, 2)
+                .expect("two digits of a number of microseconds fit"),
+            paced: Duration::ZERO,
             end: None,
         }
     }
@@ -256,13 +280,16 @@ impl Link {
     pub fn acknowledged(&self, ack: &Ack) -> Result<u64, SequenceError> {
         let mut state = self.lock();
         state.sender.accept(ack)?;
-        let State { in_flight, alive_at, .. } = &mut *state;
+        let State { in_flight, alive_at, lags_us, .. } = &mut *state;
         let received = in_flight.partition_point(|sent| sent.seq <= ack.received);
         if let Some(newest) = received.checked_sub(1).and_then(|index| in_flight.get(index)) {
             *alive_at = newest.at.max(*alive_at);
         }
-        while in_flight.front().is_some_and(|sent| sent.seq <= ack.received && sent.reached <= ack.executed) {
-            in_flight.pop_front();
+        let now = boot_time();
+        while let Some(sent) =
+            in_flight.pop_front_if(|sent| sent.seq <= ack.received && sent.reached <= ack.executed)
+        {
+            lags_us.saturating_record(now.saturating_sub(sent.at).as_micros() as u64);
         }
         if ack.received == state.sender.sent() && state.pending.is_empty() {
             self.all_acked.notify_all();
@@ -292,9 +319,21 @@ impl Link {
         }
     }
 
-    /// Bytes written to the present backup behind its snapshot, framing included, and batches.
-    pub fn sent(&self) -> (u64, u64) {
-        (self.bytes_sent.load(Ordering::Relaxed), self.lock().sender.sent())
+    /// The guest was held up for `pause`, because of the lag.
+    pub fn paced(&self, pause: Duration) {
+        self.lock().paced += pause;
+    }
+
+    /// What has passed between here and the present backup.
+    pub fn figures(&self) -> LinkFigures {
+        let state = self.lock();
+        LinkFigures {
+            log_bytes: self.bytes_sent.load(Ordering::Relaxed),
+            batches: state.sender.sent(),
+            lag_p50_us: state.lags_us.value_at_quantile(0.5),
+            lag_p99_us: state.lags_us.value_at_quantile(0.99),
+            paced: state.paced,
+        }
     }
 
     /// Sends what there is and waits until the backup has all of it, it is lost, or `timeout` is over.

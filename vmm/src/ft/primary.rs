@@ -174,7 +174,9 @@ impl PairLog {
         let ran = self.paced_at.elapsed();
         if lag > PACE_FROM {
             let over = (lag - PACE_FROM).as_secs_f64() / (PACE_FULL - PACE_FROM).as_secs_f64();
-            std::thread::sleep(ran.mul_f64(4.0 * over.min(1.0)).min(PACE_PAUSE_MAX));
+            let pause = ran.mul_f64(4.0 * over.min(1.0)).min(PACE_PAUSE_MAX);
+            std::thread::sleep(pause);
+            self.link.paced(pause);
         }
         self.paced_at = Instant::now();
     }

@@ -20,14 +20,14 @@ use ft_log::Role;
 
 use super::claim::{Claims, Outcome, Owner};
 use super::heartbeat::Heartbeats;
-use super::link::{Link, Phase};
+use super::link::{Link, LinkFigures, Phase};
 use super::output_gate::OutputGate;
 use crate::outlet::Outlet;
 
 /// How long the connection stays open for the output that is under way when the backup is given up.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time between two reports of numbers, at debug level.
-const REPORT_EVERY: Duration = Duration::from_secs(5);
+const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// Silence that is borne from a backup that is loading its snapshot: its host is at its busiest then, and it
 /// cannot take over before it follows.
 const LOADING_TIMEOUT: Duration = Duration::from_secs(10);
@@ -131,11 +131,15 @@ impl Supervisor {
     }
 
     fn report(&self) {
-        let (log_bytes, batches) = self.link.sent();
+        let LinkFigures { log_bytes, batches, lag_p50_us, lag_p99_us, paced } = self.link.figures();
         let gate = self.gate.stats();
         tracing::debug!(
             log_bytes,
             batches,
+            lag_p50_us,
+            lag_p99_us,
+            paced_ms = paced.as_millis() as u64,
+            silence_max_ms = self.heartbeats.silence_max().as_millis() as u64,
             outputs = gate.released,
             delay_mean_us = gate.delay_sum_us.checked_div(gate.released).unwrap_or(0),
             delay_max_us = gate.delay_max_us,

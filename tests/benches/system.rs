@@ -1,0 +1,392 @@
+//! What a pair costs and how fast it takes over, on test hosts: `cargo bench -p vmft-tests --bench system`.
+//!
+//! Arguments are names of sections; none means all. `VMFT_BENCH_ROUNDS` (default 3) is the number of boots of each
+//! kind and of lost hosts, `VMFT_BENCH_KILLS` (default 10) that of killed monitors.
+//!
+//! Prints a table for `docs/benchmarks.md`. Nothing here passes or fails by a time: machines are noisy, so that
+//! ratios of one run mean more than any figure.
+
+use std::error::Error;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use vmft_tests::client::{Client, Config, Gaps, Report};
+use vmft_tests::harness::{TEST_HOSTS, first_missing};
+use vmft_tests::pair::{
+    Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, SERVICE_READY, SHORT, Site, TAKEOVER,
+    count_from_environment, field,
+};
+
+type Outcome<T = ()> = Result<T, Box<dyn Error>>;
+
+type Section = fn(&mut Site) -> Outcome;
+
+const SECTIONS: &[(&str, Section)] =
+    &[("boot", boot), ("requests", requests), ("log", log), ("kill", killed_monitors), ("loss", lost_hosts)];
+
+/// How long requests are made, and how long an idle guest's log is counted.
+const REQUESTS_TIME: Duration = Duration::from_secs(20);
+const IDLE_TIME: Duration = Duration::from_secs(60);
+/// What a guest that has just booted still does goes unmeasured.
+const SETTLE_TIME: Duration = Duration::from_secs(5);
+/// More than the interval between two lines of figures.
+const FIGURES_INTERVAL: Duration = Duration::from_millis(1_500);
+
+fn main() -> ExitCode {
+    // Cargo adds `--bench`.
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
+    if let Some(why) = first_missing(TEST_HOSTS) {
+        println!("SKIPPED system benchmark: {why}");
+        return ExitCode::SUCCESS;
+    }
+    let unknown = wanted.iter().find(|name| SECTIONS.iter().all(|(section, _)| section != name));
+    if let Some(name) = unknown {
+        let names: Vec<&str> = SECTIONS.iter().map(|(name, _)| *name).collect();
+        eprintln!("There is no section '{name}'; there are {}.", names.join(", "));
+        return ExitCode::from(2);
+    }
+    let run = || -> Outcome {
+        let mut site = Site::boot(2)?;
+        println!("| What | Figure |\n| --- | --- |");
+        for (name, section) in SECTIONS {
+            if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+                if let Err(error) = section(&mut site) {
+                    eprintln!("{}", site.logs());
+                    return Err(format!("section {name}: {error}").into());
+                }
+                site.end_processes()?;
+            }
+        }
+        Ok(())
+    };
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn row(what: &str, figure: &str) {
+    println!("| {what} | {figure} |");
+}
+
+fn rounds() -> u32 {
+    count_from_environment("VMFT_BENCH_ROUNDS", 3)
+}
+
+/// A guest as users have it: the monitors' own time-out.
+fn guest(work: &'static str) -> Guest {
+    Guest { memory_mib: 256, work, timeout_ms: 500 }
+}
+
+/// Median, smallest and largest.
+fn spread(values: &mut [f64]) -> (f64, f64, f64) {
+    values.sort_by(f64::total_cmp);
+    (values[values.len() / 2], values[0], values[values.len() - 1])
+}
+
+fn spread_text(values: &mut [f64], unit: &str) -> String {
+    let count = values.len();
+    let (median, min, max) = spread(values);
+    format!("{median:.0} {unit} (median of {count}; {min:.0} to {max:.0})")
+}
+
+/// Starts a guest without fault tolerance.
+fn start_alone(site: &mut Site, guest: &Guest) -> Outcome<Monitor> {
+    let volume = site.volume()?;
+    let mut arguments = vec!["run".to_owned()];
+    arguments.extend(site.guest_options(guest, &volume));
+    Ok(site.start(1, &arguments)?)
+}
+
+/// Starts both monitors at once, so that the guest boots with a backup.
+fn start_together(site: &mut Site, guest: &Guest) -> Outcome<(Monitor, Monitor)> {
+    let volume = site.volume()?;
+    let primary = site.start_primary(1, guest, &volume)?;
+    let backup = site.start_backup(2, 1, guest, &volume)?;
+    Ok((primary, backup))
+}
+
+fn boot(site: &mut Site) -> Outcome {
+    let (mut alone_ms, mut pair_ms) = (Vec::new(), Vec::new());
+    for _ in 0..rounds() {
+        let started = Instant::now();
+        let monitor = start_alone(site, &guest("none"))?;
+        monitor.wait_for_line(SERVICE_READY, LONG)?;
+        alone_ms.push(started.elapsed().as_secs_f64() * 1e3);
+        site.end_processes()?;
+
+        let started = Instant::now();
+        let (primary, _) = start_together(site, &guest("none"))?;
+        primary.wait_for_line(SERVICE_READY, LONG)?;
+        pair_ms.push(started.elapsed().as_secs_f64() * 1e3);
+        if !primary.output().iter().any(|line| line.contains(PROTECTED)) {
+            return Err("the guest booted without its backup".into());
+        }
+        site.end_processes()?;
+    }
+    row("boot to service-ready, alone", &spread_text(&mut alone_ms, "ms"));
+    row("boot to service-ready, pair", &spread_text(&mut pair_ms, "ms"));
+    row("boot, pair / alone", &format!("{:.2}", spread(&mut pair_ms).0 / spread(&mut alone_ms).0));
+    Ok(())
+}
+
+/// Sends requests for a while.
+fn load(site: &Site, window: usize) -> Outcome<Report> {
+    let client = site.client(Config { window, value_len: 100, ..Config::default() })?;
+    std::thread::sleep(REQUESTS_TIME);
+    let report = client.stop(SHORT);
+    site.check(&report)?;
+    Ok(report)
+}
+
+fn requests_row(who: &str, window: usize, report: &Report) {
+    row(
+        &format!("requests, {window} outstanding, {who}"),
+        &format!("{:.0} /s, p50 {:.1} ms, p99 {:.1} ms", report.replies_per_s, report.p50_ms, report.p99_ms),
+    );
+}
+
+fn requests(site: &mut Site) -> Outcome {
+    let windows = [1, 8];
+    let monitor = start_alone(site, &guest("none"))?;
+    monitor.wait_for_line(SERVICE_READY, LONG)?;
+    let mut alone = Vec::new();
+    for window in windows {
+        alone.push(load(site, window)?);
+        requests_row("alone", window, &alone[alone.len() - 1]);
+    }
+    site.end_processes()?;
+
+    let volume = site.volume()?;
+    let (primary, backup) = site.start_pair(&guest("none"), &volume)?;
+    for (window, alone) in windows.into_iter().zip(&alone) {
+        let from = Instant::now();
+        let pair = load(site, window)?;
+        requests_row("pair", window, &pair);
+        row(
+            &format!("requests, {window} outstanding, pair / alone"),
+            &format!(
+                "rate {:.2}, p50 {:.2}, p99 {:.2}",
+                pair.replies_per_s / alone.replies_per_s,
+                pair.p50_ms / alone.p50_ms,
+                pair.p99_ms / alone.p99_ms
+            ),
+        );
+        let bytes = log_bytes(&primary, from, from + REQUESTS_TIME)?;
+        row(
+            &format!("log under requests, {window} outstanding"),
+            &format!(
+                "{:.0} bytes/s, {:.0} bytes/request",
+                bytes / REQUESTS_TIME.as_secs_f64(),
+                bytes / pair.samples.len() as f64
+            ),
+        );
+    }
+    pair_rows("under requests", &primary)?;
+    snapshot_row(&primary, &backup)?;
+    memory_row("primary", site, &primary)?;
+    memory_row("backup", site, &backup)
+}
+
+/// What the primary itself says of the pair.
+fn pair_rows(when: &str, primary: &Monitor) -> Outcome {
+    let output = primary.output();
+    let line = output.iter().rev().find(|line| line.contains(PAIR_FIGURES)).ok_or("no figures")?;
+    let number = |name| field(line, name).ok_or(format!("no {name} in: {line}"));
+    row(
+        &format!("backup's lag {when}"),
+        &format!(
+            "p50 {:.1} ms, p99 {:.1} ms",
+            number("lag_p50_us")? as f64 / 1e3,
+            number("lag_p99_us")? as f64 / 1e3
+        ),
+    );
+    row(
+        &format!("output held back {when}"),
+        &format!(
+            "mean {:.1} ms, longest {:.1} ms",
+            number("delay_mean_us")? as f64 / 1e3,
+            number("delay_max_us")? as f64 / 1e3
+        ),
+    );
+    row(&format!("guest held up by pacing {when}"), &format!("{} ms in all", number("paced_ms")?));
+    row(&format!("longest unanswered time {when}"), &format!("{} ms", number("silence_max_ms")?));
+    Ok(())
+}
+
+fn snapshot_row(primary: &Monitor, backup: &Monitor) -> Outcome {
+    let sent = primary.wait_for_line("the backup has the guest's snapshot", SHORT)?;
+    let following = backup.wait_for_line("following anchor", SHORT)?;
+    let ms = |line: &str, name| field(line, name).ok_or(format!("no {name} in: {line}"));
+    row(
+        "snapshot of a booted guest of 256 MiB",
+        &format!(
+            "guest stands still for {} ms; loaded after {} ms",
+            ms(&sent, "pause_ms")?,
+            ms(&following, "took_ms")?
+        ),
+    );
+    Ok(())
+}
+
+/// Resident memory of a monitor, without the guest's own.
+fn memory_row(who: &str, site: &Site, monitor: &Monitor) -> Outcome {
+    let file = format!("/proc/{}/smaps", monitor.pid());
+    let smaps = site.host(monitor.host).run(&["cat", &file], SHORT)?;
+    let guest_kib = 256 << 10;
+    let (mut size, mut total) = (0, 0);
+    for line in &smaps.stdout {
+        let kib = || line.split_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok()).unwrap_or(0);
+        if line.starts_with("Size:") {
+            size = kib();
+        } else if line.starts_with("Rss:") && size < guest_kib {
+            total += kib();
+        }
+    }
+    row(&format!("memory of the {who} beyond the guest's"), &format!("{:.1} MiB", total as f64 / 1024.0));
+    Ok(())
+}
+
+/// Bytes of log sent between two moments, interpolated between the primary's lines of figures.
+fn log_bytes(primary: &Monitor, from: Instant, to: Instant) -> Outcome<f64> {
+    // So that there is a line behind `to`.
+    std::thread::sleep((to + FIGURES_INTERVAL).saturating_duration_since(Instant::now()));
+    let points: Vec<(Instant, f64)> = primary
+        .timed_output()
+        .into_iter()
+        .filter(|(_, line)| line.contains(PAIR_FIGURES))
+        .filter_map(|(at, line)| Some((at, field(&line, "log_bytes")? as f64)))
+        .collect();
+    let at = |moment: Instant| -> Outcome<f64> {
+        let next = points.iter().position(|(at, _)| *at >= moment).ok_or("no figures behind the moment")?;
+        let Some((before, after)) = next.checked_sub(1).map(|before| (points[before], points[next])) else {
+            return Ok(points[next].1);
+        };
+        let part = (moment - before.0).as_secs_f64() / (after.0 - before.0).as_secs_f64();
+        Ok(before.1 + part * (after.1 - before.1))
+    };
+    Ok(at(to)? - at(from)?)
+}
+
+/// When the guest printed a line with `text`.
+fn printed_at(monitor: &Monitor, text: &str) -> Outcome<Instant> {
+    monitor.wait_for_line(text, 2 * LONG)?;
+    let found = monitor.timed_output().into_iter().find(|(_, line)| line.contains(text));
+    Ok(found.ok_or("the line is gone")?.0)
+}
+
+fn log(site: &mut Site) -> Outcome {
+    const WORK: &str = "hash64,fork300";
+    const STEPS: [(&str, &str); 2] =
+        [("hashing 64 MiB", "vmft-work: hash64"), ("300 fork/execs", "fork300 done")];
+    let monitor = start_alone(site, &guest(WORK))?;
+    let mut at = printed_at(&monitor, SERVICE_READY)?;
+    let mut alone_s = Vec::new();
+    for (_, done) in STEPS {
+        let end = printed_at(&monitor, done)?;
+        alone_s.push((end - at).as_secs_f64());
+        at = end;
+    }
+    site.end_processes()?;
+
+    let (primary, _backup) = start_together(site, &guest(WORK))?;
+    let mut at = printed_at(&primary, SERVICE_READY)?;
+    for ((what, done), alone_s) in STEPS.into_iter().zip(alone_s) {
+        let end = printed_at(&primary, done)?;
+        let (bytes, pair_s) = (log_bytes(&primary, at, end)?, (end - at).as_secs_f64());
+        row(
+            &format!("{what}: log"),
+            &format!("{bytes:.0} bytes in {pair_s:.1} s, {:.0} bytes/s", bytes / pair_s),
+        );
+        row(
+            &format!("{what}: time, pair / alone"),
+            &format!("{:.2} (alone {alone_s:.1} s)", pair_s / alone_s),
+        );
+        at = end;
+    }
+    pair_rows("from boot to there", &primary)?;
+    std::thread::sleep(SETTLE_TIME);
+    let from = Instant::now();
+    let bytes = log_bytes(&primary, from, from + IDLE_TIME)?;
+    row("log of an idle guest", &format!("{:.0} bytes/s", bytes / IDLE_TIME.as_secs_f64()));
+    Ok(())
+}
+
+/// A pair under one client, whose primary is taken away again and again.
+struct Takeovers {
+    client: Client,
+    started: Instant,
+    failed_at: Vec<Duration>,
+    noticed_ms: Vec<f64>,
+}
+
+impl Takeovers {
+    fn start(site: &Site) -> Outcome<Takeovers> {
+        let client = site.client(Config { window: 1, value_len: 100, ..Config::default() })?;
+        Ok(Takeovers { client, started: Instant::now(), failed_at: Vec::new(), noticed_ms: Vec::new() })
+    }
+
+    fn more_replies(&self, count: usize) -> Outcome {
+        let all = self.client.wait_for_replies(self.client.answered() + count, LONG);
+        if all { Ok(()) } else { Err("the client gets no more replies".into()) }
+    }
+
+    /// Makes the primary fail by `fail`, and waits until the client is served again.
+    fn take_over(&mut self, backup: &Monitor, fail: impl FnOnce() -> Outcome) -> Outcome {
+        self.more_replies(50)?;
+        self.failed_at.push(self.started.elapsed());
+        fail()?;
+        let line = backup.wait_for_line(TAKEOVER, SHORT)?;
+        self.noticed_ms.push(field(&line, "took_ms").ok_or("no took_ms")? as f64);
+        self.more_replies(20)
+    }
+
+    fn rows(mut self, site: &Site, what: &str) -> Outcome {
+        let report = self.client.stop(SHORT);
+        site.check(&report)?;
+        let gap = |(index, at): (usize, &Duration)| {
+            let next = self.failed_at.get(index + 1).copied().unwrap_or(Duration::MAX);
+            let samples = report.samples.iter().filter(|sample| sample.sent < next).cloned();
+            Gaps::of(&samples.collect::<Vec<_>>(), *at).after_ms
+        };
+        let mut blackouts: Vec<f64> = self.failed_at.iter().enumerate().map(gap).collect();
+        row(&format!("blackout after {what}"), &spread_text(&mut blackouts, "ms"));
+        row(&format!("from noticing to running, after {what}"), &spread_text(&mut self.noticed_ms, "ms"));
+        row(&format!("requests lost / repeated / out of order, {what}"), "0 / 0 / 0");
+        Ok(())
+    }
+}
+
+fn killed_monitors(site: &mut Site) -> Outcome {
+    let volume = site.volume()?;
+    let (mut primary, mut backup) = site.start_pair(&guest("none"), &volume)?;
+    let mut takeovers = Takeovers::start(site)?;
+    for view in 2..count_from_environment("VMFT_BENCH_KILLS", 10) + 2 {
+        takeovers.take_over(&backup, || Ok(primary.kill(Signal::SIGKILL)?))?;
+        let next = site.start_backup(primary.host, backup.host, &guest("none"), &volume)?;
+        backup.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
+        (primary, backup) = (backup, next);
+    }
+    takeovers.rows(site, "SIGKILL of the monitor")
+}
+
+fn lost_hosts(site: &mut Site) -> Outcome {
+    let volume = site.volume()?;
+    let (mut primary, mut backup) = site.start_pair(&guest("none"), &volume)?;
+    let mut takeovers = Takeovers::start(site)?;
+    for view in 2..rounds() + 2 {
+        takeovers.take_over(&backup, || {
+            site.host(primary.host).kill();
+            Ok(())
+        })?;
+        site.reboot(primary.host)?;
+        let next = site.start_backup(primary.host, backup.host, &guest("none"), &volume)?;
+        backup.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
+        (primary, backup) = (backup, next);
+    }
+    takeovers.rows(site, "the loss of a host (time-out 500 ms)")
+}
