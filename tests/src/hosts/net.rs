@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use nix::libc;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use super::{HostError, Images, leftovers, tool};
 
@@ -150,7 +152,8 @@ impl Net {
         })
     }
 
-    /// Connects to an address inside the namespace; the stream can be used on any thread. TCP_NODELAY is set.
+    /// Connects to an address inside the namespace; the stream can be used on any thread. It does not delay what is
+    /// written, and closing it resets it.
     pub fn connect(
         &self,
         address: SocketAddr,
@@ -159,6 +162,9 @@ impl Net {
         self.enter(|| {
             let stream = TcpStream::connect_timeout(&address, timeout)?;
             stream.set_nodelay(true)?;
+            // It ends when it is closed. Else, with its guest gone, the kernel would look for the guest's address
+            // long after, and find that nobody has it at the moment at which the next guest is called.
+            setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
             Ok(stream)
         })
     }

@@ -15,6 +15,9 @@ use super::host::POLL_INTERVAL;
 use super::tool::{self, Background};
 use super::{HostConfig, HostError, Images, Link, Net};
 
+/// TCG does `rep movsb` and `rep stosb` a byte at a time, so kernels had better not think that they are fast.
+const CPU: &str = "max,+svm,+npt,-erms,-fsrm";
+
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 
 /// The processes of one machine.
@@ -45,7 +48,7 @@ impl QemuMachine {
         let mut file_servers = Vec::new();
         let mut command = in_namespace(net);
         command.arg("qemu-system-x86_64");
-        command.args(["-accel", "tcg", "-cpu", "max,+svm,+npt", "-smp", &config.vcpus.to_string()]);
+        command.args(["-accel", "tcg", "-cpu", CPU, "-smp", &config.vcpus.to_string()]);
         command.args(["-m", &config.memory_mib.to_string(), "-no-reboot", "-nodefaults", "-display", "none"]);
         command.args(["-M", "q35,memory-backend=ram"]);
         command
@@ -132,7 +135,9 @@ fn in_namespace(net: &Net) -> Command {
 fn kernel_command_line(index: u8) -> String {
     let [lan, log, ctl] = Link::ALL.map(|link| format!("{}/24", link.host_address(index)));
     // On a busy machine QEMU's timers come late: without these the kernel may take its timer for broken.
-    let steady = "no_timer_check tsc=reliable";
+    // Pages are cleared when they are used, not a second time when they are handed out: slow, and a huge page is
+    // cleared in one go, for which no heartbeat leaves the host.
+    let steady = "no_timer_check tsc=reliable init_on_alloc=0";
     format!(
         "console=ttyS0 panic=-1 quiet mitigations=off {steady} vmft.lan={lan} vmft.log={log} vmft.ctl={ctl}"
     )

@@ -19,13 +19,15 @@ use super::image::KernelImage;
 /// - `8250.nr_uarts=1`: three serial ports less to probe.
 /// - `mitigations=off`: one guest on a CPU whose host has its own; they would cost guest time and MSR exits.
 /// - `reboot=k`: the keyboard controller's reset line, one read and one write, with ACPI or without.
+/// - `randomize_kstack_offset=off`: else each system call and each interrupt of user code reads the TSC, an exit:
+///   five in six of all exits of a guest that starts processes. It hardens kernels against attacks from within.
 /// - `random.trust_bootloader=on`: the seed from the monitor counts, so nothing waits for entropy.
 /// - `initcall_blacklist=jent_mod_init`: no self-test of a generator that is made of nothing but RDTSC, thousands
 ///   of exits, and that never ends if the reads are too regular.
 /// - `panic=-1`: a guest that panics resets instead of spinning, which no replay could stop.
 /// - `quiet`: a character on the console is three exits.
 const DEFAULTS: &str = "console=ttyS0 notsc nolapic noapic pci=off lpj=1000000 no_timer_check io_delay=none \
-                        8250.nr_uarts=1 mitigations=off reboot=k random.trust_bootloader=on \
+                        8250.nr_uarts=1 mitigations=off reboot=k randomize_kstack_offset=off random.trust_bootloader=on \
                         initcall_blacklist=jent_mod_init panic=-1 quiet clocksource=acpi_pm";
 
 /// How a kernel with these capabilities finds devices.

@@ -30,7 +30,9 @@ const CHECK_EVERY_ANCHORS: u64 = 1_024;
 /// The backup's lag from which the guest is slowed, and the one at which it runs at a fifth of its speed.
 const PACE_FROM: Duration = Duration::from_millis(60);
 const PACE_FULL: Duration = Duration::from_millis(120);
-/// Longest pause at one boundary, so that slowing stays smooth.
+/// Shortest and longest pause at one boundary. A host may take long to wake a thread that sleeps for less than
+/// the one; more than the other would not be smooth.
+const PACE_PAUSE_MIN: Duration = Duration::from_millis(1);
 const PACE_PAUSE_MAX: Duration = Duration::from_millis(5);
 /// A backup that takes no bytes for this long while it is being fed is given up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -62,6 +64,7 @@ pub struct PairLog {
     encoder: Option<Encoder>,
     checked: u64,
     paced_at: Instant,
+    pause_due: Duration,
     sender: Option<JoinHandle<()>>,
     had_backup: bool,
 }
@@ -100,6 +103,7 @@ impl PairLog {
             encoder: None,
             checked: 0,
             paced_at: Instant::now(),
+            pause_due: Duration::ZERO,
             sender: None,
             had_backup: false,
         }
@@ -171,12 +175,18 @@ impl PairLog {
     /// Slows the guest while the backup's execution lags, the more the further it is behind.
     fn pace(&mut self) {
         let lag = self.link.lag();
-        let ran = self.paced_at.elapsed();
         if lag > PACE_FROM {
             let over = (lag - PACE_FROM).as_secs_f64() / (PACE_FULL - PACE_FROM).as_secs_f64();
-            let pause = ran.mul_f64(4.0 * over.min(1.0)).min(PACE_PAUSE_MAX);
-            std::thread::sleep(pause);
-            self.link.paced(pause);
+            self.pause_due += self.paced_at.elapsed().mul_f64(4.0 * over.min(1.0));
+        } else {
+            self.pause_due = Duration::ZERO;
+        }
+        if self.pause_due >= PACE_PAUSE_MIN {
+            let started = Instant::now();
+            std::thread::sleep(self.pause_due.min(PACE_PAUSE_MAX));
+            let paused = started.elapsed();
+            self.pause_due = self.pause_due.saturating_sub(paused);
+            self.link.paced(paused);
         }
         self.paced_at = Instant::now();
     }
