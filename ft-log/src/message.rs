@@ -56,9 +56,10 @@ pub enum Message {
 pub struct Batch {
     /// Rises by one; the first batch after a snapshot is 1.
     pub seq: u64,
-    /// The last anchor whose exit is completely logged. A follower may leave boundary k only when
-    /// `reached >= k + 1`.
+    /// The last anchor whose exit is completely logged. A follower may handle exit k only when `reached >= k`.
     pub reached: u64,
+    /// No event follows at boundary `reached`: the guest has left it. So may a follower, up to the next exit.
+    pub running: bool,
     /// Outputs up to this batch were let out; 0 if none were. At most `seq`.
     pub released: u64,
     /// Encoded entries, at most [`MAX_BATCH_ENTRIES_BYTES`]; may be empty.
@@ -310,13 +311,13 @@ fn get_welcome(input: &mut &[u8]) -> Result<Welcome, LogError> {
     })
 }
 
-/// `released` follows `seq` closely, so the distance is stored: one byte instead of three or four.
+/// `released` follows `seq` closely, so the distance is stored, together with `running`: one byte instead of four.
 fn put_batch(out: &mut Vec<u8>, batch: &Batch) -> Result<(), LogError> {
-    let unreleased =
-        batch.seq.checked_sub(batch.released).ok_or(LogError::Overflow { what: "released batch" })?;
+    let unreleased = batch.seq.checked_sub(batch.released).and_then(|batches| batches.checked_mul(2));
+    let unreleased = unreleased.ok_or(LogError::Overflow { what: "released batch" })?;
     put_varint(out, batch.seq);
     put_varint(out, batch.reached);
-    put_varint(out, unreleased);
+    put_varint(out, unreleased | u64::from(batch.running));
     check_len("entries", batch.entries.len() as u64, MAX_BATCH_ENTRIES_BYTES)?;
     out.extend_from_slice(&batch.entries);
     Ok(())
@@ -326,7 +327,8 @@ fn get_batch(input: &mut &[u8]) -> Result<Batch, LogError> {
     let seq = get_varint(input, "batch number")?;
     let reached = get_varint(input, "reached anchor")?;
     let unreleased = get_varint(input, "unreleased batches")?;
+    let (unreleased, running) = (unreleased / 2, unreleased % 2 == 1);
     let released = seq.checked_sub(unreleased).ok_or(LogError::Overflow { what: "unreleased batches" })?;
     check_len("entries", input.len() as u64, MAX_BATCH_ENTRIES_BYTES)?;
-    Ok(Batch { seq, reached, released, entries: std::mem::take(input).to_vec() })
+    Ok(Batch { seq, reached, running, released, entries: std::mem::take(input).to_vec() })
 }

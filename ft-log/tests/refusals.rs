@@ -163,7 +163,13 @@ fn an_encoder_is_full_before_a_batch_is_too_long() {
         pushed += 1;
     }
     assert_eq!(pushed, 1);
-    let batch = Batch { seq: u64::MAX, reached: u64::MAX, released: 0, entries: encoder.take() };
+    let batch = Batch {
+        seq: u64::MAX,
+        reached: u64::MAX,
+        running: true,
+        released: u64::MAX / 2 + 1,
+        entries: encoder.take(),
+    };
     assert!(frame(&Message::Batch(batch)).len() < MAX_MESSAGE_BYTES);
 }
 

@@ -67,7 +67,7 @@ fn a_backup_that_differs_is_told_in_what() {
 }
 
 fn batch(seq: u64, reached: u64, released: u64) -> Batch {
-    Batch { seq, reached, released, entries: vec![0x02] }
+    Batch { seq, reached, running: false, released, entries: vec![0x02] }
 }
 
 #[test]

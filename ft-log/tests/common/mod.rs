@@ -47,7 +47,13 @@ pub fn messages() -> Vec<Message> {
         Message::Refuse { reason: "No".into() },
         Message::Snapshot(b"piece".to_vec()),
         Message::SnapshotEnd,
-        Message::Batch(Batch { seq: 300, reached: 70_000, released: 298, entries: vec![0x7e, 0xfe, 0x7f] }),
+        Message::Batch(Batch {
+            seq: 300,
+            reached: 70_000,
+            running: true,
+            released: 298,
+            entries: vec![0x7e, 0xfe, 0x7f],
+        }),
         Message::Ack(Ack { received: 300, executed: 69_999, executed_time: GuestTime(45_049) }),
         Message::Bye { reason: ByeReason::Diverged, text: "registers".into() },
     ]

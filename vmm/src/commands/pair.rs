@@ -440,7 +440,7 @@ fn follow(parts: Following, stop: (Stop, Receiver<()>)) -> Result<Ending, Comman
     };
     spawn("log-receiver", receiver)?;
     spawn("watchdog", watchdog(Arc::clone(&inflow), Arc::clone(&heartbeats), side.timeout, stop.0.flag()))?;
-    let mut door = Follow::new(FromPrimary::new(Arc::clone(&inflow)), cursor);
+    let mut door = Follow::new(FromPrimary::new(Arc::clone(&inflow), stop.0.flag()), cursor);
     let stopped = run::run(&mut machine, &mut door).inspect_err(|error| {
         if let RunError::Diverged(_) = error {
             inflow.bye(ByeReason::Diverged, "this backup's guest differs; see its own report");

@@ -311,14 +311,15 @@ impl Inflow {
 /// The vCPU thread's view of the inflow.
 pub struct FromPrimary {
     inflow: Arc<Inflow>,
+    stop: Arc<AtomicBool>,
     base: Option<(Instant, GuestTime)>,
     told: u64,
 }
 
 impl FromPrimary {
-    /// Follows `inflow`.
-    pub fn new(inflow: Arc<Inflow>) -> Self {
-        Self { inflow, base: None, told: 0 }
+    /// Follows `inflow` until `stop` is set.
+    pub fn new(inflow: Arc<Inflow>, stop: Arc<AtomicBool>) -> Self {
+        Self { inflow, stop, base: None, told: 0 }
     }
 
     /// The guest time that the primary's clock would show now: the best guess from all the times executed.
@@ -337,6 +338,10 @@ impl BatchSource for FromPrimary {
             let _ = self.inflow.acknowledge();
         }
         Ok(self.inflow.pop())
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 
     fn executed(&mut self, anchor: u64, time: GuestTime) {

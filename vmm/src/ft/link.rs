@@ -84,13 +84,14 @@ struct State {
     phase: Phase,
     pending: Vec<u8>,
     reached: u64,
-    sent_reached: u64,
+    running: bool,
+    sent: (u64, bool),
     urgent: bool,
+    busy_since: Option<Instant>,
     sender: BatchSender,
     released: u64,
     in_flight: VecDeque<Sent>,
     batch_at: Instant,
-    busy_since: Option<Instant>,
     alive_at: Duration,
     lags_us: Histogram<u32>,
     paced: Duration,
@@ -109,13 +110,14 @@ impl State {
             phase,
             pending: Vec::new(),
             reached: anchor,
-            sent_reached: anchor,
+            running: false,
+            sent: (anchor, false),
             urgent: false,
+            busy_since: None,
             sender: BatchSender::default(),
             released: 0,
             in_flight: VecDeque::new(),
             batch_at: Instant::now(),
-            busy_since: None,
             alive_at: boot_time(),
             lags_us: Histogram::new_with_max(LAG_MAX_US, 2)
                 .expect("two digits of a number of microseconds fit"),
@@ -231,18 +233,31 @@ impl Link {
         }
         state.pending.extend_from_slice(entries);
         state.reached = reached;
-        let now = Instant::now();
-        let busy_since = match mood {
-            Mood::Idle => None,
-            Mood::Busy | Mood::Urgent => Some(state.busy_since.unwrap_or(now)),
-        };
-        state.busy_since = busy_since;
-        let due = busy_since.is_some_and(|since| now - since.max(state.batch_at) >= BUSY_INTERVAL);
-        if (mood == Mood::Urgent || due || state.pending.len() >= EAGER_BYTES) && !state.urgent {
+        state.running = false;
+        match mood {
+            Mood::Idle => state.busy_since = None,
+            Mood::Busy | Mood::Urgent => self.note_busy(&mut state),
+        }
+        if (mood == Mood::Urgent || state.pending.len() >= EAGER_BYTES) && !state.urgent {
             state.urgent = true;
             self.to_send.notify_one();
         }
         Some(state.sender.sent() + 1)
+    }
+
+    /// The guest runs on from the anchor that the log has reached; everything of that boundary is published.
+    pub fn entered(&self) {
+        let mut state = self.lock();
+        state.running = true;
+        self.note_busy(&mut state);
+    }
+
+    fn note_busy(&self, state: &mut State) {
+        if state.busy_since.is_none() {
+            state.busy_since = Some(Instant::now());
+            // The sender sleeps for the longer interval.
+            self.to_send.notify_one();
+        }
     }
 
     /// The next batch to send: at once if output waits for it, else when the interval is over. `None`: there
@@ -250,8 +265,12 @@ impl Link {
     pub fn next_batch(&self) -> Option<Batch> {
         let mut state = self.lock();
         while state.phase == Phase::Paired {
-            let left = IDLE_INTERVAL.saturating_sub(state.batch_at.elapsed());
-            let news = !state.pending.is_empty() || state.reached > state.sent_reached;
+            let due = match state.busy_since {
+                Some(since) => since.max(state.batch_at) + BUSY_INTERVAL,
+                None => state.batch_at + IDLE_INTERVAL,
+            };
+            let left = due.saturating_duration_since(Instant::now());
+            let news = !state.pending.is_empty() || (state.reached, state.running) != state.sent;
             if state.urgent || (news && left.is_zero()) {
                 return Some(Self::take_batch(&mut state, &self.has_room));
             }
@@ -270,10 +289,11 @@ impl Link {
         state.in_flight.push_back(Sent { seq, reached: state.reached, at: boot_time() });
         state.batch_at = now;
         state.urgent = false;
-        state.sent_reached = state.reached;
+        state.sent = (state.reached, state.running);
         let entries = std::mem::take(&mut state.pending);
         has_room.notify_all();
-        Batch { seq, reached: state.reached, released: state.released.min(seq), entries }
+        let (reached, running) = state.sent;
+        Batch { seq, reached, running, released: state.released.min(seq), entries }
     }
 
     /// Takes note of an acknowledgement. Answers the batch up to which output may go.
@@ -409,6 +429,21 @@ mod tests {
         link.attach(10);
         link.publish(&[], 11, Mood::Idle);
         assert_eq!(link.next_batch().unwrap().reached, 11);
+    }
+
+    #[test]
+    fn a_guest_that_has_left_its_boundary_is_told_without_a_further_exit() {
+        let link = Link::default();
+        link.attach(10);
+        link.publish(b"a", 11, Mood::Busy);
+        let at_boundary = link.next_batch().unwrap();
+        assert_eq!((at_boundary.reached, at_boundary.running), (11, false));
+        link.entered();
+        let left = link.next_batch().unwrap();
+        assert_eq!((left.reached, left.running, left.entries.len()), (11, true, 0));
+        link.publish(&[], 12, Mood::Busy);
+        link.entered();
+        assert!(link.next_batch().unwrap().running);
     }
 
     #[test]

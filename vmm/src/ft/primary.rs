@@ -239,6 +239,15 @@ impl LogSink for PairLog {
         Ok(())
     }
 
+    fn entering(&mut self, machine: &Machine) {
+        let Some(encoder) = &mut self.encoder else { return };
+        if !encoder.is_empty() {
+            // Without a backup any more, the next boundary sees to it.
+            let _ = self.link.publish(&encoder.take(), machine.anchors(), Mood::Busy);
+        }
+        self.link.entered();
+    }
+
     fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError> {
         if self.waiting_join.is_none() && self.joins.is_empty() {
             return Ok(false);

@@ -32,6 +32,8 @@ pub trait Clock {
     type Error: From<MachineError>;
     /// The time that the guest sees in the exit being handled. Never goes back.
     fn read(&mut self) -> Result<GuestTime, Self::Error>;
+    /// The guest has come to exit `anchor`. May it be handled? False: the log ends before it.
+    fn may_handle(&mut self, anchor: u64) -> Result<bool, Self::Error>;
     /// A host signal took the vCPU out of the guest: should the run be broken off here?
     fn kicked(&mut self) -> Result<(), Self::Error>;
 }
@@ -79,7 +81,8 @@ pub struct Machine {
     halted: bool,
     end: Option<GuestEnd>,
     user_tsc: UserTsc,
-    /// The next anchor, if finishing the last instruction has led to it already.
+    /// The next anchor, if the guest has come to it already: finishing an instruction led to it, or the log that
+    /// is followed ended before it.
     early_exit: Option<Exit>,
 }
 
@@ -150,18 +153,23 @@ impl Machine {
         Ok(self.board.apply(&self.ram, event, effects)?)
     }
 
-    /// Runs the guest to its next anchor and handles that exit. The guest must not be [`Self::waiting`].
+    /// Runs the guest to its next anchor and handles that exit. The guest must not be [`Self::waiting`]. False: the
+    /// clock does not let that exit be handled; the next call goes on there.
     pub fn run_to_anchor<C: Clock>(
         &mut self,
         clock: &mut C,
         effects: &mut Vec<Effect>,
-    ) -> Result<(), C::Error> {
+    ) -> Result<bool, C::Error> {
         let exit = match self.early_exit.take() {
             Some(exit) => exit,
             None => self.enter(clock)?,
         };
         self.halted = false;
-        self.handle(exit, clock, effects)
+        if !clock.may_handle(self.anchors + 1)? {
+            self.early_exit = Some(exit);
+            return Ok(false);
+        }
+        self.handle(exit, clock, effects).map(|()| true)
     }
 
     /// Enters the guest until an anchor, delivering pending interrupts at the first boundary of

@@ -69,6 +69,7 @@ impl FileLog {
         let batch = Batch {
             seq: self.seq,
             reached: machine.anchors(),
+            running: false,
             released: self.seq,
             entries: self.encoder.take(),
         };

@@ -1,8 +1,9 @@
 //! The door of a follower: events and clock reads come from a log.
 //!
 //! Owns: the reading position in the log and what the primary is not known to have let out.
-//! Must never: go beyond what the log allows. The guest leaves boundary k only when the log is complete up
-//! to exit k+1 (`reached`), so a follower never runs ahead, never guesses and never rolls back.
+//! Must never: go beyond what the log allows. The guest leaves boundary k only when the primary's has, so that
+//! no event can follow there, and handles exit k+1 only when the log is complete up to it (`reached`). So a
+//! follower never guesses and never rolls back, and yet runs at the same time as the primary.
 
 use std::collections::VecDeque;
 
@@ -19,6 +20,10 @@ pub trait BatchSource {
     fn next(&mut self) -> Result<Option<Batch>, RunError>;
     /// The guest stands at `anchor` and has seen `time`.
     fn executed(&mut self, anchor: u64, time: GuestTime);
+    /// Somebody asked the monitor to stop: it does not wait for the guest's next exit.
+    fn stopped(&self) -> bool {
+        false
+    }
 }
 
 /// Most effects that are kept for a takeover; the primary reports what it let out far more often.
@@ -34,6 +39,7 @@ pub struct Follow<S> {
     ahead: Option<Entry>,
     seq: u64,
     reached: u64,
+    running: bool,
     unreleased: VecDeque<(u64, Effect)>,
     recent: Recent,
     watcher: Option<Watcher>,
@@ -55,6 +61,7 @@ impl<S: BatchSource> Follow<S> {
             offset: 0,
             ahead: None,
             seq: 0,
+            running: false,
             unreleased: VecDeque::new(),
             recent: Recent::default(),
             watcher: None,
@@ -97,10 +104,13 @@ impl<S: BatchSource> Follow<S> {
         let Some(batch) = self.source.next()? else { return Ok(false) };
         self.seq = batch.seq;
         self.reached = batch.reached;
+        self.running = batch.running;
         while self.unreleased.front().is_some_and(|(seq, _)| *seq <= batch.released) {
             self.unreleased.pop_front();
         }
-        self.batch = batch.entries;
+        // What is left has to be met, even if it comes where it should not.
+        self.batch.drain(..self.offset);
+        self.batch.extend_from_slice(&batch.entries);
         self.offset = 0;
         Ok(true)
     }
@@ -157,6 +167,15 @@ impl<S: BatchSource> Follow<S> {
         }
     }
 
+    /// The primary's guest has left this boundary; this one has to be able to.
+    fn enter(&self, machine: &Machine) -> Result<Next, RunError> {
+        if machine.waiting() {
+            let expected = "a guest that runs on".to_owned();
+            return Err(self.diverged(machine, expected, "a halted guest with no interrupt".into()));
+        }
+        Ok(Next::Enter)
+    }
+
     fn diverged(&self, machine: &Machine, expected: String, found: String) -> RunError {
         RunError::Diverged(self.recent.diverged(machine, expected, found))
     }
@@ -180,9 +199,17 @@ impl<S: BatchSource> Clock for Follow<S> {
         }
     }
 
+    fn may_handle(&mut self, anchor: u64) -> Result<bool, RunError> {
+        while self.reached < anchor {
+            if !self.fetch()? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     fn kicked(&mut self) -> Result<(), RunError> {
-        // The primary has reached the next anchor, so this guest will.
-        Ok(())
+        if self.source.stopped() { Err(RunError::StopRequested) } else { Ok(()) }
     }
 }
 
@@ -197,22 +224,23 @@ impl<S: BatchSource> Door for Follow<S> {
                 self.publish(machine, effects)?;
             }
             if self.reached > machine.anchors() {
-                if machine.waiting() {
-                    let expected = format!("a guest that runs on to anchor {}", self.reached);
-                    return Err(self.diverged(machine, expected, "a halted guest with no interrupt".into()));
-                }
-                return Ok(Next::Enter);
+                return self.enter(machine);
             }
             // Everything up to here has been executed, so nothing may be left of what was logged up to here.
             if let Some(entry) = self.ahead.take() {
                 let found = "a guest that did not ask for it".to_owned();
                 return Err(self.diverged(machine, describe(&entry), found));
             }
+            if self.running && self.reached == machine.anchors() {
+                return self.enter(machine);
+            }
             if !self.fetch()? {
                 return Ok(Next::Stop(Stopped::LogEnded));
             }
         }
     }
+
+    fn entering(&mut self, _: &Machine) {}
 
     fn publish(&mut self, _: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
         for effect in effects.drain(..) {

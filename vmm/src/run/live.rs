@@ -32,6 +32,8 @@ pub trait LogSink {
     fn record(&mut self, entry: &Entry) -> Result<(), RunError>;
     /// The log is complete up to the machine's boundary; `effects` may go once that is safe.
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError>;
+    /// No event follows at the machine's boundary: the guest leaves it now.
+    fn entering(&mut self, _: &Machine) {}
     /// A chance to look after the log's other end. The machine stands at a boundary. True: a snapshot was
     /// taken here and the log starts anew.
     fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError>;
@@ -171,6 +173,10 @@ impl<L: LogSink> Clock for Live<L> {
         Ok(now)
     }
 
+    fn may_handle(&mut self, _: u64) -> Result<bool, RunError> {
+        Ok(true)
+    }
+
     fn kicked(&mut self) -> Result<(), RunError> {
         if self.stop.load(Ordering::Relaxed) && self.log.may_break_off() {
             return Err(RunError::StopRequested);
@@ -198,6 +204,10 @@ impl<L: LogSink> Door for Live<L> {
                 self.wait(machine);
             }
         }
+    }
+
+    fn entering(&mut self, machine: &Machine) {
+        self.log.entering(machine);
     }
 
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {

@@ -31,6 +31,8 @@ pub use live::{HostTime, INBOX_EVENTS, Live, LogSink};
 pub trait Door: Clock<Error = RunError> {
     /// Applies the events of the machine's present boundary. Waits while the guest is halted.
     fn boundary(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<Next, RunError>;
+    /// The guest leaves the boundary now.
+    fn entering(&mut self, machine: &Machine);
     /// The machine stands at a boundary with its last exit handled: takes what it produced.
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError>;
     /// The guest was broken off between two anchors, on request.
@@ -55,7 +57,8 @@ pub enum Stopped {
     GuestEnded(GuestEnd),
     /// Somebody asked the monitor to stop.
     Requested,
-    /// Followers only: every entry of the log has been applied and there will be no more.
+    /// Followers only: every entry of the log has been applied and there will be no more. The guest may stand
+    /// at an exit that the log does not cover, and that is still to be handled.
     LogEnded,
     /// Followers only: the recording's end was reached and every digest was equal.
     ReplayEqual,
@@ -111,8 +114,10 @@ pub fn run<D: Door>(machine: &mut Machine, door: &mut D) -> Result<Stopped, RunE
         if !effects.is_empty() {
             door.publish(machine, &mut effects)?;
         }
+        door.entering(machine);
         match machine.run_to_anchor(door, &mut effects) {
-            Ok(()) => {}
+            Ok(true) => {}
+            Ok(false) => return Ok(Stopped::LogEnded),
             Err(RunError::StopRequested) => {
                 // Between two anchors: the log is complete up to the last one, and ends there.
                 door.broken_off(machine)?;
