@@ -331,13 +331,17 @@ impl FromPrimary {
 
 impl BatchSource for FromPrimary {
     fn next(&mut self) -> Result<Option<Batch>, RunError> {
+        self.caught_up();
+        Ok(self.inflow.pop())
+    }
+
+    fn caught_up(&mut self) {
         let executed = self.inflow.executed.load(Ordering::SeqCst);
         if self.inflow.is_empty() && executed > self.told {
             self.told = executed;
             // So that the primary does not take an idle backup for a slow one. A broken link ends the inflow.
             let _ = self.inflow.acknowledge();
         }
-        Ok(self.inflow.pop())
     }
 
     fn stopped(&self) -> bool {

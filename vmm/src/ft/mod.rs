@@ -8,7 +8,7 @@
 //!   vCPU thread ─ PairLog ─ Link ── sender ──TCP──> receiver ── Batch queue ── Follow ─ vCPU thread
 //!        │                    └──── acks  <──TCP── (received, executed) ┘
 //!        └─ effects ─ OutputGate ── released when acknowledged and the lease holds
-//!   Pulse <────────────────────── UDP heartbeats ──────────────────────> Pulse
+//!   Heartbeats <───────────────── UDP heartbeats ─────────────────> Heartbeats
 //!   Supervisor ── silence or a closed link ── claim(view + 1) ── won: alone / live; lost: stop
 //! ```
 

@@ -20,6 +20,8 @@ pub trait BatchSource {
     fn next(&mut self) -> Result<Option<Batch>, RunError>;
     /// The guest stands at `anchor` and has seen `time`.
     fn executed(&mut self, anchor: u64, time: GuestTime);
+    /// The guest leaves the last boundary that there is a log of; its next exit may be far away.
+    fn caught_up(&mut self) {}
     /// Somebody asked the monitor to stop: it does not wait for the guest's next exit.
     fn stopped(&self) -> bool {
         false
@@ -232,6 +234,7 @@ impl<S: BatchSource> Door for Follow<S> {
                 return Err(self.diverged(machine, describe(&entry), found));
             }
             if self.running && self.reached == machine.anchors() {
+                self.source.caught_up();
                 return self.enter(machine);
             }
             if !self.fetch()? {
