@@ -3,12 +3,14 @@
 //! Owns: what a snapshot consists of (configuration, machine, memory). Must never: run the guest.
 //! The container's layout is `ft_log`'s; see docs/log-format.md.
 
+use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 
 use devices::Payload;
 use ft_log::{Cursor, PAGE_BYTES, SnapshotPart, SnapshotReader, SnapshotWriter};
 use thiserror::Error;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::guest::{GuestConfig, GuestError};
 use crate::kvm::{Kvm, KvmError};
@@ -61,23 +63,58 @@ pub fn save<W: Write>(
     let total_bytes: u64 = machine.ram().iter().map(GuestMemoryRegion::len).sum();
     let mut done_bytes = 0;
     let mut chunk = vec![0; CHUNK_BYTES];
+    let touched = Touched::open();
     for region in machine.ram().iter() {
         let mut offset = 0;
         while offset < region.len() {
             let take = (region.len() - offset).min(CHUNK_BYTES as u64);
             let gpa = region.start_addr().raw_value() + offset;
-            let piece = &mut chunk[..take as usize];
-            machine
-                .ram()
-                .read_slice(piece, GuestAddress(gpa))
-                .map_err(|error| SnapshotError::Memory { gpa, reason: error.to_string() })?;
-            writer.memory(gpa, piece)?;
+            let unreachable = |reason: String| SnapshotError::Memory { gpa, reason };
+            let address = region
+                .get_host_address(MemoryRegionAddress(offset))
+                .map_err(|error| unreachable(error.to_string()))?;
+            if touched.any(address as u64, take) {
+                let piece = &mut chunk[..take as usize];
+                machine
+                    .ram()
+                    .read_slice(piece, GuestAddress(gpa))
+                    .map_err(|error| unreachable(error.to_string()))?;
+                writer.memory(gpa, piece)?;
+            }
             offset += take;
             done_bytes += take;
             progress(done_bytes, total_bytes);
         }
     }
     Ok(writer.finish()?)
+}
+
+/// Knows which memory of this process has ever been touched. What has not is all zero, and reading it would cost
+/// a page fault for each page.
+struct Touched(Option<File>);
+
+impl Touched {
+    const ENTRY_BYTES: u64 = 8;
+    /// Present, or swapped out (Linux, Documentation/admin-guide/mm/pagemap.rst).
+    const PRESENT_OR_SWAPPED: u64 = 3 << 62;
+
+    fn open() -> Self {
+        Self(File::open("/proc/self/pagemap").ok())
+    }
+
+    /// May any of the `len` bytes at `address`, whole pages, be other than zero?
+    fn any(&self, address: u64, len: u64) -> bool {
+        let Some(pagemap) = &self.0 else { return true };
+        let mut entries = vec![0; (len / PAGE_BYTES as u64 * Self::ENTRY_BYTES) as usize];
+        if pagemap.read_exact_at(&mut entries, address / PAGE_BYTES as u64 * Self::ENTRY_BYTES).is_err() {
+            return true;
+        }
+        entries.chunks_exact(Self::ENTRY_BYTES as usize).any(|entry| {
+            let mut word = [0; Self::ENTRY_BYTES as usize];
+            word.copy_from_slice(entry);
+            u64::from_le_bytes(word) & Self::PRESENT_OR_SWAPPED != 0
+        })
+    }
 }
 
 /// Where the log goes on behind a snapshot of `machine`.
@@ -117,4 +154,25 @@ pub fn load<R: Read>(
     let vcpu = vm.create_vcpu(&config.cpuid()?)?;
     let machine = Machine::load(vm, vcpu, ram, &config.board, &payloads)?;
     Ok((config, machine))
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+
+    #[test]
+    fn memory_that_was_never_written_is_known_to_be_zero() {
+        const LEN: usize = 64 << 20;
+        let ram: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), LEN)]).unwrap();
+        let address = ram.get_host_address(GuestAddress(0)).unwrap() as u64;
+        let touched = Touched::open();
+        assert!(!touched.any(address, LEN as u64));
+        let page = (LEN - PAGE_BYTES) as u64;
+        ram.write_obj(1_u8, GuestAddress(page)).unwrap();
+        assert!(touched.any(address, LEN as u64));
+        assert!(touched.any(address + page, PAGE_BYTES as u64));
+        assert!(!touched.any(address, PAGE_BYTES as u64), "the other end is as it was");
+    }
 }
