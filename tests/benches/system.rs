@@ -320,14 +320,15 @@ fn log(site: &mut Site) -> Outcome {
 struct Takeovers {
     client: Client,
     started: Instant,
-    failed_at: Vec<Duration>,
+    /// When the primary failed, and when the client was served again.
+    failures: Vec<(Duration, Duration)>,
     noticed_ms: Vec<f64>,
 }
 
 impl Takeovers {
     fn start(site: &Site) -> Outcome<Takeovers> {
         let client = site.client(Config { window: 1, value_len: 100, ..Config::default() })?;
-        Ok(Takeovers { client, started: Instant::now(), failed_at: Vec::new(), noticed_ms: Vec::new() })
+        Ok(Takeovers { client, started: Instant::now(), failures: Vec::new(), noticed_ms: Vec::new() })
     }
 
     fn more_replies(&self, count: usize) -> Outcome {
@@ -338,22 +339,24 @@ impl Takeovers {
     /// Makes the primary fail by `fail`, and waits until the client is served again.
     fn take_over(&mut self, backup: &Monitor, fail: impl FnOnce() -> Outcome) -> Outcome {
         self.more_replies(50)?;
-        self.failed_at.push(self.started.elapsed());
+        let failed_at = self.started.elapsed();
         fail()?;
         let line = backup.wait_for_line(TAKEOVER, SHORT)?;
         self.noticed_ms.push(field(&line, "took_ms").ok_or("no took_ms")? as f64);
-        self.more_replies(20)
+        self.more_replies(20)?;
+        // Later, the next backup joins: the guest stands still for its snapshot, which is another figure.
+        self.failures.push((failed_at, self.started.elapsed()));
+        Ok(())
     }
 
     fn rows(mut self, site: &Site, what: &str) -> Outcome {
         let report = self.client.stop(SHORT);
         site.check(&report)?;
-        let gap = |(index, at): (usize, &Duration)| {
-            let next = self.failed_at.get(index + 1).copied().unwrap_or(Duration::MAX);
-            let samples = report.samples.iter().filter(|sample| sample.sent < next).cloned();
-            Gaps::of(&samples.collect::<Vec<_>>(), *at).after_ms
+        let gap = |(failed_at, served_at): &(Duration, Duration)| {
+            let samples = report.samples.iter().filter(|sample| sample.sent < *served_at).cloned();
+            Gaps::of(&samples.collect::<Vec<_>>(), *failed_at).after_ms
         };
-        let mut blackouts: Vec<f64> = self.failed_at.iter().enumerate().map(gap).collect();
+        let mut blackouts: Vec<f64> = self.failures.iter().map(gap).collect();
         row(&format!("blackout after {what}"), &spread_text(&mut blackouts, "ms"));
         row(&format!("from noticing to running, after {what}"), &spread_text(&mut self.noticed_ms, "ms"));
         row(&format!("requests lost / repeated / out of order, {what}"), "0 / 0 / 0");

@@ -62,6 +62,16 @@ impl QemuMachine {
         for (link, tap) in Link::ALL.into_iter().zip(&taps) {
             net.ip(&format!("tuntap add mode tap name {tap}"))?;
             net.ip(&format!("link set {tap} master {} up", link.bridge()))?;
+            if link == Link::Ctl {
+                // A question after a dead host's address would go unanswered until the host is back, and then be
+                // given up.
+                net.ip(&format!(
+                    "neigh replace {} lladdr {} dev {} nud permanent",
+                    link.host_address(config.index),
+                    mac(link, config.index),
+                    link.bridge()
+                ))?;
+            }
             command.arg("-netdev").arg(format!("tap,id={tap},ifname={tap},script=no,downscript=no"));
             command
                 .arg("-device")
