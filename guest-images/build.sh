@@ -115,11 +115,11 @@ build_images() {
     local kernel bin key name
     need cargo apt-get apt-cache dpkg depmod modprobe busybox cpio gzip strip
     kernel=$(kernel_dir)
-    (cd "$root" && cargo build -q --release -p vmft-demo -p vmft-tests --bin vmft-demo --bin vmft-agent) >&2 ||
-        die "cargo cannot build vmft-demo and vmft-agent"
+    (cd "$root" && cargo build -q --release -p vmft-demo -p vmft-tests --bin vmft-demo --bin vmft-compute --bin vmft-agent) >&2 ||
+        die "cargo cannot build the programs of the images"
     bin=${CARGO_TARGET_DIR:-$root/target}/x86_64-unknown-linux-gnu/release
     key=$( (basename "$kernel"; cat "$here/build.sh" "$here/manifest.toml" "$here"/init/* \
-        "$(command -v busybox)" "$bin/vmft-agent" "$bin/vmft-demo") | sha256sum | cut -c1-16)
+        "$(command -v busybox)" "$bin/vmft-agent" "$bin/vmft-demo" "$bin/vmft-compute") | sha256sum | cut -c1-16)
     name=images-$key
     if [ ! -d "$cache/$name" ]; then
         begin
@@ -128,6 +128,7 @@ build_images() {
         tree_with_busybox "$work/guest" "$here/init/guest"
         strip -o "$work/host/bin/vmft-agent" "$bin/vmft-agent"
         strip -o "$work/guest/bin/vmft-demo" "$bin/vmft-demo"
+        strip -o "$work/guest/bin/vmft-compute" "$bin/vmft-compute"
         cp "$work/host/bin/vmft-agent" "$work/guest/bin/vmft-demo" "$work/"
         # shellcheck disable=SC2046 # the manifest's lists are words
         add_modules "$work/host" "$kernel" $(setting host)

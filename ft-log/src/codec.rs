@@ -14,6 +14,7 @@
 //!                 6 PowerButton
 //!                 7 Check        u32 digest
 //!                 8 End          u64 registers, u64 memory, u64 devices
+//!                 9 Stop         u8 position: 1 checkpoint
 //! ```
 //!
 //! States of both: open (any entry) until an `End`, then ended (no entry). An entry that is refused leaves
@@ -27,7 +28,7 @@ use crate::event::{
     DiskStatus, Event, GuestTime, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES,
 };
 use crate::fields::{check_len, get_bytes, get_u8, get_u32, get_u64, get_varint, put_bytes, put_varint};
-use crate::record::{Cursor, Entry};
+use crate::record::{Cursor, Entry, Position};
 
 const TAG_TICK: u8 = 1;
 const TAG_FRAME: u8 = 2;
@@ -37,6 +38,7 @@ const TAG_ENTROPY: u8 = 5;
 const TAG_POWER_BUTTON: u8 = 6;
 const TAG_CHECK: u8 = 7;
 const TAG_END: u8 = 8;
+const TAG_STOP: u8 = 9;
 
 const TAG_BITS: u32 = 4;
 const ANCHOR_SHIFT: u32 = 1 + TAG_BITS;
@@ -93,6 +95,10 @@ impl Encoder {
             Entry::Check { anchor, digest } => {
                 self.put_head(TAG_CHECK, *anchor)?;
                 self.out.extend_from_slice(&digest.to_le_bytes());
+            }
+            Entry::Stop { anchor, position } => {
+                self.put_head(TAG_STOP, *anchor)?;
+                self.out.push(*position as u8);
             }
             Entry::End { anchor, digest } => {
                 self.put_head(TAG_END, *anchor)?;
@@ -259,6 +265,13 @@ fn get_tagged(tag: u8, cursor: &mut Cursor, input: &mut &[u8]) -> Result<Entry, 
         TAG_ENTROPY => Event::Entropy { data: get_bytes(input, ENTROPY, MAX_ENTROPY_BYTES)?.to_vec() },
         TAG_POWER_BUTTON => Event::PowerButton,
         TAG_CHECK => return Ok(Entry::Check { anchor, digest: get_u32(input, "register digest")? }),
+        TAG_STOP => {
+            let position = match get_u8(input, "position")? {
+                tag if tag == Position::Checkpoint as u8 => Position::Checkpoint,
+                tag => return Err(LogError::UnknownTag { what: "position", tag }),
+            };
+            return Ok(Entry::Stop { anchor, position });
+        }
         TAG_END => {
             let digest = StateDigest {
                 registers: get_u64(input, "digest of registers")?,

@@ -3,9 +3,9 @@
 //! No KVM, no threads, no clock: sockets and files come in as `Read` and `Write`.
 //!
 //! ```text
-//! Event ─ record ─ codec ─┐                      ┌─ TCP connection (session: who, in which order)
-//!                         ├─ message ─ stream ───┤
-//! machine ─── snapshot ───┘                      └─ segment: recording file
+//! Event ─ record ─ codec ─────┐                      ┌─ TCP connection (session: who, in which order)
+//! guest at a stop ─ checkpoint ├─ message ─ stream ───┤
+//! machine ─── snapshot ────────┘                      └─ segment: recording file
 //! heartbeat: UDP, on its own
 //! ```
 //!
@@ -14,6 +14,7 @@
 //! never valid, numbers are little-endian. The layouts are in `docs/log-format.md`; a change to one changes
 //! its version, that document and the change log together.
 
+mod checkpoint;
 mod clock;
 mod codec;
 mod digest;
@@ -28,6 +29,10 @@ mod session;
 mod snapshot;
 mod stream;
 
+pub use checkpoint::{
+    Checkpoint, CheckpointDecoder, CheckpointEncoder, CheckpointError, MAX_STATE_BYTES, Pages,
+    REMEMBERED_PAGES,
+};
 pub use clock::{CLOCK_TOLERANCE, ClockModel};
 pub use codec::{Decoder, Encoder, MAX_ENTRY_BYTES};
 pub use digest::StateDigest;
@@ -37,10 +42,10 @@ pub use event::{
 };
 pub use heartbeat::{HEARTBEAT_BYTES, HEARTBEAT_VERSION, Heartbeat, HeartbeatError, Role, guest_name_hash};
 pub use message::{
-    Ack, Batch, ByeReason, MAX_BATCH_ENTRIES_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES, MAX_TEXT_BYTES,
-    Message, MessageKind,
+    Ack, Batch, ByeReason, LogPart, MAX_BATCH_ENTRIES_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES,
+    MAX_TEXT_BYTES, Message, MessageKind,
 };
-pub use record::{Cursor, Entry};
+pub use record::{Cursor, Entry, Position};
 pub use segment::{RECORDING_MAGIC, RECORDING_VERSION, RecordingError, RecordingReader, RecordingWriter};
 pub use session::{
     BatchReceiver, BatchSender, CpuIdentity, Expected, Hello, Mismatch, SequenceError, Welcome, check_hello,

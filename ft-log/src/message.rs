@@ -38,6 +38,8 @@ pub enum Message {
     Snapshot(Vec<u8>),
     /// The snapshot container is complete.
     SnapshotEnd,
+    /// A piece of a checkpoint; the batch with its `Stop` follows.
+    Checkpoint(Vec<u8>),
     /// Entries of the log.
     Batch(Batch),
     /// How far the backup is.
@@ -58,12 +60,19 @@ pub struct Batch {
     pub seq: u64,
     /// The last anchor whose exit is completely logged. A follower may handle exit k only when `reached >= k`.
     pub reached: u64,
-    /// No event follows at boundary `reached`: the guest has left it. So may a follower, up to the next exit.
-    pub running: bool,
     /// Outputs up to this batch were let out; 0 if none were. At most `seq`.
     pub released: u64,
     /// Encoded entries, at most [`MAX_BATCH_ENTRIES_BYTES`]; may be empty.
     pub entries: Vec<u8>,
+}
+
+/// What a follower reads behind the snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LogPart {
+    /// A piece of a checkpoint, for a [`crate::CheckpointDecoder`].
+    Checkpoint(Vec<u8>),
+    /// Entries.
+    Batch(Batch),
 }
 
 /// How far a backup is.
@@ -129,10 +138,12 @@ pub enum MessageKind {
     Ack = 7,
     /// [`Message::Bye`]
     Bye = 8,
+    /// [`Message::Checkpoint`]
+    Checkpoint = 9,
 }
 
 impl MessageKind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Hello,
         Self::Welcome,
         Self::Refuse,
@@ -141,6 +152,7 @@ impl MessageKind {
         Self::Batch,
         Self::Ack,
         Self::Bye,
+        Self::Checkpoint,
     ];
 
     pub(crate) fn from_tag(tag: u8) -> Option<Self> {
@@ -158,6 +170,7 @@ impl MessageKind {
             Self::Batch => "Batch",
             Self::Ack => "Ack",
             Self::Bye => "Bye",
+            Self::Checkpoint => "Checkpoint",
         }
     }
 }
@@ -174,6 +187,7 @@ impl Message {
             Self::Batch(_) => MessageKind::Batch,
             Self::Ack(_) => MessageKind::Ack,
             Self::Bye { .. } => MessageKind::Bye,
+            Self::Checkpoint(_) => MessageKind::Checkpoint,
         }
     }
 
@@ -183,7 +197,7 @@ impl Message {
             Self::Hello(hello) => put_hello(out, hello),
             Self::Welcome(welcome) => put_welcome(out, welcome),
             Self::Refuse { reason } => put_bytes(out, "reason", reason.as_bytes(), MAX_TEXT_BYTES),
-            Self::Snapshot(chunk) => {
+            Self::Snapshot(chunk) | Self::Checkpoint(chunk) => {
                 out.extend_from_slice(chunk);
                 Ok(())
             }
@@ -210,6 +224,7 @@ impl Message {
             MessageKind::Welcome => Self::Welcome(get_welcome(input)?),
             MessageKind::Refuse => Self::Refuse { reason: get_text(input, "reason", MAX_TEXT_BYTES)? },
             MessageKind::Snapshot => Self::Snapshot(std::mem::take(input).to_vec()),
+            MessageKind::Checkpoint => Self::Checkpoint(std::mem::take(input).to_vec()),
             MessageKind::SnapshotEnd => Self::SnapshotEnd,
             MessageKind::Batch => Self::Batch(get_batch(input)?),
             MessageKind::Ack => Self::Ack(Ack {
@@ -311,13 +326,13 @@ fn get_welcome(input: &mut &[u8]) -> Result<Welcome, LogError> {
     })
 }
 
-/// `released` follows `seq` closely, so the distance is stored, together with `running`: one byte instead of four.
+/// `released` follows `seq` closely, so the distance is stored: one byte instead of four.
 fn put_batch(out: &mut Vec<u8>, batch: &Batch) -> Result<(), LogError> {
-    let unreleased = batch.seq.checked_sub(batch.released).and_then(|batches| batches.checked_mul(2));
-    let unreleased = unreleased.ok_or(LogError::Overflow { what: "released batch" })?;
+    let unreleased =
+        batch.seq.checked_sub(batch.released).ok_or(LogError::Overflow { what: "released batch" })?;
     put_varint(out, batch.seq);
     put_varint(out, batch.reached);
-    put_varint(out, unreleased | u64::from(batch.running));
+    put_varint(out, unreleased);
     check_len("entries", batch.entries.len() as u64, MAX_BATCH_ENTRIES_BYTES)?;
     out.extend_from_slice(&batch.entries);
     Ok(())
@@ -327,8 +342,7 @@ fn get_batch(input: &mut &[u8]) -> Result<Batch, LogError> {
     let seq = get_varint(input, "batch number")?;
     let reached = get_varint(input, "reached anchor")?;
     let unreleased = get_varint(input, "unreleased batches")?;
-    let (unreleased, running) = (unreleased / 2, unreleased % 2 == 1);
     let released = seq.checked_sub(unreleased).ok_or(LogError::Overflow { what: "unreleased batches" })?;
     check_len("entries", input.len() as u64, MAX_BATCH_ENTRIES_BYTES)?;
-    Ok(Batch { seq, reached, running, released, entries: std::mem::take(input).to_vec() })
+    Ok(Batch { seq, reached, released, entries: std::mem::take(input).to_vec() })
 }

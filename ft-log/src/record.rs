@@ -8,8 +8,8 @@ use crate::event::{Event, GuestTime};
 
 /// One step of the guest's history that its own state does not determine.
 ///
-/// `anchor` counts the exits that the guest's own instructions caused since the guest's start; "at anchor
-/// k" means the boundary after exit k was handled. Anchors and times never go back from entry to entry.
+/// `anchor` counts the exits that the guest's own instructions caused since the guest's start, and the forced stops;
+/// "at anchor k" means the boundary after exit k was handled. Anchors and times never go back from entry to entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// The guest read a clock and got `now`. Its own exit asks for it, so the order is its position.
@@ -33,6 +33,14 @@ pub enum Entry {
         /// Rolling digest of the registers at every anchor so far.
         digest: u32,
     },
+    /// The guest was stopped between two of its own exits, so that an event could reach it. That counts as an
+    /// anchor: `anchor` is one more than the guest had.
+    Stop {
+        /// The boundary that the stop makes.
+        anchor: u64,
+        /// Where it is.
+        position: Position,
+    },
     /// The log ends here; nothing follows.
     End {
         /// The last boundary.
@@ -42,6 +50,14 @@ pub enum Entry {
     },
 }
 
+/// How a follower finds the instruction of a forced stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Position {
+    /// It does not run there, but loads the next [`crate::Checkpoint`] that the log holds.
+    Checkpoint = 1,
+}
+
 /// Where a log stands: what the next entry's deltas are relative to.
 ///
 /// Encoder and decoder start from the values that belong to the snapshot, and move alike.
@@ -49,6 +65,6 @@ pub enum Entry {
 pub struct Cursor {
     /// Time of the last `Clock` or `Tick`.
     pub time: GuestTime,
-    /// Anchor of the last `Event`, `Check` or `End`.
+    /// Anchor of the last entry that has one.
     pub anchor: u64,
 }

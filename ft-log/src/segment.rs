@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! magic "VMFTREC\0" | version u32 | frames: Snapshot.., SnapshotEnd, Batch 1, 2, .., Bye(RecordingEnd)
+//!                                          with Checkpoint.. before the batch that holds its stop
 //! ```
 //!
 //! States on disk: `FILE.incomplete` while it is written, or if the monitor died; `FILE` when it is whole.
@@ -16,14 +17,14 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::message::{Batch, ByeReason, Message};
+use crate::message::{Batch, ByeReason, LogPart, Message};
 use crate::session::{BatchReceiver, SequenceError};
 use crate::stream::{
     FrameReader, FrameWriter, SnapshotSink, SnapshotSource, StreamError, header, read_header,
 };
 
 /// Version of the file: of its frames, the entries and the snapshot in it.
-pub const RECORDING_VERSION: u32 = 2;
+pub const RECORDING_VERSION: u32 = 3;
 /// First bytes of the file.
 pub const RECORDING_MAGIC: [u8; 8] = *b"VMFTREC\0";
 
@@ -152,6 +153,14 @@ impl RecordingWriter {
         self.send(&Message::Batch(batch))
     }
 
+    /// Adds a piece of a checkpoint; the batch with its stop follows.
+    ///
+    /// # Errors
+    /// As [`RecordingWriter::batch`].
+    pub fn checkpoint(&mut self, piece: Vec<u8>) -> Result<(), RecordingError> {
+        self.send(&Message::Checkpoint(piece))
+    }
+
     /// Marks the file as whole, makes it durable and gives it its name.
     ///
     /// # Errors
@@ -188,7 +197,7 @@ fn io_error(action: &'static str, path: &Path, source: io::Error) -> RecordingEr
     RecordingError::Io { action, path: path.into(), source }
 }
 
-/// Reads a recording: first the snapshot, then batches.
+/// Reads a recording: first the snapshot, then the log.
 ///
 /// A file that is cut off reads well up to the cut, so that what there is can be looked at.
 #[derive(Debug)]
@@ -242,11 +251,11 @@ impl<R: Read> RecordingReader<R> {
         self.frames.snapshot()
     }
 
-    /// The next batch, or `None` at the end of a whole recording.
+    /// The next part of the log, or `None` at the end of a whole recording.
     ///
     /// # Errors
     /// [`RecordingError::Truncated`] where a recording that is not whole ends.
-    pub fn next_batch(&mut self) -> Result<Option<Batch>, RecordingError> {
+    pub fn next_part(&mut self) -> Result<Option<LogPart>, RecordingError> {
         if self.ended {
             return Ok(None);
         }
@@ -255,8 +264,9 @@ impl<R: Read> RecordingReader<R> {
                 self.sequence
                     .accept(&batch)
                     .map_err(|source| RecordingError::Sequence { path: self.path.clone(), source })?;
-                Ok(Some(batch))
+                Ok(Some(LogPart::Batch(batch)))
             }
+            Some(Message::Checkpoint(piece)) => Ok(Some(LogPart::Checkpoint(piece))),
             Some(Message::Bye { reason: ByeReason::RecordingEnd, .. }) => {
                 if let Some(message) = self.receive()? {
                     return Err(self.unexpected("the end of the file", &message));

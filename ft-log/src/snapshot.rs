@@ -123,8 +123,7 @@ impl<W: Write> SnapshotWriter<W> {
     /// # Errors
     /// The stream's error, as for every other method.
     pub fn new(out: W) -> Result<Self, SnapshotError> {
-        let packed = vec![0; lz4_flex::block::get_maximum_output_size(MAX_RUN_PAGES * PAGE_BYTES)];
-        let mut writer = Self { out, crc: crc32fast::Hasher::new(), packed };
+        let mut writer = Self { out, crc: crc32fast::Hasher::new(), packed: Vec::new() };
         writer.put(&header(SNAPSHOT_MAGIC, SNAPSHOT_VERSION))?;
         Ok(writer)
     }
@@ -172,6 +171,7 @@ impl<W: Write> SnapshotWriter<W> {
 
     fn pages(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), SnapshotError> {
         let mut packed = std::mem::take(&mut self.packed);
+        packed.resize(lz4_flex::block::get_maximum_output_size(MAX_RUN_PAGES * PAGE_BYTES), 0);
         // The buffer has the largest size that compression can ask for; if it failed, raw is as good.
         let packed_len = lz4_flex::block::compress_into(bytes, &mut packed).unwrap_or(usize::MAX);
         let (packing, stored) = match packed.get(..packed_len) {
@@ -219,7 +219,7 @@ fn check_range(gpa: u64, len_bytes: usize) -> Result<(), SnapshotError> {
 }
 
 /// Whole lines at a time, which the compiler turns into vector instructions.
-fn is_zero(page: &[u8; PAGE_BYTES]) -> bool {
+pub(crate) fn is_zero(page: &[u8; PAGE_BYTES]) -> bool {
     page.as_chunks::<128>().0.iter().all(|line| {
         line.as_chunks::<16>().0.iter().fold(0, |all, word| all | u128::from_ne_bytes(*word)) == 0
     })

@@ -8,10 +8,10 @@ use std::error::Error;
 use std::io::{Cursor as Bytes, Read, Write};
 
 use ft_log::{
-    Batch, ByeReason, Cursor, Decoder, Encoder, Entry, Event, FrameReader, FrameWriter, GuestTime, Heartbeat,
-    HeartbeatError, LogError, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES,
-    MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message, PAGE_BYTES, SnapshotError, SnapshotReader, SnapshotWriter,
-    StateDigest, StreamError, read_preamble,
+    Batch, ByeReason, CheckpointDecoder, Cursor, Decoder, Encoder, Entry, Event, FrameReader, FrameWriter,
+    GuestTime, Heartbeat, HeartbeatError, LogError, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES,
+    MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message, PAGE_BYTES, SnapshotError, SnapshotReader,
+    SnapshotWriter, StateDigest, StreamError, read_preamble,
 };
 
 fn encoded(entries: &[Entry]) -> Vec<u8> {
@@ -96,13 +96,17 @@ fn numbers_that_overflow_are_refused() {
 
 #[test]
 fn unknown_entry_tags_and_statuses_are_refused() {
-    for tag in [0u8, 9, 10, 11, 12, 13, 14, 15] {
+    for tag in [0u8, 10, 11, 12, 13, 14, 15] {
         let refused = first(common::START, &[tag << 1 | 1, 0, 0, 0, 0]);
         assert_eq!(refused, Err(LogError::UnknownTag { what: "entry tag", tag }));
     }
     for tag in [0, 3] {
         let refused = first(common::START, &[3 << 1 | 1, 1, tag, 0]);
         assert_eq!(refused, Err(LogError::UnknownTag { what: "disk status", tag }));
+    }
+    for tag in [0, 2] {
+        let refused = first(common::START, &[9 << 1 | 1, tag]);
+        assert_eq!(refused, Err(LogError::UnknownTag { what: "position", tag }));
     }
 }
 
@@ -163,13 +167,7 @@ fn an_encoder_is_full_before_a_batch_is_too_long() {
         pushed += 1;
     }
     assert_eq!(pushed, 1);
-    let batch = Batch {
-        seq: u64::MAX,
-        reached: u64::MAX,
-        running: true,
-        released: u64::MAX / 2 + 1,
-        entries: encoder.take(),
-    };
+    let batch = Batch { seq: u64::MAX, reached: u64::MAX, released: 0, entries: encoder.take() };
     assert!(frame(&Message::Batch(batch)).len() < MAX_MESSAGE_BYTES);
 }
 
@@ -195,7 +193,7 @@ fn payloads_cut_at_any_byte_are_refused() {
         let payload = &bytes[12..];
         // These carry bytes of any length at their end.
         let open_end = match &message {
-            Message::Snapshot(_) => payload.len(),
+            Message::Snapshot(_) | Message::Checkpoint(_) => payload.len(),
             Message::Batch(batch) => batch.entries.len(),
             _ => 0,
         };
@@ -229,7 +227,7 @@ fn a_flipped_bit_anywhere_in_a_frame_is_noticed() {
 #[test]
 fn frame_headers_are_refused_by_name() {
     assert_eq!(refusal(&forged(0, 1, 0, &[])), "The frame kind 0 is not known");
-    assert_eq!(refusal(&forged(9, 1, 0, &[])), "The frame kind 9 is not known");
+    assert_eq!(refusal(&forged(10, 1, 0, &[])), "The frame kind 10 is not known");
     assert_eq!(refusal(&forged(5, 2, 0, &[])), "The frame has version 2, this monitor knows 1");
     assert_eq!(refusal(&forged(5, 1, 0x100, &[])), "The reserved field of a frame is 0x0100, it must be 0");
     let mut long = forged(4, 1, 0, &[]);
@@ -292,7 +290,7 @@ fn a_snapshot_that_the_peer_breaks_off_says_why() {
 #[test]
 fn a_peer_of_another_version_is_refused_by_name() {
     let refused = read_preamble(&mut &b"VMFTLINK\x07\0\0\0"[..]).unwrap_err();
-    assert_eq!(refused.to_string(), "The peer speaks protocol version 7, this monitor speaks 2");
+    assert_eq!(refused.to_string(), "The peer speaks protocol version 7, this monitor speaks 3");
     let refused = read_preamble(&mut &b"GET / HT\x01\0\0\0"[..]).unwrap_err();
     assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
     assert!(matches!(read_preamble(&mut &b"VMFTLINK\x01\0\0"[..]), Err(StreamError::Io(_))));
@@ -404,4 +402,36 @@ fn an_invalid_message_keeps_its_cause() {
     let error = FrameReader::new(&forged(8, 1, 0, &[9, 0])[..]).receive().unwrap_err();
     assert_eq!(error.to_string(), "A Bye message is not valid");
     assert_eq!(error.source().unwrap().to_string(), "The reason 9 is not known");
+}
+
+#[test]
+fn checkpoint_parts_are_refused_by_name() {
+    let refused = |bytes: &[u8]| CheckpointDecoder::new(10).accept(bytes).unwrap_err().to_string();
+    // A state of no bytes: an LZ4 block is one token at least.
+    let behind_state = |bytes: &[u8]| refused(&[&[1, 0, 1, 0][..], bytes].concat());
+    assert_eq!(refused(&[0]), "The checkpoint tag 0 is not known");
+    assert_eq!(refused(&[3]), "A checkpoint's end stands where none may");
+    assert_eq!(refused(&[2, 1, 3]), "A checkpoint's page stands where none may");
+    assert_eq!(behind_state(&[1, 0, 1, 0]), "A checkpoint's state stands where none may");
+    assert_eq!(behind_state(&[2, 0, 3]), "A checkpoint's page stands where none may");
+    assert_eq!(behind_state(&[2, 1, 6]), "The page packing 6 is not known");
+    assert_eq!(
+        behind_state(&[2, 1, 2]),
+        "The checkpoint holds a change of page 0x0, which was in none of the last ones"
+    );
+    assert_eq!(
+        behind_state(&[2, 11, 3]),
+        "The checkpoint holds page 0xa, the guest's memory ends before page 0xa"
+    );
+    assert_eq!(behind_state(&[2, 1, 1, 0]), "The bytes end inside the page");
+    assert_eq!(
+        behind_state(&[2, 1, 4, 1, 0]),
+        "The checkpoint's page is damaged: its compressed bytes do not give what they should"
+    );
+    assert_eq!(behind_state(&[3, 0]), "1 bytes follow the last field of the checkpoint");
+    // A state that is only claimed to be long.
+    assert_eq!(
+        refused(&[1, 0x80, 0x80, 0x04, 1, 0]),
+        "The checkpoint's state is damaged: its compressed bytes do not give what they should"
+    );
 }

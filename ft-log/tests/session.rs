@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use ft_log::{
-    Ack, Batch, BatchReceiver, BatchSender, CpuIdentity, Expected, GuestTime, Hello, Mismatch,
+    Ack, Batch, BatchReceiver, BatchSender, CpuIdentity, Expected, GuestTime, Hello, LogPart, Mismatch,
     RecordingError, RecordingReader, RecordingWriter, SequenceError, check_hello,
 };
 
@@ -67,7 +67,7 @@ fn a_backup_that_differs_is_told_in_what() {
 }
 
 fn batch(seq: u64, reached: u64, released: u64) -> Batch {
-    Batch { seq, reached, running: false, released, entries: vec![0x02] }
+    Batch { seq, reached, released, entries: vec![0x02] }
 }
 
 #[test]
@@ -126,7 +126,7 @@ fn replay<R: Read>(mut reader: RecordingReader<R>) -> Result<u64, RecordingError
         assert_eq!(snapshot, b"state");
     }
     let mut batches = 0;
-    while reader.next_batch()?.is_some() {
+    while reader.next_part()?.is_some() {
         batches += 1;
     }
     Ok(batches)
@@ -154,9 +154,9 @@ fn a_recording_that_was_not_finished_is_told_and_still_readable() {
     assert!(matches!(&refused, RecordingError::Incomplete { incomplete: named, .. } if *named == incomplete));
     let mut reader = RecordingReader::open(&incomplete).unwrap();
     reader.snapshot().read_to_end(&mut Vec::new()).unwrap();
-    assert_eq!(reader.next_batch().unwrap(), Some(batch(1, 5, 0)));
-    assert_eq!(reader.next_batch().unwrap(), Some(batch(2, 6, 1)));
-    let cut = reader.next_batch().unwrap_err().to_string();
+    assert_eq!(reader.next_part().unwrap(), Some(LogPart::Batch(batch(1, 5, 0))));
+    assert_eq!(reader.next_part().unwrap(), Some(LogPart::Batch(batch(2, 6, 1))));
+    let cut = reader.next_part().unwrap_err().to_string();
     assert_eq!(cut, format!("{} is cut off after 2 whole batches", incomplete.display()));
 }
 
@@ -207,6 +207,6 @@ fn a_recording_is_written_in_its_order() {
 #[test]
 fn other_files_and_versions_are_refused_by_name() {
     let open = |bytes: &[u8]| RecordingReader::new(bytes, Path::new("run")).unwrap_err().to_string();
-    assert_eq!(open(b"VMFTREC\0\x07\0\0\0"), "run is a recording of version 7, this monitor knows 2");
+    assert_eq!(open(b"VMFTREC\0\x07\0\0\0"), "run is a recording of version 7, this monitor knows 3");
     assert_eq!(open(b"#!/bin/sh\nls"), "run is not a recording: it starts with #!/bin/s");
 }

@@ -19,7 +19,7 @@ fuzz_target!(|input: (Vec<(u8, Vec<u8>)>, &[u8])| {
     let _ = reader.snapshot().read_to_end(&mut Vec::new());
     let mut batches = 0;
     loop {
-        match reader.next_batch() {
+        match reader.next_part() {
             Ok(Some(batch)) => {
                 batches += 1;
                 assert_eq!(batch.seq, batches);

@@ -4,6 +4,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -78,6 +79,25 @@ pub struct GuestArgs {
     /// The guest's name. Both monitors of a pair must use the same.
     #[arg(long, default_value = "guest")]
     pub name: String,
+    /// How events reach the guest.
+    #[command(flatten)]
+    pub delivery: DeliveryArgs,
+}
+
+/// How events reach a live guest.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct DeliveryArgs {
+    /// How long a timer tick, frame or disk completion may wait for the guest's next exit before the guest is
+    /// stopped for it.
+    #[arg(long, value_name = "MS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=1_000))]
+    pub defer_ms: u64,
+}
+
+impl DeliveryArgs {
+    /// How long an event may wait.
+    pub fn budget(self) -> Duration {
+        Duration::from_millis(self.defer_ms)
+    }
 }
 
 /// What both sides of a pair need.
@@ -129,6 +149,9 @@ pub struct BackupArgs {
     /// After a takeover, where a new backup may connect.
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: Option<SocketAddr>,
+    /// How events reach the guest after a takeover.
+    #[command(flatten)]
+    pub delivery: DeliveryArgs,
     /// How long to keep trying to reach the primary.
     #[arg(long, value_name = "MS", default_value_t = 5_000)]
     pub connect_timeout_ms: u64,

@@ -6,10 +6,10 @@
 use std::path::PathBuf;
 
 use devices::{Board, BoardConfig, GuestRam, Payload, virtio_windows};
-use ft_log::CpuIdentity;
+use ft_log::{CpuIdentity, PAGE_BYTES};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Address, GuestMemoryMmap};
 use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -96,6 +96,15 @@ impl GuestConfig {
         let (table, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?)?;
         let cpuid_bytes = table_bytes(&table);
         Ok(Self { name: name.to_owned(), memory_bytes, board, cpuid_bytes, cpu })
+    }
+
+    /// The first number that no page of its memory has.
+    pub fn end_page(&self) -> u64 {
+        boot::ram_regions(self.memory_bytes)
+            .into_iter()
+            .map(|(start, len)| (start.raw_value() + len as u64) / PAGE_BYTES as u64)
+            .max()
+            .unwrap_or(0)
     }
 
     /// The CPUID table.

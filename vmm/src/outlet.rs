@@ -7,12 +7,11 @@ use std::io::Stdout;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::Sender;
 use devices::{DiskRequest, Effect};
-use ft_log::Event;
 
 use crate::ft::output_gate::Performer;
 use crate::host::console::ConsoleWriter;
+use crate::host::deferral::Inbox;
 use crate::host::disk::{Disk, DiskError, DiskWorker, Guard};
 use crate::host::tap::{Tap, TapError};
 
@@ -44,7 +43,7 @@ pub enum OutletError {
 
 impl Resources {
     /// Puts tap and disk to work: what arrives goes to `inbox`. `guard` is asked before each disk request.
-    pub fn start(self, inbox: &Sender<Event>, guard: Guard) -> Result<Outlet, OutletError> {
+    pub fn start(self, inbox: &Inbox, guard: Guard) -> Result<Outlet, OutletError> {
         if let Some(tap) = &self.tap {
             tap.start(inbox.clone())?;
         }

@@ -3,7 +3,7 @@
 
 use ft_log::{
     Ack, Batch, ByeReason, CpuIdentity, Cursor, DiskStatus, Entry, Event, GuestTime, Heartbeat, Hello,
-    Message, Role, StateDigest, Welcome,
+    Message, Position, Role, StateDigest, Welcome,
 };
 
 /// A cursor that is not at zero, so that a codec that forgets it is noticed.
@@ -26,6 +26,7 @@ pub fn entries() -> Vec<Entry> {
         event(568, Event::PowerButton),
         Entry::Check { anchor: 1_024, digest: 0x1234_5678 },
         Entry::Clock { unlogged: 300, now: GuestTime(45_050) },
+        Entry::Stop { anchor: 1_025, position: Position::Checkpoint },
         Entry::End { anchor: 2_000, digest: StateDigest { registers: 1, memory: 2, devices: 3 } },
     ]
 }
@@ -47,15 +48,10 @@ pub fn messages() -> Vec<Message> {
         Message::Refuse { reason: "No".into() },
         Message::Snapshot(b"piece".to_vec()),
         Message::SnapshotEnd,
-        Message::Batch(Batch {
-            seq: 300,
-            reached: 70_000,
-            running: true,
-            released: 298,
-            entries: vec![0x7e, 0xfe, 0x7f],
-        }),
+        Message::Batch(Batch { seq: 300, reached: 70_000, released: 298, entries: vec![0x7e, 0xfe, 0x7f] }),
         Message::Ack(Ack { received: 300, executed: 69_999, executed_time: GuestTime(45_049) }),
         Message::Bye { reason: ByeReason::Diverged, text: "registers".into() },
+        Message::Checkpoint(b"piece".to_vec()),
     ]
 }
 

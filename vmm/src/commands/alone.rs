@@ -4,22 +4,25 @@
 
 use std::io::{BufWriter, Write};
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
 use ft_log::{Encoder, RecordingWriter};
 
 use super::stop::Stop;
-use super::{CommandError, Ending, Prepared, Terminal, ending, prepare};
+use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, watch};
 use crate::config::GuestArgs;
+use crate::host::deferral::{Deferral, Inbox};
 use crate::host::disk::Caching;
 use crate::outlet::{Outlet, always};
-use crate::run::{self, FileLog, HostTime, INBOX_EVENTS, Live, LogSink, NoLog};
+use crate::run::{self, FileLog, HostSide, HostTime, INBOX_EVENTS, Live, LogSink, NoLog};
 use crate::snapshot;
 
 /// `vmft run`.
 pub fn run(args: &GuestArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
-    play(prepare(args, Caching::Host)?, stop, NoLog::new)
+    play(prepare(args, Caching::Host)?, stop, args.delivery.budget(), NoLog::new)
 }
 
 /// `vmft record FILE`.
@@ -27,12 +30,13 @@ pub fn record(file: &Path, args: &GuestArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
     let mut prepared = prepare(args, Caching::Host)?;
     let mut writer = RecordingWriter::create(file)?;
+    prepared.machine.start_checkpoints().map_err(run::RunError::from)?;
     prepared.machine.settle().map_err(run::RunError::from)?;
     let sink = BufWriter::with_capacity(1 << 20, writer.snapshot());
     let sink = snapshot::save(&prepared.machine, &prepared.config, sink, |_, _| {})?;
     finish_snapshot(sink)?;
     let encoder = Encoder::new(snapshot::cursor(&prepared.machine));
-    play(prepared, stop, |outlet| FileLog::new(outlet, writer, encoder))
+    play(prepared, stop, args.delivery.budget(), |outlet| FileLog::new(outlet, writer, encoder))
 }
 
 fn finish_snapshot<W: Write>(sink: BufWriter<ft_log::SnapshotSink<'_, W>>) -> Result<(), CommandError> {
@@ -43,13 +47,17 @@ fn finish_snapshot<W: Write>(sink: BufWriter<ft_log::SnapshotSink<'_, W>>) -> Re
 
 fn play<L: LogSink>(
     prepared: Prepared,
-    (stop, woken): (Stop, Receiver<()>),
+    (stop, wake): (Stop, Receiver<()>),
+    defer: Duration,
     log: impl FnOnce(Outlet) -> L,
 ) -> Result<Ending, CommandError> {
     let Prepared { mut machine, resources, .. } = prepared;
     let (sender, receiver) = bounded(INBOX_EVENTS);
-    let outlet = resources.start(&sender, always())?;
-    let terminal = Terminal::start(&sender)?;
+    let deferral = Deferral::new(defer);
+    let inbox = Inbox::new(sender.clone(), Arc::clone(&deferral));
+    let outlet = resources.start(&inbox, always())?;
+    let terminal = Terminal::start(&inbox)?;
+    let _watch = watch(&deferral, &stop)?;
     let quit = terminal.reader.quit().clone();
     let on_quit = stop.clone();
     std::thread::Builder::new()
@@ -61,7 +69,8 @@ fn play<L: LogSink>(
         })
         .map_err(CommandError::host("start a thread"))?;
     let time = HostTime::starting_at(machine.now());
-    let mut door = Live::new(&machine, time, (sender, receiver), woken, stop.flag(), log(outlet));
+    let host = HostSide { time, inbox: (sender, receiver), deferral, wake, stop: stop.flag() };
+    let mut door = Live::new(&machine, host, log(outlet));
     let stopped = run::run(&mut machine, &mut door)?;
     Ok(ending(stopped, machine.anchors()))
 }

@@ -10,14 +10,17 @@ mod replay;
 mod stop;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use devices::BoardConfig;
+use stop::Stop;
 use thiserror::Error;
 
 use crate::config::{Cli, Command, GuestArgs};
 use crate::guest::{BootFiles, GuestConfig, GuestError};
 use crate::host::console::{ConsoleReader, RawTerminal};
+use crate::host::deferral::{Deferral, Inbox, Watch};
 use crate::host::disk::{Caching, Disk, DiskError};
 use crate::host::tap::{Tap, TapError};
 use crate::kvm::{Kvm, KvmError};
@@ -160,7 +163,7 @@ struct Terminal {
 }
 
 impl Terminal {
-    fn start(inbox: &crossbeam_channel::Sender<ft_log::Event>) -> Result<Self, CommandError> {
+    fn start(inbox: &Inbox) -> Result<Self, CommandError> {
         use std::os::fd::AsFd;
         let raw = RawTerminal::enter(std::io::stdin().as_fd())
             .map_err(CommandError::host("set the terminal to raw mode"))?;
@@ -168,6 +171,12 @@ impl Terminal {
             .map_err(CommandError::host("start the console's thread"))?;
         Ok(Self { reader, _raw: raw })
     }
+}
+
+/// Lets nothing wait for the guest for longer than `deferral` says.
+fn watch(deferral: &Arc<Deferral>, stop: &Stop) -> Result<Watch, CommandError> {
+    let stop = stop.clone();
+    deferral.watch(move || stop.kick()).map_err(CommandError::host("start the deferral thread"))
 }
 
 /// Says how a guest ended.

@@ -16,13 +16,13 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use devices::Effect;
-use ft_log::{ByeReason, Event, Expected, GuestTime, Hello, Role, StreamError};
+use ft_log::{ByeReason, Expected, GuestTime, Hello, Role, StreamError};
 use thiserror::Error;
 
 use super::stop::Stop;
-use super::{CommandError, Ending, Prepared, Terminal, ending, prepare};
+use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, watch};
 use crate::boot;
-use crate::config::{BackupArgs, PairArgs, PrimaryArgs};
+use crate::config::{BackupArgs, DeliveryArgs, PairArgs, PrimaryArgs};
 use crate::ft::accept::{AcceptError, Listener, Reception};
 use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, connect};
 use crate::ft::claim::{ClaimError, ClaimRole, Claims, Outcome, Owner, random_id};
@@ -32,12 +32,13 @@ use crate::ft::output_gate::{Limits, Mode, OutputGate};
 use crate::ft::primary::{Join, PairLog, PairParts};
 use crate::ft::supervise::{Supervisor, claim_until_known};
 use crate::guest::{GuestConfig, GuestError};
+use crate::host::deferral::{Deferral, Inbox};
 use crate::host::disk::{Caching, Disk, DiskError, Guard};
 use crate::host::tap::Tap;
 use crate::kvm::Kvm;
 use crate::machine::Machine;
 use crate::outlet::{Outlet, Resources};
-use crate::run::{self, Follow, HostTime, INBOX_EVENTS, Live, RunError, Stopped};
+use crate::run::{self, Follow, HostSide, HostTime, INBOX_EVENTS, Live, RunError, Stopped};
 use crate::snapshot::{self, SnapshotError};
 
 /// Outputs that may wait for acknowledgements before the guest waits too.
@@ -93,11 +94,17 @@ struct Side {
     owner: Owner,
     timeout: Duration,
     heartbeat: Duration,
+    defer: Duration,
     version: String,
 }
 
 impl Side {
-    fn new(args: &PairArgs, name: &str, role: ClaimRole) -> Result<Self, CommandError> {
+    fn new(
+        args: &PairArgs,
+        delivery: DeliveryArgs,
+        name: &str,
+        role: ClaimRole,
+    ) -> Result<Self, CommandError> {
         if args.heartbeat_ms * 3 > args.timeout_ms {
             let PairArgs { heartbeat_ms, timeout_ms, .. } = *args;
             return Err(PairError::Heartbeats { heartbeat_ms, timeout_ms }.into());
@@ -109,6 +116,7 @@ impl Side {
             version: build_version()?,
             timeout: Duration::from_millis(args.timeout_ms),
             heartbeat: Duration::from_millis(args.heartbeat_ms),
+            defer: delivery.budget(),
         })
     }
 
@@ -131,7 +139,7 @@ fn host_name() -> String {
 /// `vmft primary`.
 pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
-    let side = Side::new(&args.pair, &args.guest.name, ClaimRole::Primary)?;
+    let side = Side::new(&args.pair, args.guest.delivery, &args.guest.name, ClaimRole::Primary)?;
     let view = first_view(&side.claims, &args.guest.name, &args.pair.shared)?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
     let heartbeats = Arc::new(
@@ -204,9 +212,11 @@ impl LiveSide {
         stop: (Stop, Receiver<()>),
     ) -> Result<Ending, CommandError> {
         let Self { side, config, mut machine, resources, heartbeats, listener, view } = self;
-        let (stop, woken) = stop;
+        let (stop, wake) = stop;
         let (sender, receiver) = bounded(INBOX_EVENTS);
-        let shared = open_gate(&side, &heartbeats, resources, &sender, view, |outlet| {
+        let deferral = Deferral::new(side.defer);
+        let inbox = Inbox::new(sender.clone(), Arc::clone(&deferral));
+        let shared = open_gate(&side, &heartbeats, resources, &inbox, view, |outlet| {
             if let Some(mac) = config.board.net_mac.filter(|_| time.is_some()) {
                 outlet.announce(mac);
             }
@@ -223,7 +233,7 @@ impl LiveSide {
                 .map_err(PairError::from)?;
         }
         let (events, event_queue) = bounded(64);
-        let _terminal = Terminal::start(&sender)?;
+        let _terminal = Terminal::start(&inbox)?;
         let log = PairLog::new(PairParts {
             config,
             host: side.owner.host.clone(),
@@ -233,11 +243,13 @@ impl LiveSide {
             events,
             view: Arc::clone(&shared.view),
         });
-        let supervisor = supervisor(&side, &shared, heartbeats, &stop);
+        let supervisor = supervisor(&side, &shared, heartbeats, Arc::clone(&deferral), &stop);
         spawn("supervisor", move || supervisor.run(&event_queue))?;
         let start = time.unwrap_or(GuestTime(0)).max(machine.now());
-        let mut door =
-            Live::new(&machine, HostTime::starting_at(start), (sender, receiver), woken, stop.flag(), log);
+        let _watch = watch(&deferral, &stop)?;
+        let time = HostTime::starting_at(start);
+        let host = HostSide { time, inbox: (sender, receiver), deferral, wake, stop: stop.flag() };
+        let mut door = Live::new(&machine, host, log);
         if let Some(len_bytes) = machine.board().outstanding_entropy() {
             door.supply_entropy(len_bytes)?;
         }
@@ -260,7 +272,7 @@ fn open_gate(
     side: &Side,
     heartbeats: &Arc<Heartbeats>,
     resources: Resources,
-    inbox: &Sender<Event>,
+    inbox: &Inbox,
     view: u64,
     first: impl FnOnce(&Outlet),
 ) -> Result<Shared, CommandError> {
@@ -313,7 +325,13 @@ fn reception(
     Ok(Reception { expected, link: Arc::clone(link), joins, wake: Box::new(move || stop.wake()) })
 }
 
-fn supervisor(side: &Side, shared: &Shared, heartbeats: Arc<Heartbeats>, stop: &Stop) -> Supervisor {
+fn supervisor(
+    side: &Side,
+    shared: &Shared,
+    heartbeats: Arc<Heartbeats>,
+    deferral: Arc<Deferral>,
+    stop: &Stop,
+) -> Supervisor {
     let stop = stop.clone();
     Supervisor {
         link: Arc::clone(&shared.link),
@@ -323,6 +341,7 @@ fn supervisor(side: &Side, shared: &Shared, heartbeats: Arc<Heartbeats>, stop: &
         view: Arc::clone(&shared.view),
         timeout: side.timeout,
         heartbeats,
+        deferral,
         lost: Arc::clone(&shared.lost),
         stop_guest: Box::new(move || stop.request()),
     }
@@ -331,7 +350,7 @@ fn supervisor(side: &Side, shared: &Shared, heartbeats: Arc<Heartbeats>, stop: &
 /// `vmft backup`.
 pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
-    let side = Side::new(&args.pair, &args.name, ClaimRole::Backup)?;
+    let side = Side::new(&args.pair, args.delivery, &args.name, ClaimRole::Backup)?;
     let kvm = Kvm::open()?;
     let listener = args.listen.map(Listener::bind).transpose().map_err(PairError::from)?;
     let (table, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?).map_err(GuestError::from)?;
@@ -440,7 +459,8 @@ fn follow(parts: Following, stop: (Stop, Receiver<()>)) -> Result<Ending, Comman
     };
     spawn("log-receiver", receiver)?;
     spawn("watchdog", watchdog(Arc::clone(&inflow), Arc::clone(&heartbeats), side.timeout, stop.0.flag()))?;
-    let mut door = Follow::new(FromPrimary::new(Arc::clone(&inflow), stop.0.flag()), cursor);
+    let source = FromPrimary::new(Arc::clone(&inflow), stop.0.flag());
+    let mut door = Follow::new(source, cursor, config.board.clone(), config.end_page());
     let stopped = run::run(&mut machine, &mut door).inspect_err(|error| {
         if let RunError::Diverged(_) = error {
             inflow.bye(ByeReason::Diverged, "this backup's guest differs; see its own report");

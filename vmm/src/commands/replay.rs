@@ -9,22 +9,22 @@ use std::path::Path;
 use std::time::Instant;
 
 use devices::Effect;
-use ft_log::{Batch, GuestTime, RecordingReader};
+use ft_log::{GuestTime, LogPart, RecordingReader};
 
 use super::{CommandError, Ending};
 use crate::boot;
 use crate::guest::GuestError;
 use crate::kvm::Kvm;
-use crate::run::{self, BatchSource, Follow, RunError, Stopped};
+use crate::run::{self, Follow, PartSource, RunError, Stopped};
 use crate::snapshot;
 
 struct FromFile {
     reader: RecordingReader<File>,
 }
 
-impl BatchSource for FromFile {
-    fn next(&mut self) -> Result<Option<Batch>, RunError> {
-        Ok(self.reader.next_batch()?)
+impl PartSource for FromFile {
+    fn next(&mut self) -> Result<Option<LogPart>, RunError> {
+        Ok(self.reader.next_part()?)
     }
 
     fn executed(&mut self, _: u64, _: GuestTime) {}
@@ -47,7 +47,8 @@ pub fn replay(file: &Path, console: bool) -> Result<Ending, CommandError> {
     tracing::info!(guest = %config.name, anchor = machine.anchors(), "replaying");
     let started = Instant::now();
     let cursor = snapshot::cursor(&machine);
-    let mut door = Follow::new(FromFile { reader }, cursor);
+    let end_page = config.end_page();
+    let mut door = Follow::new(FromFile { reader }, cursor, config.board, end_page);
     if console {
         door.watch_effects(Box::new(|effect| {
             if let Effect::Console(byte) = effect {

@@ -48,6 +48,11 @@ impl Stop {
     pub fn request(&self) {
         self.flag.store(true, Ordering::Relaxed);
         self.wake();
+        self.kick();
+    }
+
+    /// Takes the vCPU out of the guest, for its thread to look what is due.
+    pub fn kick(&self) {
         kick(self.thread);
     }
 

@@ -17,12 +17,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ft_log::{
-    Ack, Batch, BatchReceiver, ByeReason, FrameReader, FrameWriter, GuestTime, Hello, Message, StreamError,
+    Ack, BatchReceiver, ByeReason, FrameReader, FrameWriter, GuestTime, Hello, LogPart, Message, StreamError,
     Welcome, read_preamble, write_preamble,
 };
 use thiserror::Error;
 
-use crate::run::{BatchSource, RunError};
+use crate::run::{PartSource, RunError};
 use crate::with_causes;
 
 /// Bytes of batches that may wait for execution; beyond that the primary waits for acknowledgements.
@@ -157,12 +157,12 @@ impl LinkEnd {
 
 #[derive(Default)]
 struct Queue {
-    batches: VecDeque<Batch>,
+    parts: VecDeque<LogPart>,
     bytes: usize,
     end: Option<LinkEnd>,
 }
 
-/// Batches on their way from the receiver to the vCPU thread, and the acknowledgements of them.
+/// The log on its way from the receiver to the vCPU thread, and the acknowledgements of them.
 pub struct Inflow {
     queue: Mutex<Queue>,
     changed: Condvar,
@@ -238,11 +238,15 @@ impl Inflow {
                         break LinkEnd::unsure(format!("the primary's log is out of order: {error}"));
                     }
                     let seq = batch.seq;
-                    self.push(batch);
+                    self.push(LogPart::Batch(batch));
                     self.received.store(seq, Ordering::SeqCst);
                     if let Err(error) = self.acknowledge() {
                         break LinkEnd::broken("acknowledgements cannot be sent", &error);
                     }
+                }
+                Ok(Some(Message::Checkpoint(piece))) => {
+                    heard();
+                    self.push(LogPart::Checkpoint(piece));
                 }
                 Ok(Some(Message::Bye { reason: ByeReason::GuestEnded, .. })) => break LinkEnd::GuestEnded,
                 Ok(Some(Message::Bye { reason, text })) => {
@@ -272,23 +276,23 @@ impl Inflow {
         end
     }
 
-    fn push(&self, batch: Batch) {
+    fn push(&self, part: LogPart) {
         let mut queue = self.lock();
         while queue.bytes >= QUEUE_LIMIT_BYTES {
             queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
-        queue.bytes += batch.entries.len();
-        queue.batches.push_back(batch);
+        queue.bytes += len_bytes(&part);
+        queue.parts.push_back(part);
         self.changed.notify_all();
     }
 
-    fn pop(&self) -> Option<Batch> {
+    fn pop(&self) -> Option<LogPart> {
         let mut queue = self.lock();
         loop {
-            if let Some(batch) = queue.batches.pop_front() {
-                queue.bytes -= batch.entries.len();
+            if let Some(part) = queue.parts.pop_front() {
+                queue.bytes -= len_bytes(&part);
                 self.changed.notify_all();
-                return Some(batch);
+                return Some(part);
             }
             if queue.end.is_some() {
                 return None;
@@ -304,7 +308,14 @@ impl Inflow {
     }
 
     fn is_empty(&self) -> bool {
-        self.lock().batches.is_empty()
+        self.lock().parts.is_empty()
+    }
+}
+
+fn len_bytes(part: &LogPart) -> usize {
+    match part {
+        LogPart::Batch(batch) => batch.entries.len(),
+        LogPart::Checkpoint(piece) => piece.len(),
     }
 }
 
@@ -329,19 +340,15 @@ impl FromPrimary {
     }
 }
 
-impl BatchSource for FromPrimary {
-    fn next(&mut self) -> Result<Option<Batch>, RunError> {
-        self.caught_up();
-        Ok(self.inflow.pop())
-    }
-
-    fn caught_up(&mut self) {
+impl PartSource for FromPrimary {
+    fn next(&mut self) -> Result<Option<LogPart>, RunError> {
         let executed = self.inflow.executed.load(Ordering::SeqCst);
         if self.inflow.is_empty() && executed > self.told {
             self.told = executed;
             // So that the primary does not take an idle backup for a slow one. A broken link ends the inflow.
             let _ = self.inflow.acknowledge();
         }
+        Ok(self.inflow.pop())
     }
 
     fn stopped(&self) -> bool {

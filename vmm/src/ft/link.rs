@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 
 use super::heartbeat::boot_time;
-use ft_log::{Ack, Batch, BatchSender, ByeReason, MAX_BATCH_ENTRIES_BYTES, SequenceError};
+use ft_log::{Ack, Batch, BatchSender, ByeReason, Checkpoint, MAX_BATCH_ENTRIES_BYTES, SequenceError};
 
 /// Unsent bytes beyond which the vCPU thread waits for the sender: what one batch can hold.
 const PENDING_LIMIT_BYTES: usize = MAX_BATCH_ENTRIES_BYTES;
@@ -71,6 +71,10 @@ pub struct LinkFigures {
     pub lag_p99_us: u64,
     /// For how long the guest was held up because of the lag.
     pub paced: Duration,
+    /// Checkpoints taken.
+    pub checkpoints: u64,
+    /// Pages in them.
+    pub checkpoint_pages: u64,
 }
 
 /// A batch that the backup has not executed yet.
@@ -84,8 +88,8 @@ struct State {
     phase: Phase,
     pending: Vec<u8>,
     reached: u64,
-    running: bool,
-    sent: (u64, bool),
+    sent_reached: u64,
+    checkpoint: Checkpoints,
     urgent: bool,
     busy_since: Option<Instant>,
     sender: BatchSender,
@@ -96,6 +100,24 @@ struct State {
     lags_us: Histogram<u32>,
     paced: Duration,
     end: Option<End>,
+}
+
+/// The checkpoint that is on its way, and what there was of them.
+#[derive(Default)]
+struct Checkpoints {
+    waiting: Option<Checkpoint>,
+    sending: bool,
+    unchanged: Vec<u64>,
+    count: u64,
+    pages: u64,
+}
+
+/// What the sender sends next: a checkpoint's pieces before the batch that holds its stop.
+pub struct Outgoing {
+    /// To be encoded and sent first; then [`Link::checkpoint_sent`].
+    pub checkpoint: Option<Checkpoint>,
+    /// The batch.
+    pub batch: Batch,
 }
 
 /// An orderly end of the log.
@@ -110,8 +132,8 @@ impl State {
             phase,
             pending: Vec::new(),
             reached: anchor,
-            running: false,
-            sent: (anchor, false),
+            sent_reached: anchor,
+            checkpoint: Checkpoints::default(),
             urgent: false,
             busy_since: None,
             sender: BatchSender::default(),
@@ -233,7 +255,6 @@ impl Link {
         }
         state.pending.extend_from_slice(entries);
         state.reached = reached;
-        state.running = false;
         match mood {
             Mood::Idle => state.busy_since = None,
             Mood::Busy | Mood::Urgent => self.note_busy(&mut state),
@@ -245,11 +266,30 @@ impl Link {
         Some(state.sender.sent() + 1)
     }
 
-    /// The guest runs on from the anchor that the log has reached; everything of that boundary is published.
-    pub fn entered(&self) {
+    /// Hands over a checkpoint. Publish its stop next. There is none under way ([`Link::takes_checkpoint`]).
+    pub fn checkpoint(&self, checkpoint: Checkpoint) {
         let mut state = self.lock();
-        state.running = true;
-        self.note_busy(&mut state);
+        state.checkpoint.count += 1;
+        state.checkpoint.pages += checkpoint.pages.len() as u64;
+        state.checkpoint.waiting = Some(checkpoint);
+    }
+
+    /// May a checkpoint be taken? One at a time is under way, so that what waits to be sent is bounded.
+    pub fn takes_checkpoint(&self) -> bool {
+        let state = self.lock();
+        state.checkpoint.waiting.is_none() && !state.checkpoint.sending
+    }
+
+    /// The sender's: the checkpoint that it was given is sent; the pages in `unchanged` were as in an earlier one.
+    pub fn checkpoint_sent(&self, unchanged: Vec<u64>) {
+        let checkpoint = &mut self.lock().checkpoint;
+        checkpoint.sending = false;
+        checkpoint.unchanged = unchanged;
+    }
+
+    /// What [`Link::checkpoint_sent`] last said.
+    pub fn unchanged_pages(&self) -> Vec<u64> {
+        std::mem::take(&mut self.lock().checkpoint.unchanged)
     }
 
     fn note_busy(&self, state: &mut State) {
@@ -262,7 +302,7 @@ impl Link {
 
     /// The next batch to send: at once if output waits for it, else when the interval is over. `None`: there
     /// is no backup any more.
-    pub fn next_batch(&self) -> Option<Batch> {
+    pub fn next_batch(&self) -> Option<Outgoing> {
         let mut state = self.lock();
         while state.phase == Phase::Paired {
             let due = match state.busy_since {
@@ -270,7 +310,7 @@ impl Link {
                 None => state.batch_at + IDLE_INTERVAL,
             };
             let left = due.saturating_duration_since(Instant::now());
-            let news = !state.pending.is_empty() || (state.reached, state.running) != state.sent;
+            let news = !state.pending.is_empty() || state.reached != state.sent_reached;
             if state.urgent || (news && left.is_zero()) {
                 return Some(Self::take_batch(&mut state, &self.has_room));
             }
@@ -280,7 +320,7 @@ impl Link {
         None
     }
 
-    fn take_batch(state: &mut State, has_room: &Condvar) -> Batch {
+    fn take_batch(state: &mut State, has_room: &Condvar) -> Outgoing {
         let seq = state.sender.next_seq();
         let now = Instant::now();
         if state.in_flight.len() == BATCHES_REMEMBERED {
@@ -289,11 +329,13 @@ impl Link {
         state.in_flight.push_back(Sent { seq, reached: state.reached, at: boot_time() });
         state.batch_at = now;
         state.urgent = false;
-        state.sent = (state.reached, state.running);
+        state.sent_reached = state.reached;
         let entries = std::mem::take(&mut state.pending);
         has_room.notify_all();
-        let (reached, running) = state.sent;
-        Batch { seq, reached, running, released: state.released.min(seq), entries }
+        let checkpoint = state.checkpoint.waiting.take();
+        state.checkpoint.sending = checkpoint.is_some();
+        let batch = Batch { seq, reached: state.reached, released: state.released.min(seq), entries };
+        Outgoing { checkpoint, batch }
     }
 
     /// Takes note of an acknowledgement. Answers the batch up to which output may go.
@@ -353,6 +395,8 @@ impl Link {
             lag_p50_us: state.lags_us.value_at_quantile(0.5),
             lag_p99_us: state.lags_us.value_at_quantile(0.99),
             paced: state.paced,
+            checkpoints: state.checkpoint.count,
+            checkpoint_pages: state.checkpoint.pages,
         }
     }
 
@@ -408,7 +452,7 @@ mod tests {
     fn without_a_backup_nothing_is_kept() {
         let link = Link::default();
         assert_eq!(link.publish(b"entries", 1, Mood::Urgent), None);
-        assert_eq!(link.next_batch(), None);
+        assert!(link.next_batch().is_none());
     }
 
     #[test]
@@ -417,10 +461,10 @@ mod tests {
         link.attach(10);
         assert_eq!(link.publish(b"a", 11, Mood::Idle), Some(1));
         assert_eq!(link.publish(b"b", 12, Mood::Urgent), Some(1));
-        let batch = link.next_batch().unwrap();
+        let batch = link.next_batch().unwrap().batch;
         assert_eq!((batch.seq, batch.reached, batch.entries.as_slice()), (1, 12, b"ab".as_slice()));
         assert_eq!(link.publish(b"c", 13, Mood::Urgent), Some(2));
-        assert_eq!(link.next_batch().unwrap().entries, b"c");
+        assert_eq!(link.next_batch().unwrap().batch.entries, b"c");
     }
 
     #[test]
@@ -428,22 +472,24 @@ mod tests {
         let link = Link::default();
         link.attach(10);
         link.publish(&[], 11, Mood::Idle);
-        assert_eq!(link.next_batch().unwrap().reached, 11);
+        assert_eq!(link.next_batch().unwrap().batch.reached, 11);
     }
 
     #[test]
-    fn a_guest_that_has_left_its_boundary_is_told_without_a_further_exit() {
+    fn one_checkpoint_at_a_time_goes_before_the_batch_with_its_stop() {
         let link = Link::default();
         link.attach(10);
-        link.publish(b"a", 11, Mood::Busy);
-        let at_boundary = link.next_batch().unwrap();
-        assert_eq!((at_boundary.reached, at_boundary.running), (11, false));
-        link.entered();
-        let left = link.next_batch().unwrap();
-        assert_eq!((left.reached, left.running, left.entries.len()), (11, true, 0));
-        link.publish(&[], 12, Mood::Busy);
-        link.entered();
-        assert!(link.next_batch().unwrap().running);
+        assert!(link.takes_checkpoint());
+        link.checkpoint(Checkpoint::default());
+        assert!(!link.takes_checkpoint());
+        link.publish(b"stop", 11, Mood::Busy);
+        let outgoing = link.next_batch().unwrap();
+        assert!(outgoing.checkpoint.is_some());
+        assert_eq!(outgoing.batch.entries, b"stop");
+        assert!(!link.takes_checkpoint());
+        link.checkpoint_sent(vec![7]);
+        assert!(link.takes_checkpoint());
+        assert_eq!(link.unchanged_pages(), [7]);
     }
 
     #[test]

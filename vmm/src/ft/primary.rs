@@ -14,9 +14,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use devices::Effect;
-use ft_log::{ByeReason, Encoder, Entry, FrameReader, FrameWriter, Message, StreamError, Welcome};
+use ft_log::{
+    ByeReason, CheckpointEncoder, Encoder, Entry, FrameReader, FrameWriter, Message, Position, StreamError,
+    Welcome,
+};
 
-use super::link::{Counted, Link, Mood, Phase};
+use super::link::{Counted, Link, Mood, Outgoing, Phase};
 use super::output_gate::{OutputGate, Room};
 use super::supervise::LinkEvent;
 use crate::guest::GuestConfig;
@@ -115,7 +118,7 @@ impl PairLog {
     }
 
     /// Sends the guest to the backup and starts the log behind it. The machine has been settled.
-    fn pair_with(&mut self, machine: &Machine, join: Join) -> Result<(), RunError> {
+    fn pair_with(&mut self, machine: &mut Machine, join: Join) -> Result<(), RunError> {
         let started = Instant::now();
         let cursor = snapshot::cursor(machine);
         let stream = &join.stream;
@@ -141,6 +144,7 @@ impl PairLog {
             percent = now;
         })?;
         sink.finish()?;
+        machine.start_checkpoints()?;
         self.link.attach(machine.anchors());
         self.gate.protect();
         self.encoder = Some(Encoder::new(cursor));
@@ -239,16 +243,27 @@ impl LogSink for PairLog {
         Ok(())
     }
 
-    fn entering(&mut self, machine: &Machine) {
-        let Some(encoder) = &mut self.encoder else { return };
-        if !encoder.is_empty() {
-            // Without a backup any more, the next boundary sees to it.
-            let _ = self.link.publish(&encoder.take(), machine.anchors(), Mood::Busy);
-        }
-        self.link.entered();
+    fn may_stop(&self) -> bool {
+        self.encoder.is_none() || self.link.takes_checkpoint()
+    }
+
+    fn stopped(&mut self, machine: &mut Machine) -> Result<u64, RunError> {
+        let Some(encoder) = &mut self.encoder else { return Ok(0) };
+        let unchanged = self.link.unchanged_pages();
+        let checkpoint = machine.checkpoint(&unchanged)?;
+        let pages = checkpoint.pages.len() as u64;
+        self.link.checkpoint(checkpoint);
+        let position = Position::Checkpoint;
+        encoder.push(&Entry::Stop { anchor: machine.anchors(), position })?;
+        Ok(pages)
     }
 
     fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError> {
+        if self.encoder.is_some() {
+            machine.renew_base()?;
+        } else {
+            machine.end_checkpoints()?;
+        }
         if self.waiting_join.is_none() && self.joins.is_empty() {
             return Ok(false);
         }
@@ -305,8 +320,13 @@ impl LogSink for PairLog {
 
 fn send_batches(link: &Link, stream: TcpStream, events: &Sender<LinkEvent>) {
     let mut frames = FrameWriter::new(Counted { out: stream, link });
-    while let Some(batch) = link.next_batch() {
-        if let Err(error) = frames.send(&Message::Batch(batch)) {
+    let mut checkpoints = CheckpointEncoder::default();
+    while let Some(Outgoing { checkpoint, batch }) = link.next_batch() {
+        let sent = checkpoint.map_or(Ok(()), |checkpoint| {
+            let send = |piece| frames.send(&Message::Checkpoint(piece));
+            checkpoints.encode(&checkpoint, send).map(|unchanged| link.checkpoint_sent(unchanged))
+        });
+        if let Err(error) = sent.and_then(|()| frames.send(&Message::Batch(batch))) {
             let _ = events.send(LinkEvent::Down(format!("the log cannot be sent: {}", with_causes(&error))));
             return;
         }

@@ -22,6 +22,7 @@ use super::claim::{Claims, Outcome, Owner};
 use super::heartbeat::Heartbeats;
 use super::link::{Link, LinkFigures, Phase};
 use super::output_gate::OutputGate;
+use crate::host::deferral::Deferral;
 use crate::outlet::Outlet;
 
 /// How long the connection stays open for the output that is under way when the backup is given up.
@@ -67,6 +68,8 @@ pub struct Supervisor {
     pub timeout: Duration,
     /// Heartbeats to and from the backup.
     pub heartbeats: Arc<Heartbeats>,
+    /// How long events may wait.
+    pub deferral: Arc<Deferral>,
     /// Set when the claim was lost.
     pub lost: Arc<AtomicBool>,
     /// Stops the guest.
@@ -131,7 +134,8 @@ impl Supervisor {
     }
 
     fn report(&self) {
-        let LinkFigures { log_bytes, batches, lag_p50_us, lag_p99_us, paced } = self.link.figures();
+        let LinkFigures { log_bytes, batches, lag_p50_us, lag_p99_us, paced, checkpoints, checkpoint_pages } =
+            self.link.figures();
         let gate = self.gate.stats();
         tracing::debug!(
             log_bytes,
@@ -139,6 +143,9 @@ impl Supervisor {
             lag_p50_us,
             lag_p99_us,
             paced_ms = paced.as_millis() as u64,
+            checkpoints,
+            checkpoint_pages,
+            defer_ms = self.deferral.budget().as_millis() as u64,
             silence_max_ms = self.heartbeats.silence_max().as_millis() as u64,
             outputs = gate.released,
             delay_mean_us = gate.delay_sum_us.checked_div(gate.released).unwrap_or(0),

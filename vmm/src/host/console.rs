@@ -16,6 +16,7 @@ use ft_log::{Event, MAX_CONSOLE_BYTES};
 use nix::errno::Errno;
 use nix::sys::termios::{OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
+use super::deferral::Inbox;
 use super::{StopToken, Wait, Worker};
 
 /// What starts a command to the monitor: Ctrl-A.
@@ -80,11 +81,12 @@ pub struct ConsoleReader {
 
 impl ConsoleReader {
     /// Reads `input` (normally standard input) until its end. What is typed is never lost: the thread waits
-    /// while `events` is full.
-    pub fn start(input: impl AsFd + Read + Send + 'static, events: Sender<Event>) -> io::Result<Self> {
+    /// while `inbox` is full.
+    pub fn start(input: impl AsFd + Read + Send + 'static, inbox: impl Into<Inbox>) -> io::Result<Self> {
+        let inbox = inbox.into();
         let (quit_sender, quit) = bounded(1);
         let worker = Worker::spawn("console", move |stop| {
-            if let Err(error) = read_input(stop, input, &events, &quit_sender) {
+            if let Err(error) = read_input(stop, input, &inbox, &quit_sender) {
                 tracing::warn!(%error, "The console cannot be read any more.");
             }
         })?;
@@ -100,7 +102,7 @@ impl ConsoleReader {
 fn read_input(
     stop: &StopToken,
     mut input: impl AsFd + Read,
-    events: &Sender<Event>,
+    inbox: &Inbox,
     quit: &Sender<()>,
 ) -> io::Result<()> {
     let mut escape = EscapeFilter::default();
@@ -114,7 +116,7 @@ fn read_input(
             Err(error) => return Err(error),
         };
         let (data, asked_to_quit) = escape.filter(&buffer[1..=len]);
-        if !data.is_empty() && !stop.send(events, Event::Console { data }) {
+        if !data.is_empty() && !stop.send(inbox, Event::Console { data }) {
             return Ok(());
         }
         if asked_to_quit {

@@ -25,6 +25,7 @@ use ft_log::{DiskStatus, Event, MAX_DISK_BYTES};
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
+use super::deferral::Inbox;
 use super::{StopToken, Worker};
 
 /// Bytes per sector; an image is a whole number of them.
@@ -196,13 +197,14 @@ impl Disk {
     }
 
     /// Starts the thread. Each request is done once `guard` allows it and answered with [`Event::DiskDone`]
-    /// on `events`, in order.
-    pub fn start(self, events: Sender<Event>, guard: Guard) -> Result<DiskWorker, DiskError> {
+    /// in `inbox`, in order.
+    pub fn start(self, inbox: impl Into<Inbox>, guard: Guard) -> Result<DiskWorker, DiskError> {
+        let inbox = inbox.into();
         let (queue, requests) = bounded(QUEUE_REQUESTS);
         let path = self.path.clone();
         let busy = Arc::new(Mutex::new(()));
         let at_work = Arc::clone(&busy);
-        let worker = Worker::spawn("disk", move |stop| self.run(stop, &requests, &events, &guard, &at_work))
+        let worker = Worker::spawn("disk", move |stop| self.run(stop, &requests, &inbox, &guard, &at_work))
             .map_err(|source| DiskError::Io { path, source })?;
         Ok(DiskWorker { _worker: worker, queue, busy })
     }
@@ -211,7 +213,7 @@ impl Disk {
         self,
         stop: &StopToken,
         requests: &Receiver<DiskRequest>,
-        events: &Sender<Event>,
+        inbox: &Inbox,
         guard: &Guard,
         busy: &Mutex<()>,
     ) {
@@ -237,7 +239,7 @@ impl Disk {
                     break self.perform(request);
                 }
             };
-            if !deliver(done, stop, requests, events, &mut backlog) {
+            if !deliver(done, stop, requests, inbox, &mut backlog) {
                 return;
             }
         }
@@ -309,17 +311,20 @@ fn deliver(
     done: Event,
     stop: &StopToken,
     requests: &Receiver<DiskRequest>,
-    events: &Sender<Event>,
+    inbox: &Inbox,
     backlog: &mut VecDeque<DiskRequest>,
 ) -> bool {
-    let done = match events.try_send(done) {
+    let done = match inbox.try_send(done) {
         Ok(()) => return true,
         Err(TrySendError::Disconnected(_)) => return false,
         Err(TrySendError::Full(done)) => done,
     };
     loop {
         select! {
-            send(events, done) -> sent => return sent.is_ok(),
+            send(inbox.channel(), done) -> sent => {
+                inbox.note();
+                return sent.is_ok();
+            }
             recv(requests) -> request => match request {
                 Ok(request) => backlog.push_back(request),
                 Err(_) => return false,

@@ -7,6 +7,7 @@
 //! States of a thread: running, told to stop (its [`Worker`] is being dropped), gone.
 
 pub mod console;
+pub mod deferral;
 pub mod disk;
 pub mod tap;
 
@@ -17,6 +18,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, select};
+use deferral::Inbox;
 use ft_log::Event;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -83,11 +85,15 @@ impl StopToken {
     }
 
     /// Sends `event`, waiting while the queue is full. False: the thread is to end.
-    pub(crate) fn send(&self, events: &Sender<Event>, event: Event) -> bool {
-        select! {
-            send(events, event) -> sent => sent.is_ok(),
+    pub(crate) fn send(&self, inbox: &Inbox, event: Event) -> bool {
+        let sent = select! {
+            send(inbox.channel(), event) -> sent => sent.is_ok(),
             recv(self.channel) -> _ => false,
+        };
+        if sent {
+            inbox.note();
         }
+        sent
     }
 
     /// Whether the thread is to end.
@@ -165,7 +171,7 @@ mod tests {
     fn dropping_a_worker_ends_a_thread_that_waits_for_room_in_the_queue() {
         let (events, keep_full) = bounded(0);
         let worker = Worker::spawn("test", move |stop| {
-            assert!(!stop.send(&events, Event::PowerButton));
+            assert!(!stop.send(&events.into(), Event::PowerButton));
         })
         .unwrap();
         drop(worker);

@@ -15,10 +15,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crossbeam_channel::{Sender, TrySendError};
+use crossbeam_channel::TrySendError;
 use ft_log::{Event, MAX_FRAME_BYTES};
 use nix::errno::Errno;
 
+use super::deferral::Inbox;
 use super::{StopToken, Wait, Worker};
 
 /// `linux/if_tun.h`: reported by `TUNGETIFF` for an interface that outlives its descriptor.
@@ -179,7 +180,8 @@ impl Tap {
 
     /// Lets frames flow: those that arrive become [`Event::Frame`] on `events`, and [`Tap::send`] sends.
     /// Frames that arrived earlier were not for this guest at this time and are discarded.
-    pub fn start(&self, events: Sender<Event>) -> Result<(), TapError> {
+    pub fn start(&self, inbox: impl Into<Inbox>) -> Result<(), TapError> {
+        let inbox = inbox.into();
         let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         if reader.is_some() {
             return Err(TapError::Started { name: self.name.clone() });
@@ -189,7 +191,7 @@ impl Tap {
         while read_frame(&self.file, &mut buffer).map_err(io_error)?.is_some() {}
         let (file, counters, name) = (Arc::clone(&self.file), Arc::clone(&self.counters), self.name.clone());
         let worker = Worker::spawn("tap", move |stop| {
-            if let Err(error) = read_frames(stop, &file, &events, &counters) {
+            if let Err(error) = read_frames(stop, &file, &inbox, &counters) {
                 tracing::error!(tap = %name, %error, "The tap cannot be read any more; the guest hears nothing.");
             }
         });
@@ -278,7 +280,7 @@ fn read_frame(mut file: &File, buffer: &mut [u8]) -> io::Result<Option<usize>> {
     }
 }
 
-fn read_frames(stop: &StopToken, file: &File, events: &Sender<Event>, counters: &Counters) -> io::Result<()> {
+fn read_frames(stop: &StopToken, file: &File, inbox: &Inbox, counters: &Counters) -> io::Result<()> {
     let mut buffer = [0u8; MAX_FRAME_BYTES + 1];
     while stop.wait_readable(file.as_fd(), None)? != Wait::Stopped {
         let Some(len) = read_frame(file, &mut buffer)? else { continue };
@@ -286,7 +288,7 @@ fn read_frames(stop: &StopToken, file: &File, events: &Sender<Event>, counters: 
             counters.receive_dropped.fetch_add(1, Ordering::Relaxed);
             continue;
         }
-        match events.try_send(Event::Frame { data: buffer[..len].to_vec() }) {
+        match inbox.try_send(Event::Frame { data: buffer[..len].to_vec() }) {
             Ok(()) => counters.received.fetch_add(1, Ordering::Relaxed),
             Err(TrySendError::Full(_)) => counters.receive_dropped.fetch_add(1, Ordering::Relaxed),
             Err(TrySendError::Disconnected(_)) => return Ok(()),

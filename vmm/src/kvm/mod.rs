@@ -3,6 +3,7 @@
 //! Owns: the KVM handles of one guest with one vCPU. Must never: interpret an exit or touch a device;
 //! exits leave here as plain data ([`Exit`]) and the answers come back as plain calls.
 
+mod dirty;
 pub mod state;
 mod vcpu;
 mod vm;

@@ -11,7 +11,7 @@ use kvm_bindings::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::vcpu::state_msr;
+use super::vcpu::read_msrs;
 use super::{KvmError, Vcpu};
 
 /// Every MSR that a guest with our CPUID table can change and later see: SYSENTER, SYSCALL, GS bases,
@@ -51,9 +51,9 @@ pub fn save(vcpu: &Vcpu) -> Result<Vec<Part>, KvmError> {
     let xcrs = fd.get_xcrs().map_err(KvmError::call("KVM_GET_XCRS"))?;
     let debug = fd.get_debug_regs().map_err(KvmError::call("KVM_GET_DEBUGREGS"))?;
     let mut msrs = Vec::with_capacity(MSRS.len() * 12);
-    for index in MSRS {
+    for (index, value) in MSRS.into_iter().zip(read_msrs(fd, &MSRS)?) {
         msrs.extend_from_slice(&index.to_le_bytes());
-        msrs.extend_from_slice(&state_msr(fd, index)?.to_le_bytes());
+        msrs.extend_from_slice(&value.to_le_bytes());
     }
     Ok(vec![
         Part { kind: "vcpu-sregs", bytes: sregs.as_bytes().to_vec() },

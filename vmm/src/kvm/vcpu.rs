@@ -231,7 +231,7 @@ impl Vcpu {
 
     /// One MSR.
     pub fn msr(&self, index: u32) -> Result<u64, KvmError> {
-        state_msr(&self.fd, index)
+        read_msrs(&self.fd, &[index]).map(|values| values[0])
     }
 
     /// May an interrupt be handed over at the next entry, as of the last exit?
@@ -276,12 +276,15 @@ impl Drop for Vcpu {
     }
 }
 
-pub(super) fn state_msr(fd: &VcpuFd, index: u32) -> Result<u64, KvmError> {
-    let mut msrs =
-        kvm_bindings::Msrs::from_entries(&[kvm_bindings::kvm_msr_entry { index, ..Default::default() }])
-            .map_err(|error| KvmError::BadState(format!("MSR list: {error:?}")))?;
-    match fd.get_msrs(&mut msrs).map_err(KvmError::call("KVM_GET_MSRS"))? {
-        1 => Ok(msrs.as_slice()[0].data),
-        _ => Err(KvmError::BadState(format!("MSR {index:#x} cannot be read"))),
+/// The values of the MSRs of these numbers, all of them.
+pub(super) fn read_msrs(fd: &VcpuFd, indices: &[u32]) -> Result<Vec<u64>, KvmError> {
+    let entries: Vec<_> =
+        indices.iter().map(|&index| kvm_bindings::kvm_msr_entry { index, ..Default::default() }).collect();
+    let mut msrs = kvm_bindings::Msrs::from_entries(&entries)
+        .map_err(|error| KvmError::BadState(format!("MSR list: {error:?}")))?;
+    let read = fd.get_msrs(&mut msrs).map_err(KvmError::call("KVM_GET_MSRS"))?;
+    match indices.get(read) {
+        None => Ok(msrs.as_slice().iter().map(|entry| entry.data).collect()),
+        Some(index) => Err(KvmError::BadState(format!("MSR {index:#x} cannot be read"))),
     }
 }

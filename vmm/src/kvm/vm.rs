@@ -13,6 +13,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::dirty::{self, Slots};
 use super::{KvmError, Vcpu};
 
 /// Three pages that Intel's KVM needs for real-mode emulation; outside of RAM and of device windows.
@@ -53,6 +54,9 @@ impl Kvm {
                 return Err(KvmError::Unfit(format!("it lacks {name}")));
             }
         }
+        if fd.check_extension_raw(dirty::CAPABILITY) == 0 {
+            return Err(KvmError::Unfit("it lacks KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2".into()));
+        }
         Ok(Self { fd })
     }
 
@@ -65,11 +69,13 @@ impl Kvm {
     pub fn create_vm(&self, ram: GuestRam) -> Result<Vm, KvmError> {
         let fd = self.fd.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
+        dirty::enable(&fd)?;
+        let mut slots = Vec::new();
         for (slot, region) in ram.iter().enumerate() {
             let userspace_addr = region
                 .get_host_address(vm_memory::MemoryRegionAddress(0))
                 .map_err(|error| KvmError::BadState(format!("guest memory has no host address: {error}")))?;
-            let slot = kvm_userspace_memory_region {
+            let region = kvm_userspace_memory_region {
                 slot: slot as u32,
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
@@ -78,10 +84,11 @@ impl Kvm {
             };
             // SAFETY: the region is mapped for as long as `ram` lives, `Vm` keeps a clone of it, and the
             // regions of a GuestRam never overlap.
-            unsafe { fd.set_user_memory_region(slot) }
+            unsafe { fd.set_user_memory_region(region) }
                 .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
+            slots.push(region);
         }
-        Ok(Vm { fd, _ram: ram })
+        Ok(Vm { fd, _ram: ram, slots: Slots::new(slots) })
     }
 }
 
@@ -89,9 +96,36 @@ impl Kvm {
 pub struct Vm {
     fd: VmFd,
     _ram: GuestRam,
+    slots: Slots,
 }
 
 impl Vm {
+    /// Finds out from now on which pages the guest writes, or no longer. At first all count as written.
+    pub fn track_writes(&mut self, on: bool) -> Result<(), KvmError> {
+        self.slots.track(&self.fd, on)
+    }
+
+    /// Are written pages found out?
+    pub fn tracks_writes(&self) -> bool {
+        self.slots.is_tracked()
+    }
+
+    /// For each piece of memory the number of its first page, and a bit for each page that was written.
+    pub fn written_pages(&self) -> Result<Vec<(u64, Vec<u64>)>, KvmError> {
+        self.slots.written(&self.fd)
+    }
+
+    /// Marks pages of piece `index` of memory as clean: those whose bits are set.
+    pub fn mark_clean(&self, index: usize, bits: &mut [u64]) -> Result<(), KvmError> {
+        self.slots.mark_clean(&self.fd, index, bits)
+    }
+
+    /// Makes the vCPU forget what it remembers of the guest's page tables; memory may have changed below it. What
+    /// [`Self::written_pages`] says is of no use afterwards.
+    pub fn flush_translations(&mut self) -> Result<(), KvmError> {
+        self.slots.flush_translations(&self.fd)
+    }
+
     /// Makes the guest's one vCPU with the given CPUID table.
     pub fn create_vcpu(&self, cpuid: &CpuId) -> Result<Vcpu, KvmError> {
         let fd = self.fd.create_vcpu(0).map_err(KvmError::call("KVM_CREATE_VCPU"))?;

@@ -4,14 +4,17 @@
 //! primary, on a backup or from a file. What comes from outside comes through [`Clock`] (synchronous) and
 //! [`Machine::apply`] (asynchronous); what goes outside leaves as [`Effect`]s.
 //!
-//! An *anchor* is an exit that the guest's own instructions cause. *Boundary k* is the moment after exit k
-//! has been handled; events are applied only there.
+//! An *anchor* is an exit that the guest's own instructions cause, or a forced stop where none comes in time. *Boundary
+//! k* is the moment after exit k has been handled; events are applied only there.
 //!
 //! ```text
 //!   boundary k ── apply(event)* ── run_to_anchor() ─┬─ interrupt windows, host signals (not counted)
-//!                                                   └─ exit k+1, handled ──> boundary k+1
+//!                                                   ├─ exit k+1, handled ──> boundary k+1
+//!                                                   └─ forced stop ────────> boundary k+1
+//!   boundary k ── load_checkpoint() ──> boundary k+1 (a follower's way to a forced stop)
 //! ```
 
+mod checkpoint;
 mod state;
 mod user_tsc;
 
@@ -32,10 +35,8 @@ pub trait Clock {
     type Error: From<MachineError>;
     /// The time that the guest sees in the exit being handled. Never goes back.
     fn read(&mut self) -> Result<GuestTime, Self::Error>;
-    /// The guest has come to exit `anchor`. May it be handled? False: the log ends before it.
-    fn may_handle(&mut self, anchor: u64) -> Result<bool, Self::Error>;
-    /// A host signal took the vCPU out of the guest: should the run be broken off here?
-    fn kicked(&mut self) -> Result<(), Self::Error>;
+    /// A host signal took the vCPU out of the guest. True: it stops here, which makes a boundary.
+    fn kicked(&mut self, machine: &Machine) -> Result<bool, Self::Error>;
 }
 
 /// What can go wrong with the machine itself.
@@ -70,10 +71,19 @@ pub enum GuestEnd {
     HaltedForever,
 }
 
+/// What a run ended at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reached {
+    /// The guest's own exit, which has been handled.
+    Exit,
+    /// A stop between two of its exits, which counts as an anchor.
+    ForcedStop,
+}
+
 /// The whole guest.
 pub struct Machine {
     vcpu: Vcpu,
-    _vm: Vm,
+    vm: Vm,
     ram: GuestRam,
     board: Board,
     anchors: u64,
@@ -81,9 +91,9 @@ pub struct Machine {
     halted: bool,
     end: Option<GuestEnd>,
     user_tsc: UserTsc,
-    /// The next anchor, if the guest has come to it already: finishing an instruction led to it, or the log that
-    /// is followed ended before it.
+    /// The next anchor, if finishing an instruction led to it already.
     early_exit: Option<Exit>,
+    written: Option<checkpoint::Written>,
 }
 
 impl Machine {
@@ -91,7 +101,7 @@ impl Machine {
     pub fn new(vm: Vm, vcpu: Vcpu, ram: GuestRam, board: Board) -> Self {
         Self {
             vcpu,
-            _vm: vm,
+            vm,
             ram,
             board,
             anchors: 0,
@@ -100,6 +110,7 @@ impl Machine {
             end: None,
             user_tsc: UserTsc::default(),
             early_exit: None,
+            written: None,
         }
     }
 
@@ -138,6 +149,11 @@ impl Machine {
         self.end
     }
 
+    /// Is there an interrupt that the guest cannot take yet, or will take at its next entry?
+    pub fn interrupt_pending(&self) -> bool {
+        self.board.interrupt_pending()
+    }
+
     /// Is the guest halted with nothing to wake it yet? Then only an event can move it.
     pub fn waiting(&self) -> bool {
         self.halted && !self.board.interrupt_pending()
@@ -153,39 +169,45 @@ impl Machine {
         Ok(self.board.apply(&self.ram, event, effects)?)
     }
 
-    /// Runs the guest to its next anchor and handles that exit. The guest must not be [`Self::waiting`]. False: the
-    /// clock does not let that exit be handled; the next call goes on there.
+    /// Runs the guest to its next anchor and handles that exit. The guest must not be [`Self::waiting`].
     pub fn run_to_anchor<C: Clock>(
         &mut self,
         clock: &mut C,
         effects: &mut Vec<Effect>,
-    ) -> Result<bool, C::Error> {
+    ) -> Result<Reached, C::Error> {
         let exit = match self.early_exit.take() {
-            Some(exit) => exit,
+            Some(exit) => Some(exit),
             None => self.enter(clock)?,
         };
         self.halted = false;
-        if !clock.may_handle(self.anchors + 1)? {
-            self.early_exit = Some(exit);
-            return Ok(false);
+        match exit {
+            Some(exit) => self.handle(exit, clock, effects).map(|()| Reached::Exit),
+            None => {
+                self.anchors += 1;
+                tracing::trace!(anchor = self.anchors, "forced stop");
+                Ok(Reached::ForcedStop)
+            }
         }
-        self.handle(exit, clock, effects).map(|()| true)
     }
 
     /// Enters the guest until an anchor, delivering pending interrupts at the first boundary of
-    /// instructions that can take them.
-    fn enter<C: Clock>(&mut self, clock: &mut C) -> Result<Exit, C::Error> {
+    /// instructions that can take them. `None`: the clock wants it to stop where it is.
+    fn enter<C: Clock>(&mut self, clock: &mut C) -> Result<Option<Exit>, C::Error> {
         loop {
             self.offer_interrupt().map_err(C::Error::from)?;
             let exit = self.vcpu.enter().map_err(MachineError::from)?;
             match exit {
-                Exit::Kicked => clock.kicked()?,
-                Exit::InterruptWindow => {
-                    if let Some(anchor) = self.normalise_window().map_err(C::Error::from)? {
-                        return Ok(anchor);
+                Exit::Kicked => {
+                    if clock.kicked(self)? {
+                        return Ok(None);
                     }
                 }
-                anchor => return Ok(anchor),
+                Exit::InterruptWindow => {
+                    if let Some(anchor) = self.normalise_window().map_err(C::Error::from)? {
+                        return Ok(Some(anchor));
+                    }
+                }
+                anchor => return Ok(Some(anchor)),
             }
         }
     }

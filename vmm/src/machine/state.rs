@@ -45,6 +45,13 @@ impl Machine {
         config: &BoardConfig,
         payloads: &[Payload],
     ) -> Result<Self, MachineError> {
+        let mut machine = Self::new(vm, vcpu, ram, Board::new(config));
+        machine.restore(config, payloads)?;
+        Ok(machine)
+    }
+
+    /// Makes this machine the saved one, but for memory. It has been settled.
+    pub(super) fn restore(&mut self, config: &BoardConfig, payloads: &[Payload]) -> Result<(), MachineError> {
         let (own, rest): (Vec<&Payload>, Vec<&Payload>) =
             payloads.iter().partition(|payload| payload.kind == MACHINE_KIND);
         let (cpu, board): (Vec<&Payload>, Vec<&Payload>) =
@@ -77,26 +84,19 @@ impl Machine {
                 vcpu_state::VERSION
             )));
         }
-        vcpu_state::load(&vcpu, |kind| {
+        vcpu_state::load(&self.vcpu, |kind| {
             cpu.iter().find(|payload| payload.kind == kind).map(|payload| payload.bytes.as_slice())
         })?;
         let board: Vec<Payload> = board.into_iter().cloned().collect();
-        let mut machine = Self {
-            vcpu,
-            _vm: vm,
-            ram,
-            board: Board::load(config, &board)?,
-            anchors: word(0),
-            registers_digest: word(1),
-            halted: bytes[24] != 0,
-            end: None,
-            user_tsc: UserTsc::from_saved(word(2)),
-            early_exit: None,
-        };
+        self.board = Board::load(config, &board)?;
+        self.anchors = word(0);
+        self.registers_digest = word(1);
+        self.halted = bytes[24] != 0;
+        self.user_tsc = UserTsc::from_saved(word(2));
         // Refreshes what KVM says about interrupt delivery, as `settle` did where the state was saved.
-        if machine.vcpu.complete()?.is_some() {
+        if self.vcpu.complete()?.is_some() {
             return Err(MachineError::BadState("the vCPU left the guest while it was being loaded".into()));
         }
-        Ok(machine)
+        Ok(())
     }
 }

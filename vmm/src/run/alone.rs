@@ -4,7 +4,7 @@
 //! acknowledge anything.
 
 use devices::Effect;
-use ft_log::{Batch, Encoder, Entry, RecordingWriter};
+use ft_log::{Batch, CheckpointEncoder, Encoder, Entry, Position, RecordingWriter};
 
 use super::{LogSink, RunError};
 use crate::machine::Machine;
@@ -39,6 +39,10 @@ impl LogSink for NoLog {
         Ok(false)
     }
 
+    fn stopped(&mut self, _: &mut Machine) -> Result<u64, RunError> {
+        Ok(0)
+    }
+
     fn finish(&mut self, _: &Machine) -> Result<(), RunError> {
         Ok(())
     }
@@ -53,6 +57,8 @@ pub struct FileLog {
     outlet: Outlet,
     writer: Option<RecordingWriter>,
     encoder: Encoder,
+    checkpoints: CheckpointEncoder,
+    unchanged: Vec<u64>,
     seq: u64,
     checked: u64,
 }
@@ -61,7 +67,15 @@ impl FileLog {
     /// Goes on behind the snapshot that `writer` already holds; `encoder` stands at its position.
     pub fn new(outlet: Outlet, writer: RecordingWriter, encoder: Encoder) -> Self {
         let checked = encoder.cursor().anchor;
-        Self { outlet, writer: Some(writer), encoder, seq: 0, checked }
+        Self {
+            outlet,
+            writer: Some(writer),
+            encoder,
+            checkpoints: CheckpointEncoder::default(),
+            unchanged: Vec::new(),
+            seq: 0,
+            checked,
+        }
     }
 
     fn write_batch(&mut self, machine: &Machine) -> Result<(), RunError> {
@@ -69,7 +83,6 @@ impl FileLog {
         let batch = Batch {
             seq: self.seq,
             reached: machine.anchors(),
-            running: false,
             released: self.seq,
             entries: self.encoder.take(),
         };
@@ -98,8 +111,19 @@ impl LogSink for FileLog {
         Ok(())
     }
 
-    fn at_boundary(&mut self, _: &mut Machine) -> Result<bool, RunError> {
+    fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError> {
+        machine.renew_base()?;
         Ok(false)
+    }
+
+    fn stopped(&mut self, machine: &mut Machine) -> Result<u64, RunError> {
+        let checkpoint = machine.checkpoint(&self.unchanged)?;
+        if let Some(writer) = &mut self.writer {
+            self.unchanged = self.checkpoints.encode(&checkpoint, |piece| writer.checkpoint(piece))?;
+        }
+        let position = Position::Checkpoint;
+        self.encoder.push(&Entry::Stop { anchor: machine.anchors(), position })?;
+        Ok(checkpoint.pages.len() as u64)
     }
 
     fn finish(&mut self, machine: &Machine) -> Result<(), RunError> {

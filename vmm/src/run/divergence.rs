@@ -39,6 +39,7 @@ impl Brief {
         let (what, anchor, number) = match entry {
             Entry::Clock { now, .. } => ("clock read, ticks", None, now.0),
             Entry::Check { anchor, digest } => ("register digest", Some(*anchor), u64::from(*digest)),
+            Entry::Stop { anchor, .. } => ("forced stop, checkpoint", Some(*anchor), 0),
             Entry::End { anchor, digest } => ("end, register digest", Some(*anchor), digest.registers),
             Entry::Event { anchor, event } => {
                 let (what, number) = match event {

@@ -1,27 +1,28 @@
 //! The door of a follower: events and clock reads come from a log.
 //!
 //! Owns: the reading position in the log and what the primary is not known to have let out.
-//! Must never: go beyond what the log allows. The guest leaves boundary k only when the primary's has, so that
-//! no event can follow there, and handles exit k+1 only when the log is complete up to it (`reached`). So a
-//! follower never guesses and never rolls back, and yet runs at the same time as the primary.
+//! Must never: go beyond what the log allows. The guest leaves boundary k only when the log is complete up to exit
+//! k+1 (`reached`), and does not run at all where that is a forced stop: it loads the checkpoint. So a follower never
+//! guesses and never rolls back.
 
 use std::collections::VecDeque;
 
+use devices::BoardConfig;
 use devices::Effect;
-use ft_log::{Batch, ClockModel, Cursor, Decoder, Entry, Event, GuestTime};
+use ft_log::{
+    Checkpoint, CheckpointDecoder, ClockModel, Cursor, Decoder, Entry, Event, GuestTime, LogPart, Position,
+};
 
 use super::divergence::{Recent, describe};
 use super::{Door, Next, RunError, Stopped};
 use crate::machine::{Clock, GuestEnd, Machine};
 
-/// Where batches come from: a file, or the connection to the primary.
-pub trait BatchSource {
-    /// The next batch in order. Waits for it. `None`: there will be no more.
-    fn next(&mut self) -> Result<Option<Batch>, RunError>;
+/// Where the log comes from: a file, or the connection to the primary.
+pub trait PartSource {
+    /// The next part in order. Waits for it. `None`: there will be no more.
+    fn next(&mut self) -> Result<Option<LogPart>, RunError>;
     /// The guest stands at `anchor` and has seen `time`.
     fn executed(&mut self, anchor: u64, time: GuestTime);
-    /// The guest leaves the last boundary that there is a log of; its next exit may be far away.
-    fn caught_up(&mut self) {}
     /// Somebody asked the monitor to stop: it does not wait for the guest's next exit.
     fn stopped(&self) -> bool {
         false
@@ -41,7 +42,9 @@ pub struct Follow<S> {
     ahead: Option<Entry>,
     seq: u64,
     reached: u64,
-    running: bool,
+    board: BoardConfig,
+    checkpoint_decoder: CheckpointDecoder,
+    checkpoints: VecDeque<Checkpoint>,
     unreleased: VecDeque<(u64, Effect)>,
     recent: Recent,
     watcher: Option<Watcher>,
@@ -51,9 +54,10 @@ pub struct Follow<S> {
 /// Sees every effect of a followed guest.
 pub type Watcher = Box<dyn FnMut(&Effect)>;
 
-impl<S: BatchSource> Follow<S> {
-    /// Follows `source` from the snapshot whose position is `cursor`.
-    pub fn new(source: S, cursor: Cursor) -> Self {
+impl<S: PartSource> Follow<S> {
+    /// Follows `source` from the snapshot whose position is `cursor`. `board` is the guest's; it has no page with
+    /// the number `end_page` or a greater one.
+    pub fn new(source: S, cursor: Cursor, board: BoardConfig, end_page: u64) -> Self {
         Self {
             source,
             reached: cursor.anchor,
@@ -63,7 +67,9 @@ impl<S: BatchSource> Follow<S> {
             offset: 0,
             ahead: None,
             seq: 0,
-            running: false,
+            board,
+            checkpoint_decoder: CheckpointDecoder::new(end_page),
+            checkpoints: VecDeque::new(),
             unreleased: VecDeque::new(),
             recent: Recent::default(),
             watcher: None,
@@ -86,7 +92,7 @@ impl<S: BatchSource> Follow<S> {
         self.equal
     }
 
-    /// Where batches come from.
+    /// Where the log comes from.
     pub fn source_mut(&mut self) -> &mut S {
         &mut self.source
     }
@@ -103,10 +109,17 @@ impl<S: BatchSource> Follow<S> {
 
     /// Gets the next batch. False: there are no more.
     fn fetch(&mut self) -> Result<bool, RunError> {
-        let Some(batch) = self.source.next()? else { return Ok(false) };
+        let batch = loop {
+            match self.source.next()? {
+                None => return Ok(false),
+                Some(LogPart::Batch(batch)) => break batch,
+                Some(LogPart::Checkpoint(piece)) => {
+                    self.checkpoints.extend(self.checkpoint_decoder.accept(&piece)?);
+                }
+            }
+        };
         self.seq = batch.seq;
         self.reached = batch.reached;
-        self.running = batch.running;
         while self.unreleased.front().is_some_and(|(seq, _)| *seq <= batch.released) {
             self.unreleased.pop_front();
         }
@@ -128,7 +141,10 @@ impl<S: BatchSource> Follow<S> {
             let due = match self.peek()? {
                 None | Some(Entry::Clock { .. }) => return Ok(None),
                 Some(
-                    Entry::Event { anchor, .. } | Entry::Check { anchor, .. } | Entry::End { anchor, .. },
+                    Entry::Event { anchor, .. }
+                    | Entry::Check { anchor, .. }
+                    | Entry::Stop { anchor, .. }
+                    | Entry::End { anchor, .. },
                 ) => *anchor,
             };
             if due > here {
@@ -163,10 +179,31 @@ impl<S: BatchSource> Follow<S> {
                     while self.fetch()? {}
                     return Ok(Some(Stopped::ReplayEqual));
                 }
+                Entry::Stop { .. } => {
+                    let found = "a guest that is there by its own exit".to_owned();
+                    return Err(self.diverged(machine, describe(&entry), found));
+                }
                 Entry::Clock { .. } => {}
             }
             self.recent.note(&entry);
         }
+    }
+
+    /// If the guest goes on from here to a forced stop: takes it there.
+    fn follow_stop(&mut self, machine: &mut Machine) -> Result<bool, RunError> {
+        let next = machine.anchors() + 1;
+        match self.peek()? {
+            Some(Entry::Stop { anchor, position: Position::Checkpoint }) if *anchor == next => {}
+            _ => return Ok(false),
+        }
+        let checkpoint = self.checkpoints.pop_front().ok_or(RunError::NoCheckpoint { anchor: next })?;
+        machine.load_checkpoint(&self.board, &checkpoint)?;
+        if let Some(entry) = self.ahead.take_if(|_| machine.anchors() == next) {
+            self.recent.note(&entry);
+            return Ok(true);
+        }
+        let found = "another position in the checkpoint".to_owned();
+        Err(self.diverged(machine, format!("forced stop at anchor {next}"), found))
     }
 
     /// The primary's guest has left this boundary; this one has to be able to.
@@ -183,7 +220,7 @@ impl<S: BatchSource> Follow<S> {
     }
 }
 
-impl<S: BatchSource> Clock for Follow<S> {
+impl<S: PartSource> Clock for Follow<S> {
     type Error = RunError;
 
     fn read(&mut self) -> Result<GuestTime, RunError> {
@@ -201,21 +238,12 @@ impl<S: BatchSource> Clock for Follow<S> {
         }
     }
 
-    fn may_handle(&mut self, anchor: u64) -> Result<bool, RunError> {
-        while self.reached < anchor {
-            if !self.fetch()? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    fn kicked(&mut self) -> Result<(), RunError> {
-        if self.source.stopped() { Err(RunError::StopRequested) } else { Ok(()) }
+    fn kicked(&mut self, _: &Machine) -> Result<bool, RunError> {
+        if self.source.stopped() { Err(RunError::StopRequested) } else { Ok(false) }
     }
 }
 
-impl<S: BatchSource> Door for Follow<S> {
+impl<S: PartSource> Door for Follow<S> {
     fn boundary(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<Next, RunError> {
         self.source.executed(machine.anchors(), machine.now());
         loop {
@@ -226,16 +254,16 @@ impl<S: BatchSource> Door for Follow<S> {
                 self.publish(machine, effects)?;
             }
             if self.reached > machine.anchors() {
+                if self.follow_stop(machine)? {
+                    self.source.executed(machine.anchors(), machine.now());
+                    continue;
+                }
                 return self.enter(machine);
             }
             // Everything up to here has been executed, so nothing may be left of what was logged up to here.
             if let Some(entry) = self.ahead.take() {
                 let found = "a guest that did not ask for it".to_owned();
                 return Err(self.diverged(machine, describe(&entry), found));
-            }
-            if self.running && self.reached == machine.anchors() {
-                self.source.caught_up();
-                return self.enter(machine);
             }
             if !self.fetch()? {
                 return Ok(Next::Stop(Stopped::LogEnded));
@@ -244,6 +272,11 @@ impl<S: BatchSource> Door for Follow<S> {
     }
 
     fn entering(&mut self, _: &Machine) {}
+
+    fn stopped(&mut self, _: &mut Machine) -> Result<(), RunError> {
+        // `kicked` forces none.
+        Ok(())
+    }
 
     fn publish(&mut self, _: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
         for effect in effects.drain(..) {

@@ -13,6 +13,7 @@ use devices::Effect;
 use ft_log::{CLOCK_TOLERANCE, ClockModel, Entry, Event, GuestTime};
 
 use super::{Door, Next, RunError, Stopped};
+use crate::host::deferral::Deferral;
 use crate::machine::{Clock, GuestEnd, Machine};
 
 /// Most events that are applied at one boundary, so that a flood of frames cannot keep the guest from running.
@@ -32,8 +33,12 @@ pub trait LogSink {
     fn record(&mut self, entry: &Entry) -> Result<(), RunError>;
     /// The log is complete up to the machine's boundary; `effects` may go once that is safe.
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError>;
-    /// No event follows at the machine's boundary: the guest leaves it now.
-    fn entering(&mut self, _: &Machine) {}
+    /// May the guest be stopped between two of its exits now? If not, it is asked again later.
+    fn may_stop(&self) -> bool {
+        true
+    }
+    /// The guest stands at a forced stop, which a follower has to find. Answers how many pages that took.
+    fn stopped(&mut self, machine: &mut Machine) -> Result<u64, RunError>;
     /// A chance to look after the log's other end. The machine stands at a boundary. True: a snapshot was
     /// taken here and the log starts anew.
     fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError>;
@@ -61,6 +66,11 @@ impl HostTime {
         GuestTime::from_ns(self.offset_ns + self.base.elapsed().as_nanos() as u64)
     }
 
+    /// When it shows `time`; now, if that was before it started.
+    pub fn instant_of(&self, time: GuestTime) -> Instant {
+        self.base + Duration::from_nanos(time.to_ns().saturating_sub(self.offset_ns))
+    }
+
     /// How long until it shows `time`.
     pub fn until(&self, time: GuestTime) -> Duration {
         Duration::from_nanos(time.to_ns())
@@ -78,23 +88,31 @@ pub struct Live<L> {
     wake: Receiver<()>,
     own: VecDeque<Event>,
     stop: Arc<AtomicBool>,
+    deferral: Arc<Deferral>,
     log: L,
 }
 
+/// What a door needs of the host besides the log.
+pub struct HostSide {
+    /// The guest's clock.
+    pub time: HostTime,
+    /// Events for the guest.
+    pub inbox: (Sender<Event>, Receiver<Event>),
+    /// How long they may wait.
+    pub deferral: Arc<Deferral>,
+    /// Makes a halted guest's thread look at `stop` and at its log's other end.
+    pub wake: Receiver<()>,
+    /// The monitor is to stop.
+    pub stop: Arc<AtomicBool>,
+}
+
 impl<L: LogSink> Live<L> {
-    /// A door whose events come from `inbox`. `wake` makes a halted guest's thread look at `stop` and at
-    /// its log's other end.
-    pub fn new(
-        machine: &Machine,
-        time: HostTime,
-        inbox: (Sender<Event>, Receiver<Event>),
-        wake: Receiver<()>,
-        stop: Arc<AtomicBool>,
-        log: L,
-    ) -> Self {
-        let (_keep_open, inbox) = inbox;
+    /// A door between `host` and the guest.
+    pub fn new(machine: &Machine, host: HostSide, log: L) -> Self {
+        let HostSide { time, inbox: (_keep_open, inbox), deferral, wake, stop } = host;
         let model = ClockModel::starting_at(machine.now());
-        Self { time, model, inbox, _keep_open, wake, own: VecDeque::new(), stop, log }
+        let own = VecDeque::new();
+        Self { time, model, inbox, _keep_open, wake, own, stop, deferral, log }
     }
 
     /// The log, for what comes after the loop.
@@ -126,6 +144,7 @@ impl<L: LogSink> Live<L> {
 
     /// Applies what is due at this boundary.
     fn apply_due(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
+        self.deferral.emptying();
         let mut bytes = 0;
         for _ in 0..EVENTS_PER_BOUNDARY {
             if bytes >= BYTES_PER_BOUNDARY {
@@ -136,6 +155,9 @@ impl<L: LogSink> Live<L> {
                 bytes += data.len();
             }
             self.apply(machine, event, effects)?;
+        }
+        if !self.inbox.is_empty() || !self.own.is_empty() {
+            self.deferral.arrived();
         }
         // Never earlier than what the guest has been shown.
         let now = self.time.now().max(machine.now());
@@ -173,20 +195,24 @@ impl<L: LogSink> Clock for Live<L> {
         Ok(now)
     }
 
-    fn may_handle(&mut self, _: u64) -> Result<bool, RunError> {
-        Ok(true)
-    }
-
-    fn kicked(&mut self) -> Result<(), RunError> {
+    fn kicked(&mut self, machine: &Machine) -> Result<bool, RunError> {
         if self.stop.load(Ordering::Relaxed) && self.log.may_break_off() {
             return Err(RunError::StopRequested);
         }
-        Ok(())
+        if !self.deferral.is_due() {
+            return Ok(false);
+        }
+        if !self.log.may_stop() {
+            self.deferral.hold();
+            return Ok(false);
+        }
+        Ok(self.deferral.is_worth(machine.written_pages()?))
     }
 }
 
 impl<L: LogSink> Door for Live<L> {
     fn boundary(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<Next, RunError> {
+        self.deferral.left();
         loop {
             if self.log.at_boundary(machine)? {
                 self.model = ClockModel::starting_at(machine.now());
@@ -207,7 +233,17 @@ impl<L: LogSink> Door for Live<L> {
     }
 
     fn entering(&mut self, machine: &Machine) {
-        self.log.entering(machine);
+        // An interrupt that the guest cannot take yet keeps others out as well.
+        if !machine.interrupt_pending() {
+            self.deferral.entering(machine.deadline().map(|deadline| self.time.instant_of(deadline)));
+        }
+    }
+
+    fn stopped(&mut self, machine: &mut Machine) -> Result<(), RunError> {
+        let since = Instant::now();
+        let pages = self.log.stopped(machine)?;
+        self.deferral.paused(since.elapsed(), pages);
+        Ok(())
     }
 
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {

@@ -7,7 +7,7 @@
 //!      │                                    └── effects of these events ── door.publish()
 //!      ▼
 //!   machine.run_to_anchor()  clock reads are answered by the door
-//!      │
+//!      │                     a forced stop: door.stopped() logs where
 //!      ▼
 //!   door.publish()           log up to exit k+1 is complete; its effects may go once that is acknowledged
 //! ```
@@ -20,12 +20,12 @@ mod live;
 use devices::Effect;
 use thiserror::Error;
 
-use crate::machine::{Clock, GuestEnd, Machine, MachineError};
+use crate::machine::{Clock, GuestEnd, Machine, MachineError, Reached};
 
 pub use alone::{FileLog, NoLog};
 pub use divergence::Divergence;
-pub use follow::{BatchSource, Follow};
-pub use live::{HostTime, INBOX_EVENTS, Live, LogSink};
+pub use follow::{Follow, PartSource};
+pub use live::{HostSide, HostTime, INBOX_EVENTS, Live, LogSink};
 
 /// Where everything that is not a function of guest state comes in, and where effects go out.
 pub trait Door: Clock<Error = RunError> {
@@ -33,6 +33,8 @@ pub trait Door: Clock<Error = RunError> {
     fn boundary(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<Next, RunError>;
     /// The guest leaves the boundary now.
     fn entering(&mut self, machine: &Machine);
+    /// The guest stands at a forced stop.
+    fn stopped(&mut self, machine: &mut Machine) -> Result<(), RunError>;
     /// The machine stands at a boundary with its last exit handled: takes what it produced.
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError>;
     /// The guest was broken off between two anchors, on request.
@@ -57,8 +59,7 @@ pub enum Stopped {
     GuestEnded(GuestEnd),
     /// Somebody asked the monitor to stop.
     Requested,
-    /// Followers only: every entry of the log has been applied and there will be no more. The guest may stand
-    /// at an exit that the log does not cover, and that is still to be handled.
+    /// Followers only: every entry of the log has been applied and there will be no more.
     LogEnded,
     /// Followers only: the recording's end was reached and every digest was equal.
     ReplayEqual,
@@ -79,6 +80,15 @@ pub enum RunError {
     /// The recording cannot be read or written.
     #[error(transparent)]
     Recording(#[from] ft_log::RecordingError),
+    /// A checkpoint of the log cannot be read.
+    #[error("the log's checkpoint cannot be used: {0}")]
+    Checkpoint(#[from] ft_log::CheckpointError),
+    /// The log says that there is a checkpoint, and there is none.
+    #[error("the log stops the guest at anchor {anchor} with a checkpoint that it does not hold")]
+    NoCheckpoint {
+        /// The stop.
+        anchor: u64,
+    },
     /// The connection to the other side failed.
     #[error(transparent)]
     Stream(#[from] ft_log::StreamError),
@@ -116,8 +126,8 @@ pub fn run<D: Door>(machine: &mut Machine, door: &mut D) -> Result<Stopped, RunE
         }
         door.entering(machine);
         match machine.run_to_anchor(door, &mut effects) {
-            Ok(true) => {}
-            Ok(false) => return Ok(Stopped::LogEnded),
+            Ok(Reached::Exit) => {}
+            Ok(Reached::ForcedStop) => door.stopped(machine)?,
             Err(RunError::StopRequested) => {
                 // Between two anchors: the log is complete up to the last one, and ends there.
                 door.broken_off(machine)?;

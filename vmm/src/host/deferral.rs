@@ -1,0 +1,313 @@
+//! The deferral budget: how long something that is due may wait for the guest's next exit.
+//!
+//! Owns: the thread that takes the vCPU out of a guest that makes no exits. Must never: decide that the guest stops; the
+//! vCPU's thread does, which asks [`Deferral::is_due`] once it was kicked.
+//! States of the vCPU's thread: in the guest, where something may come due, or not.
+//!
+//! What is due: events in the inbox, counted from the arrival of the oldest, and the next timer of the devices.
+//! The budget is what was asked for, or longer where a stop would take long because the guest has written many pages: so
+//! long that stops take a fifth of the guest's time at most, up to a second.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, TrySendError};
+use ft_log::Event;
+
+const NEVER: u64 = u64::MAX;
+/// Least time that something waits, as a multiple of the pause that its stop takes.
+const STRETCH: u64 = 4;
+/// What a stop takes besides its pages, as a number of pages.
+const STOP_PAGES: u64 = 32;
+/// No budget is stretched beyond this.
+const LONGEST_NS: u64 = 1_000_000_000;
+/// One over the part that a new pause has in the average of them all.
+const PAUSE_WEIGHT: u64 = 8;
+
+/// What waits for the guest, and since when. Times are nanoseconds since `base`.
+#[derive(Debug)]
+pub struct Deferral {
+    base: Instant,
+    asked_ns: u64,
+    budget_ns: AtomicU64,
+    page_ns: AtomicU64,
+    in_guest: AtomicBool,
+    arrived_ns: AtomicU64,
+    timer_ns: AtomicU64,
+    hold_ns: AtomicU64,
+    alarm_ns: AtomicU64,
+    watcher: std::sync::OnceLock<thread::Thread>,
+    ended: AtomicBool,
+}
+
+impl Deferral {
+    /// Nothing waits yet, and may wait for `budget` then.
+    pub fn new(budget: Duration) -> Arc<Self> {
+        let asked_ns = budget.as_nanos() as u64;
+        Arc::new(Self {
+            base: Instant::now(),
+            asked_ns,
+            budget_ns: AtomicU64::new(asked_ns),
+            page_ns: AtomicU64::new(0),
+            in_guest: AtomicBool::new(false),
+            arrived_ns: AtomicU64::new(NEVER),
+            timer_ns: AtomicU64::new(NEVER),
+            hold_ns: AtomicU64::new(0),
+            alarm_ns: AtomicU64::new(NEVER),
+            watcher: std::sync::OnceLock::new(),
+            ended: AtomicBool::new(false),
+        })
+    }
+
+    /// Starts the thread. It calls `kick` when something has waited for too long.
+    pub fn watch(self: &Arc<Self>, kick: impl Fn() + Send + 'static) -> io::Result<Watch> {
+        let deferral = Arc::clone(self);
+        let thread = thread::Builder::new().name("deferral".into()).spawn(move || deferral.run(&kick))?;
+        // Only the first of several would be woken; there is one for each guest.
+        let _ = self.watcher.set(thread.thread().clone());
+        Ok(Watch { deferral: Arc::clone(self), thread: Some(thread) })
+    }
+
+    fn run(&self, kick: &impl Fn()) {
+        while !self.ended.load(Ordering::SeqCst) {
+            let due = self.due_ns();
+            let now = self.ns(Instant::now());
+            let alarm = if due > now {
+                due
+            } else {
+                kick();
+                // The vCPU's thread gets the time to come out; what then is due comes up again.
+                now.saturating_add(self.asked_ns)
+            };
+            self.alarm_ns.store(alarm, Ordering::SeqCst);
+            // Set between the question and the alarm? Whoever did that saw no alarm to be late.
+            if due > now && self.due_ns() < alarm {
+                continue;
+            }
+            match alarm {
+                NEVER => thread::park(),
+                alarm => thread::park_timeout(Duration::from_nanos(alarm.saturating_sub(now))),
+            }
+        }
+    }
+
+    fn ns(&self, at: Instant) -> u64 {
+        at.saturating_duration_since(self.base).as_nanos() as u64
+    }
+
+    fn due_ns(&self) -> u64 {
+        if !self.in_guest.load(Ordering::SeqCst) {
+            return NEVER;
+        }
+        let since = self.arrived_ns.load(Ordering::SeqCst).min(self.timer_ns.load(Ordering::SeqCst));
+        let due = since.saturating_add(self.asked_ns);
+        if since == NEVER { NEVER } else { due.max(self.hold_ns.load(Ordering::Relaxed)) }
+    }
+
+    fn wake_if_late(&self) {
+        if self.due_ns() < self.alarm_ns.load(Ordering::SeqCst)
+            && let Some(watcher) = self.watcher.get()
+        {
+            watcher.unpark();
+        }
+    }
+
+    /// Something is in the inbox.
+    pub fn arrived(&self) {
+        let now = self.ns(Instant::now());
+        if self.arrived_ns.compare_exchange(NEVER, now, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+            self.wake_if_late();
+        }
+    }
+
+    /// The inbox is about to be emptied.
+    pub fn emptying(&self) {
+        self.arrived_ns.store(NEVER, Ordering::SeqCst);
+    }
+
+    /// The vCPU's thread goes into the guest; the devices' next timer is due at `timer`.
+    pub fn entering(&self, timer: Option<Instant>) {
+        self.timer_ns.store(timer.map_or(NEVER, |timer| self.ns(timer)), Ordering::SeqCst);
+        self.in_guest.store(true, Ordering::SeqCst);
+        self.wake_if_late();
+    }
+
+    /// The vCPU's thread is out of the guest, or nothing could reach the guest if it were.
+    pub fn left(&self) {
+        self.in_guest.store(false, Ordering::SeqCst);
+    }
+
+    /// Has something waited for longer than was asked for?
+    pub fn is_due(&self) -> bool {
+        self.due_ns() <= self.ns(Instant::now())
+    }
+
+    /// Has it waited long enough for a stop with `pages` pages? If not, that is asked again later.
+    pub fn is_worth(&self, pages: u64) -> bool {
+        let pause_ns = self.page_ns.load(Ordering::Relaxed) * (pages + STOP_PAGES);
+        let budget_ns = self.asked_ns.max((pause_ns * STRETCH).min(LONGEST_NS));
+        self.budget_ns.store(budget_ns, Ordering::Relaxed);
+        let since = self.arrived_ns.load(Ordering::SeqCst).min(self.timer_ns.load(Ordering::SeqCst));
+        let due = since.saturating_add(budget_ns);
+        self.hold_ns.store(due, Ordering::Relaxed);
+        due <= self.ns(Instant::now())
+    }
+
+    /// The guest cannot be stopped just now: it is asked again later.
+    pub fn hold(&self) {
+        self.hold_ns.store(self.ns(Instant::now()) + self.asked_ns, Ordering::Relaxed);
+    }
+
+    /// A forced stop with `pages` pages held the guest up for `pause`.
+    pub fn paused(&self, pause: Duration, pages: u64) {
+        let new = pause.as_nanos() as u64 / (pages + STOP_PAGES);
+        let before = self.page_ns.load(Ordering::Relaxed);
+        let average = if before == 0 { new } else { (before * (PAUSE_WEIGHT - 1) + new) / PAUSE_WEIGHT };
+        self.page_ns.store(average, Ordering::Relaxed);
+    }
+
+    /// The budget as it was last.
+    pub fn budget(&self) -> Duration {
+        Duration::from_nanos(self.budget_ns.load(Ordering::Relaxed))
+    }
+}
+
+/// The thread that watches. It ends on drop.
+#[derive(Debug)]
+pub struct Watch {
+    deferral: Arc<Deferral>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.deferral.ended.store(true, Ordering::SeqCst);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            if thread.join().is_err() {
+                tracing::error!("The deferral thread panicked.");
+            }
+        }
+    }
+}
+
+/// Where host threads put events for the guest. Bounded; what happens when it is full is each thread's own policy.
+#[derive(Clone, Debug)]
+pub struct Inbox {
+    events: Sender<Event>,
+    deferral: Option<Arc<Deferral>>,
+}
+
+impl Inbox {
+    /// An inbox whose events wait no longer than `deferral` says.
+    pub fn new(events: Sender<Event>, deferral: Arc<Deferral>) -> Self {
+        Self { events, deferral: Some(deferral) }
+    }
+
+    /// Puts `event` in if there is room.
+    pub fn try_send(&self, event: Event) -> Result<(), TrySendError<Event>> {
+        self.events.try_send(event)?;
+        self.note();
+        Ok(())
+    }
+
+    /// The channel, for waiting on several; call [`Inbox::note`] when something was sent.
+    pub fn channel(&self) -> &Sender<Event> {
+        &self.events
+    }
+
+    /// Something was sent.
+    pub fn note(&self) {
+        if let Some(deferral) = &self.deferral {
+            deferral.arrived();
+        }
+    }
+}
+
+impl From<Sender<Event>> for Inbox {
+    fn from(events: Sender<Event>) -> Self {
+        Self { events, deferral: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_channel::bounded;
+
+    use super::*;
+
+    const BUDGET: Duration = Duration::from_millis(2);
+    const LONG: Duration = Duration::from_secs(10);
+    /// Longer than the budget, so that what should not come could have.
+    const QUIET: Duration = Duration::from_millis(50);
+
+    fn watched(budget: Duration) -> (Arc<Deferral>, Watch, crossbeam_channel::Receiver<()>) {
+        let deferral = Deferral::new(budget);
+        let (kicked, kicks) = bounded(1);
+        let watch = deferral
+            .watch(move || {
+                let _ = kicked.try_send(());
+            })
+            .unwrap();
+        (deferral, watch, kicks)
+    }
+
+    #[test]
+    fn an_event_that_arrives_while_the_guest_computes_gets_it_kicked() {
+        let (deferral, _watch, kicks) = watched(BUDGET);
+        deferral.entering(None);
+        assert!(!deferral.is_due());
+        deferral.arrived();
+        kicks.recv_timeout(LONG).unwrap();
+        assert!(deferral.is_due());
+        deferral.emptying();
+        assert!(!deferral.is_due());
+    }
+
+    #[test]
+    fn a_timer_that_is_due_gets_the_guest_kicked() {
+        let (deferral, _watch, kicks) = watched(BUDGET);
+        deferral.entering(Some(Instant::now()));
+        kicks.recv_timeout(LONG).unwrap();
+        assert!(deferral.is_due());
+    }
+
+    #[test]
+    fn nobody_is_kicked_outside_of_the_guest() {
+        let (deferral, _watch, kicks) = watched(BUDGET);
+        deferral.entering(Some(Instant::now() + LONG));
+        deferral.left();
+        deferral.arrived();
+        assert!(kicks.recv_timeout(QUIET).is_err());
+        assert!(!deferral.is_due());
+    }
+
+    #[test]
+    fn the_budget_is_never_shorter_than_asked_and_stretches_with_the_pages() {
+        let deferral = Deferral::new(BUDGET);
+        deferral.entering(Some(deferral.base));
+        assert!(deferral.is_worth(1 << 20) == deferral.is_due(), "nothing is known of pauses yet");
+        deferral.paused(Duration::from_millis(1), 1_000 - STOP_PAGES);
+        deferral.is_worth(10);
+        assert_eq!(deferral.budget(), BUDGET);
+        assert!(!deferral.is_worth(1 << 20));
+        assert_eq!(deferral.budget(), Duration::from_secs(1));
+        assert!(!deferral.is_worth(100_000 - STOP_PAGES));
+        assert_eq!(deferral.budget(), Duration::from_micros(100_000 * STRETCH));
+        assert!(!deferral.is_due(), "it is asked again later");
+    }
+
+    #[test]
+    fn a_guest_that_cannot_stop_is_asked_again_later() {
+        let deferral = Deferral::new(QUIET);
+        deferral.entering(Some(deferral.base));
+        while !deferral.is_due() {
+            thread::yield_now();
+        }
+        deferral.hold();
+        assert!(!deferral.is_due());
+    }
+}

@@ -1,0 +1,118 @@
+//! Which pages of guest memory the guest itself has written: KVM's dirty log.
+//!
+//! Owns: the memory slots' tracking. Must never: take part in anything else than finding out what differs; what the
+//! devices write is not in it.
+//! States: off -> on, everything counts as written -> pages marked clean count again once they are written.
+//!
+//! A clean page costs the guest a fault at its next write, one that is left as written costs nothing.
+
+use kvm_bindings::{
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::VmFd;
+
+use super::KvmError;
+
+/// KVM_CLEAR_DIRTY_LOG: absent from kvm-ioctls; `_IOWR(KVMIO, 0xc0, struct kvm_clear_dirty_log)`.
+const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = 0xc018_aec0;
+/// Pages in a word of a bitmap.
+pub const WORD_PAGES: usize = u64::BITS as usize;
+/// The capability that [`enable`] needs.
+pub const CAPABILITY: libc::c_ulong = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 as libc::c_ulong;
+
+/// Lets `vm` keep pages as written until they are marked clean one by one.
+pub(super) fn enable(vm: &VmFd) -> Result<(), KvmError> {
+    let flags = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+    let cap = kvm_enable_cap {
+        cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+        args: [flags, 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&cap).map_err(KvmError::call("KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2)"))
+}
+
+/// Guest memory as KVM has it, with or without tracking.
+#[derive(Debug)]
+pub(super) struct Slots {
+    slots: Vec<kvm_userspace_memory_region>,
+    tracked: bool,
+}
+
+impl Slots {
+    pub(super) fn new(slots: Vec<kvm_userspace_memory_region>) -> Self {
+        Self { slots, tracked: false }
+    }
+
+    /// Turns tracking on, with everything counting as written, or off.
+    pub(super) fn track(&mut self, vm: &VmFd, on: bool) -> Result<(), KvmError> {
+        if self.tracked == on {
+            return Ok(());
+        }
+        for slot in &mut self.slots {
+            slot.flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+            // SAFETY: the slot is the one that `vm` has already, with other flags; its memory is still mapped.
+            unsafe { vm.set_user_memory_region(*slot) }
+                .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        self.tracked = on;
+        Ok(())
+    }
+
+    pub(super) fn is_tracked(&self) -> bool {
+        self.tracked
+    }
+
+    /// For each slot its first page's number and a bit for each page that was written.
+    pub(super) fn written(&self, vm: &VmFd) -> Result<Vec<(u64, Vec<u64>)>, KvmError> {
+        let page_of = |slot: &kvm_userspace_memory_region| slot.guest_phys_addr / ft_log::PAGE_BYTES as u64;
+        self.slots
+            .iter()
+            .map(|slot| {
+                vm.get_dirty_log(slot.slot, slot.memory_size as usize)
+                    .map(|bits| (page_of(slot), bits))
+                    .map_err(KvmError::call("KVM_GET_DIRTY_LOG"))
+            })
+            .collect()
+    }
+
+    /// Marks the pages whose bits are set as clean; `bits` is for the slot number `index`.
+    pub(super) fn mark_clean(&self, vm: &VmFd, index: usize, bits: &mut [u64]) -> Result<(), KvmError> {
+        let slot = &self.slots[index];
+        let clear = kvm_clear_dirty_log {
+            slot: slot.slot,
+            num_pages: (slot.memory_size / ft_log::PAGE_BYTES as u64) as u32,
+            first_page: 0,
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: bits.as_mut_ptr().cast() },
+        };
+        assert!(bits.len() * WORD_PAGES >= clear.num_pages as usize, "a bit for each page");
+        // SAFETY: the bitmap has a bit for each of `num_pages` pages, and KVM only reads it.
+        let result = unsafe { vmm_sys_util::ioctl::ioctl_with_ref(vm, KVM_CLEAR_DIRTY_LOG, &clear) };
+        if result < 0 {
+            let source = std::io::Error::last_os_error();
+            return Err(KvmError::Call { call: "KVM_CLEAR_DIRTY_LOG", source });
+        }
+        Ok(())
+    }
+
+    /// Makes the vCPU forget address translations. KVM does that for itself whenever it protects a page, so one page
+    /// that counts as written is marked clean. Only for a guest whose log nobody else reads.
+    pub(super) fn flush_translations(&mut self, vm: &VmFd) -> Result<(), KvmError> {
+        if !self.clean_one(vm)? {
+            self.track(vm, false)?;
+            self.track(vm, true)?;
+            self.clean_one(vm)?;
+        }
+        Ok(())
+    }
+
+    fn clean_one(&self, vm: &VmFd) -> Result<bool, KvmError> {
+        let Some((_, mut bits)) = self.written(vm)?.into_iter().next() else { return Ok(false) };
+        let Some(word) = bits.iter().position(|word| *word != 0) else { return Ok(false) };
+        let lowest = bits[word] & bits[word].wrapping_neg();
+        bits.fill(0);
+        bits[word] = lowest;
+        self.mark_clean(vm, 0, &mut bits).map(|()| true)
+    }
+}
