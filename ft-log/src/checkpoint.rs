@@ -187,13 +187,15 @@ const MAX_CHANGE_BYTES: usize = PAGE_BYTES / 4;
 /// Appends how `to` differs from `from`. False, with nothing appended: in too much.
 fn put_change(from: &Page, to: &Page, out: &mut Vec<u8>) -> bool {
     let start = out.len();
-    let differs =
-        |word: usize| from.as_chunks::<WORD_BYTES>().0[word] != to.as_chunks::<WORD_BYTES>().0[word];
-    let words = PAGE_BYTES / WORD_BYTES;
+    let (from, to_words) = (from.as_chunks::<WORD_BYTES>().0, to.as_chunks::<WORD_BYTES>().0);
+    let next = |at: usize, differs: bool| {
+        let mut words = from[at..].iter().zip(&to_words[at..]);
+        words.position(|(from, to)| (from != to) == differs).map(|distance| at + distance)
+    };
     let (mut at, mut runs) = (0, 0u64);
     let mut body = Vec::new();
-    while let Some(first) = (at..words).find(|word| differs(*word)) {
-        let end = (first..words).find(|word| !differs(*word)).unwrap_or(words);
+    while let Some(first) = next(at, true) {
+        let end = next(first, false).unwrap_or(to_words.len());
         put_varint(&mut body, (first - at) as u64);
         put_varint(&mut body, (end - first) as u64);
         body.extend_from_slice(&to[first * WORD_BYTES..end * WORD_BYTES]);
@@ -309,10 +311,11 @@ impl CheckpointEncoder {
     }
 }
 
-/// `to` changed by `from`, both as long as `to`.
+/// `to` changed by `from`, as long as `to`.
 fn xor(to: &[u8], from: &[u8]) -> Vec<u8> {
-    let from = from.iter().copied().chain(std::iter::repeat(0));
-    to.iter().zip(from).map(|(to, from)| to ^ from).collect()
+    let mut changed = to.to_vec();
+    changed.iter_mut().zip(from).for_each(|(to, from)| *to ^= from);
+    changed
 }
 
 /// Turns messages' payloads back into checkpoints.
