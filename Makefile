@@ -37,6 +37,7 @@ e2e: build guest ## End-to-end tests on test hosts, as root
 test-long: export PROPTEST_CASES ?= 20000
 test-long: export VMFT_REPLAYS ?= 20
 test-long: export VMFT_KILLS ?= 30
+test-long: export VMFT_COMPUTE_S ?= 600
 test-long: ## `make test` with more cases and more replays: hours
 	@MAKE=$(MAKE) scripts/test.sh lint guest unit e2e
 

@@ -59,6 +59,8 @@ pub struct FileLog {
     encoder: Encoder,
     checkpoints: CheckpointEncoder,
     unchanged: Vec<u64>,
+    stops: u64,
+    pages: u64,
     seq: u64,
     checked: u64,
 }
@@ -73,6 +75,8 @@ impl FileLog {
             encoder,
             checkpoints: CheckpointEncoder::default(),
             unchanged: Vec::new(),
+            stops: 0,
+            pages: 0,
             seq: 0,
             checked,
         }
@@ -123,14 +127,26 @@ impl LogSink for FileLog {
         }
         let position = Position::Checkpoint;
         self.encoder.push(&Entry::Stop { anchor: machine.anchors(), position })?;
-        Ok(checkpoint.pages.len() as u64)
+        let pages = checkpoint.pages.len() as u64;
+        self.stops += 1;
+        self.pages += pages;
+        Ok(pages)
     }
 
     fn finish(&mut self, machine: &Machine) -> Result<(), RunError> {
         self.encoder.push(&Entry::End { anchor: machine.anchors(), digest: machine.state_digest() })?;
         self.write_batch(machine)?;
         match self.writer.take() {
-            Some(writer) => Ok(writer.finish()?),
+            Some(writer) => {
+                writer.finish()?;
+                tracing::info!(
+                    anchors = machine.anchors(),
+                    forced_stops = self.stops,
+                    checkpoint_pages = self.pages,
+                    "the recording is whole"
+                );
+                Ok(())
+            }
             None => Ok(()),
         }
     }

@@ -1,0 +1,93 @@
+//! A guest whose processor is never idle and makes no exits for long gets its events all the same, and is replayed and
+//! taken over like any other.
+//!
+//! `VMFT_COMPUTE_S` is how long it computes in each test (default 15 seconds).
+
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use vmft_tests::client::{Client, Config};
+use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::hosts::Ending;
+use vmft_tests::pair::{
+    Guest, LONG, PAIR_FIGURES, SERVICE_READY, SHORT, SharedSite, TAKEOVER, count_from_environment, field,
+};
+
+static SITE: SharedSite = SharedSite::new(2);
+
+/// Two endless loops in user space, and beside them fork and exec, disk writes with fsync, and frames.
+const WORK: &str = "loops,busy";
+/// So often must the guest have been stopped for an event, or the test has tested nothing.
+const STOPS_MIN: u64 = 50;
+
+fn main() -> ExitCode {
+    let status = harness::run(&[
+        Case::on_hosts("computing_guest_replays_equal", computing_guest_replays_equal),
+        Case::on_hosts("computing_guest_outlives_its_primary", computing_guest_outlives_its_primary),
+    ]);
+    SITE.close();
+    status
+}
+
+fn guest() -> Guest {
+    Guest { work: WORK, ..Guest::default() }
+}
+
+fn compute_time() -> Duration {
+    Duration::from_secs(u64::from(count_from_environment("VMFT_COMPUTE_S", 15)))
+}
+
+fn more_replies(client: &Client, count: usize) -> TestResult {
+    let all = client.wait_for_replies(client.answered() + count, LONG);
+    if all { Ok(()) } else { Err("the client gets no more replies".into()) }
+}
+
+fn computing_guest_replays_equal() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let recording = format!("{}/recording", volume.path);
+        let mut arguments = vec!["record".to_owned(), recording.clone()];
+        arguments.extend(site.guest_options(&guest(), &volume));
+        let recorder = site.start(1, &arguments)?;
+        recorder.wait_for_line(SERVICE_READY, LONG)?;
+        let client = site.client(Config::default())?;
+        thread::sleep(compute_time());
+        more_replies(&client, 10)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)?;
+        recorder.kill(Signal::SIGTERM)?;
+        let whole = recorder.wait_for_line("the recording is whole", SHORT)?;
+        println!("{whole}");
+        assert_eq!(recorder.wait(SHORT)?.ending, Ending::Exited(0));
+        assert!(field(&whole, "forced_stops").is_some_and(|stops| stops >= STOPS_MIN), "{whole}");
+
+        let replayer = site.start(2, &["replay".to_owned(), recording])?;
+        let equal = replayer.wait_for_line("replay equal", LONG)?;
+        println!("{equal}");
+        assert_eq!(replayer.wait(SHORT)?.ending, Ending::Exited(0));
+        Ok(())
+    })
+}
+
+fn computing_guest_outlives_its_primary() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let (primary, backup) = site.start_pair(&guest(), &volume)?;
+        let client = site.client(Config::default())?;
+        more_replies(&client, 20)?;
+        thread::sleep(compute_time());
+        let output = primary.output();
+        let figures = output.iter().rev().find(|line| line.contains(PAIR_FIGURES)).ok_or("no figures")?;
+        println!("{figures}");
+        assert!(field(figures, "checkpoints").is_some_and(|stops| stops >= STOPS_MIN), "{figures}");
+        primary.kill(Signal::SIGKILL)?;
+        println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
+        more_replies(&client, 20)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
