@@ -4,6 +4,7 @@
 //! exits leave here as plain data ([`Exit`]) and the answers come back as plain calls.
 
 mod dirty;
+mod msr;
 pub mod state;
 mod vcpu;
 mod vm;

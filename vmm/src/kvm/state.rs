@@ -11,22 +11,9 @@ use kvm_bindings::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use super::msr::SAVED;
 use super::vcpu::read_msrs;
 use super::{KvmError, Vcpu};
-
-/// Every MSR that a guest with our CPUID table can change and later see: SYSENTER, SYSCALL, GS bases,
-/// PAT. EFER, FS and GS are in `sregs`. Counting MSRs are not state; see docs/determinism.md.
-const MSRS: [u32; 9] = [
-    0x174,       // IA32_SYSENTER_CS
-    0x175,       // IA32_SYSENTER_ESP
-    0x176,       // IA32_SYSENTER_EIP
-    0x277,       // IA32_PAT
-    0xc000_0081, // STAR
-    0xc000_0082, // LSTAR
-    0xc000_0083, // CSTAR
-    0xc000_0084, // SFMASK
-    0xc000_0102, // KERNEL_GS_BASE
-];
 
 /// One named part of the vCPU's state.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,8 +37,8 @@ pub fn save(vcpu: &Vcpu) -> Result<Vec<Part>, KvmError> {
     let xsave = fd.get_xsave().map_err(KvmError::call("KVM_GET_XSAVE"))?;
     let xcrs = fd.get_xcrs().map_err(KvmError::call("KVM_GET_XCRS"))?;
     let debug = fd.get_debug_regs().map_err(KvmError::call("KVM_GET_DEBUGREGS"))?;
-    let mut msrs = Vec::with_capacity(MSRS.len() * 12);
-    for (index, value) in MSRS.into_iter().zip(read_msrs(fd, &MSRS)?) {
+    let mut msrs = Vec::with_capacity(SAVED.len() * 12);
+    for (index, value) in SAVED.into_iter().zip(read_msrs(fd, &SAVED)?) {
         msrs.extend_from_slice(&index.to_le_bytes());
         msrs.extend_from_slice(&value.to_le_bytes());
     }
@@ -90,7 +77,7 @@ pub fn load<'a>(vcpu: &Vcpu, part: impl Fn(&str) -> Option<&'a [u8]>) -> Result<
 
 fn load_msrs(vcpu: &Vcpu, bytes: &[u8]) -> Result<(), KvmError> {
     let mut entries = Vec::new();
-    for (chunk, expected) in bytes.chunks(12).zip(MSRS) {
+    for (chunk, expected) in bytes.chunks(12).zip(SAVED) {
         let (index, data) = chunk
             .split_first_chunk::<4>()
             .and_then(|(index, rest)| {
@@ -102,11 +89,11 @@ fn load_msrs(vcpu: &Vcpu, bytes: &[u8]) -> Result<(), KvmError> {
         }
         entries.push(kvm_msr_entry { index, data, ..Default::default() });
     }
-    if entries.len() != MSRS.len() || bytes.len() != MSRS.len() * 12 {
+    if entries.len() != SAVED.len() || bytes.len() != SAVED.len() * 12 {
         return Err(KvmError::BadState(format!(
             "{} bytes of MSRs, expected {}",
             bytes.len(),
-            MSRS.len() * 12
+            SAVED.len() * 12
         )));
     }
     let msrs =

@@ -55,6 +55,18 @@ pub enum Exit {
         /// 1 to 8.
         len: usize,
     },
+    /// A read of an MSR that is not the guest's own state; answer with [`Vcpu::answer_msr`].
+    MsrRead {
+        /// The MSR.
+        index: u32,
+    },
+    /// A write of one; answer with [`Vcpu::answer_msr`].
+    MsrWrite {
+        /// The MSR.
+        index: u32,
+        /// What is written.
+        value: u64,
+    },
     /// HLT was executed.
     Halt,
     /// An interrupt can be delivered now. Not an anchor.
@@ -123,6 +135,8 @@ impl Vcpu {
                 data[..bytes.len()].copy_from_slice(bytes);
                 Ok(Exit::MmioWrite { gpa, data, len: bytes.len() })
             }
+            Ok(VcpuExit::X86Rdmsr(read)) => Ok(Exit::MsrRead { index: read.index }),
+            Ok(VcpuExit::X86Wrmsr(write)) => Ok(Exit::MsrWrite { index: write.index, value: write.data }),
             Ok(VcpuExit::Hlt) => Ok(Exit::Halt),
             Ok(VcpuExit::IrqWindowOpen) => Ok(Exit::InterruptWindow),
             Ok(VcpuExit::Debug(_)) => Ok(Exit::Step),
@@ -189,6 +203,14 @@ impl Vcpu {
         // SAFETY: only called after a KVM_EXIT_MMIO exit, so `mmio` is the valid member of the union.
         let mmio = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.mmio };
         mmio.data[..data.len()].copy_from_slice(data);
+    }
+
+    /// Answers an [`Exit::MsrRead`] with a value, an [`Exit::MsrWrite`] with any. `None`: the guest gets a #GP.
+    pub fn answer_msr(&mut self, value: Option<u64>) {
+        // SAFETY: only called after a KVM_EXIT_X86_RDMSR or _WRMSR exit, so `msr` is the valid member of the union.
+        let msr = unsafe { &mut self.fd.get_kvm_run().__bindgen_anon_1.msr };
+        msr.error = u8::from(value.is_none());
+        msr.data = value.unwrap_or_default();
     }
 
     /// General registers as of the last exit, at no cost (they were copied with the exit). After an I/O

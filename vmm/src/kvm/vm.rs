@@ -14,7 +14,7 @@ use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::dirty::{self, Slots};
-use super::{KvmError, Vcpu};
+use super::{KvmError, Vcpu, msr};
 
 /// Three pages that Intel's KVM needs for real-mode emulation; outside of RAM and of device windows.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -49,7 +49,10 @@ impl Kvm {
             (Cap::SetGuestDebug, "KVM_CAP_SET_GUEST_DEBUG"),
             (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
             (Cap::Xsave, "KVM_CAP_XSAVE"),
-        ] {
+        ]
+        .into_iter()
+        .chain(msr::CAPABILITIES)
+        {
             if !fd.check_extension(cap) {
                 return Err(KvmError::Unfit(format!("it lacks {name}")));
             }
@@ -70,6 +73,7 @@ impl Kvm {
         let fd = self.fd.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
         dirty::enable(&fd)?;
+        msr::filter(&fd)?;
         let mut slots = Vec::new();
         for (slot, region) in ram.iter().enumerate() {
             let userspace_addr = region

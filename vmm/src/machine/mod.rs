@@ -15,6 +15,7 @@
 //! ```
 
 mod checkpoint;
+mod msr;
 mod state;
 mod user_tsc;
 
@@ -268,6 +269,12 @@ impl Machine {
             Exit::MmioWrite { gpa, data, len } => {
                 self.board.mmio_write(&self.ram, gpa, &data[..len], effects);
             }
+            Exit::MsrRead { index } => self.msr_read(index, clock)?,
+            Exit::MsrWrite { index, value } => {
+                let taken = msr::write(index, value);
+                tracing::debug!(index = format_args!("{index:#x}"), value, taken, "the guest writes an MSR");
+                self.answer_msr(taken.then_some(value)).map_err(C::Error::from)?;
+            }
             Exit::Halt if self.vcpu.interrupts_enabled() => self.halted = true,
             Exit::Halt => self.end = Some(GuestEnd::HaltedForever),
             Exit::Shutdown => self.end = Some(GuestEnd::TripleFault),
@@ -292,6 +299,8 @@ impl Machine {
             Exit::PioWrite { port, .. } => u64::from(port) | 1 << 60,
             Exit::MmioRead { gpa, .. } => gpa | 1 << 63,
             Exit::MmioWrite { gpa, .. } => gpa | 1 << 62,
+            Exit::MsrRead { index } => u64::from(index) | 1 << 59,
+            Exit::MsrWrite { index, value } => u64::from(index) ^ value.rotate_left(32) | 1 << 58,
             _ => 0,
         };
         self.registers_digest = xxh3_64_with_seed(regs.as_bytes(), self.registers_digest ^ place);
@@ -344,6 +353,27 @@ impl Machine {
         for element in self.vcpu.pio_data().chunks(usize::from(size)) {
             self.board.pio_write(port, element, effects);
         }
+        Ok(())
+    }
+
+    fn msr_read<C: Clock>(&mut self, index: u32, clock: &mut C) -> Result<(), C::Error> {
+        let answer = msr::read(index);
+        tracing::debug!(index = format_args!("{index:#x}"), ?answer, "the guest reads an MSR");
+        let value = match answer {
+            msr::Answer::TimeStampCounter => {
+                self.board.advance(clock.read()?);
+                Some(self.board.tsc())
+            }
+            msr::Answer::Value(value) => Some(value),
+            msr::Answer::Fault => None,
+        };
+        Ok(self.answer_msr(value)?)
+    }
+
+    fn answer_msr(&mut self, value: Option<u64>) -> Result<(), MachineError> {
+        self.vcpu.answer_msr(value);
+        // At once: an interrupt that was handed over together with a #GP would be lost.
+        self.early_exit = self.vcpu.complete()?;
         Ok(())
     }
 
