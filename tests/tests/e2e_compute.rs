@@ -1,8 +1,10 @@
 //! A guest whose processor is never idle and makes no exits for long gets its events all the same, and is replayed and
 //! taken over like any other.
 //!
-//! `VMFT_COMPUTE_S` is how long it computes in each test (default 15 seconds).
+//! `VMFT_COMPUTE_S` is how long it computes in each test (default 15 seconds), `VMFT_INTERRUPTS` how often each small
+//! guest is interrupted (default 60).
 
+use std::fs;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
@@ -10,7 +12,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use vmft_tests::client::{Client, Config};
 use vmft_tests::harness::{self, Case, TestResult};
-use vmft_tests::hosts::Ending;
+use vmft_tests::hosts::{Ending, build_small_guests};
 use vmft_tests::pair::{
     Guest, LONG, PAIR_FIGURES, SERVICE_READY, SHORT, SharedSite, TAKEOVER, count_from_environment, field,
 };
@@ -24,11 +26,42 @@ const STOPS_MIN: u64 = 50;
 
 fn main() -> ExitCode {
     let status = harness::run(&[
+        Case::on_hosts(
+            "small_guests_stopped_anywhere_replay_equal",
+            small_guests_stopped_anywhere_replay_equal,
+        ),
         Case::on_hosts("computing_guest_replays_equal", computing_guest_replays_equal),
         Case::on_hosts("computing_guest_outlives_its_primary", computing_guest_outlives_its_primary),
     ]);
     SITE.close();
     status
+}
+
+/// What the small guests do, each in ring 0 and ring 3: see `vmm/examples/small_guests/code.rs`.
+const BEHAVIOURS: [&str; 7] = ["loop", "store", "rep-movs", "sti", "self-modifying", "fpu-sse", "exception"];
+
+fn small_guests_stopped_anywhere_replay_equal() -> TestResult {
+    let interrupts = count_from_environment("VMFT_INTERRUPTS", 60);
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        fs::copy(build_small_guests()?, volume.local.join("small_guests"))?;
+        let program = format!("{}/small_guests", volume.path);
+        for (behaviour, ring) in BEHAVIOURS.into_iter().flat_map(|name| [(name, "0"), (name, "3")]) {
+            let recording = format!("{}/{behaviour}-{ring}", volume.path);
+            let interrupts = interrupts.to_string();
+            let recorded = site.host(1).run(&[&program, &recording, behaviour, ring, &interrupts], LONG)?;
+            assert_eq!(recorded.ending, Ending::Exited(0), "{behaviour} {ring}: {:?}", recorded.stderr);
+            let whole = recorded.stderr.iter().find(|line| line.contains("forced_stops"));
+            let stops = whole.and_then(|line| field(line, "forced_stops")).ok_or("no count of stops")?;
+            assert!(stops >= 10, "{behaviour} in ring {ring} was stopped only {stops} times");
+            let replayer = site.start(2, &["replay".to_owned(), recording.clone()])?;
+            let replayed = replayer.wait(LONG)?;
+            assert_eq!(replayed.ending, Ending::Exited(0), "{behaviour} {ring}: {:?}", replayed.stderr);
+            println!("{behaviour} in ring {ring}: {stops} forced stops, {}", replayed.stdout.join(" "));
+            fs::remove_file(volume.local.join(format!("{behaviour}-{ring}")))?;
+        }
+        Ok(())
+    })
 }
 
 fn guest() -> Guest {

@@ -64,8 +64,17 @@ pub fn build_vmft() -> Result<PathBuf, HostError> {
     if let Some(program) = std::env::var_os("VMFT_PROGRAM") {
         return Ok(program.into());
     }
+    build("--bin", "vmft")
+}
+
+/// Builds the example `small_guests` of the monitor's package and returns its path.
+pub fn build_small_guests() -> Result<PathBuf, HostError> {
+    build("--example", "small_guests")
+}
+
+fn build(kind: &str, name: &str) -> Result<PathBuf, HostError> {
     let mut cargo = Command::new("cargo");
-    cargo.args(["build", "-q", "--release", "-p", "vmft", "--bin", "vmft", "--message-format", "json"]);
+    cargo.args(["build", "-q", "--release", "-p", "vmft", kind, name, "--message-format", "json"]);
     let messages = tool::output(cargo.current_dir(env!("CARGO_MANIFEST_DIR")))?;
     messages
         .lines()

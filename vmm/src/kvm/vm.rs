@@ -7,8 +7,8 @@ use std::path::Path;
 
 use devices::GuestRam;
 use kvm_bindings::{
-    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_EXCEPTION_PAYLOAD, KVM_MAX_CPUID_ENTRIES,
+    kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -72,6 +72,11 @@ impl Kvm {
     pub fn create_vm(&self, ram: GuestRam) -> Result<Vm, KvmError> {
         let fd = self.fd.create_vm().map_err(KvmError::call("KVM_CREATE_VM"))?;
         fd.set_tss_address(TSS_ADDRESS).map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
+        // Without it an exception on its way into the guest is saved as if it were delivered, and the RF flag that KVM
+        // sets on delivery is missing in the frame that a follower's guest pushes.
+        let payload =
+            kvm_enable_cap { cap: KVM_CAP_EXCEPTION_PAYLOAD, args: [1, 0, 0, 0], ..Default::default() };
+        fd.enable_cap(&payload).map_err(KvmError::call("KVM_ENABLE_CAP(EXCEPTION_PAYLOAD)"))?;
         dirty::enable(&fd)?;
         msr::filter(&fd)?;
         let mut slots = Vec::new();

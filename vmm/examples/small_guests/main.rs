@@ -1,0 +1,174 @@
+//! Records a guest of a few hundred bytes that is stopped for its timer again and again, wherever it is.
+//!
+//! Usage: `small_guests FILE BEHAVIOUR RING INTERRUPTS`. `vmft replay FILE` must then find it equal. It prints the
+//! number of forced stops. For tests on hosts with a KVM; see `tests/tests/e2e_compute.rs`.
+
+mod code;
+
+use std::error::Error;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use crossbeam_channel::bounded;
+use devices::{Board, BoardConfig, GuestRam};
+use ft_log::{Encoder, RecordingWriter};
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use vm_memory::{Bytes, GuestAddress};
+use vmft::guest::GuestConfig;
+use vmft::host::deferral::{Deferral, Inbox};
+use vmft::kvm::{Kvm, install_kick_handler, kick};
+use vmft::machine::Machine;
+use vmft::outlet::{Resources, always};
+use vmft::run::{self, FileLog, HostSide, HostTime, Live};
+use vmft::snapshot;
+
+const PML4: u64 = 0x1000;
+const PDPT: u64 = 0x2000;
+const PAGE_DIRECTORY: u64 = 0x3000;
+const GDT: u64 = 0x5000;
+const IDT: u64 = 0x6000;
+/// Present, writable, for ring 3 too.
+const PAGE: u64 = 7;
+const LARGE_PAGE: u64 = 0x80;
+const GDT_ENTRIES: [u64; 5] =
+    [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff];
+const TSS_SELECTOR: u16 = 0x28;
+const TSS_BYTES: u32 = 104;
+
+/// PG, NE, ET, MP, PE.
+const CR0: u64 = 0x8000_0033;
+/// OSXMMEXCPT, OSFXSR, PAE.
+const CR4: u64 = 0x620;
+/// LMA, LME.
+const EFER: u64 = 0x500;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [file, behaviour, ring, interrupts] = &arguments[..] else {
+        eprintln!("usage: small_guests FILE BEHAVIOUR RING INTERRUPTS");
+        return ExitCode::from(2);
+    };
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    match record(Path::new(file), behaviour, ring, interrupts) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("small_guests: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn record(file: &Path, behaviour: &str, ring: &str, interrupts: &str) -> Result<(), Box<dyn Error>> {
+    install_kick_handler()?;
+    let mut machine_and_config = guest(behaviour, ring.parse()?, interrupts.parse()?)?;
+    let (machine, config) = &mut machine_and_config;
+    machine.start_checkpoints()?;
+    let mut writer = RecordingWriter::create(file)?;
+    snapshot::save(machine, config, writer.snapshot(), |_, _| {})?.finish()?;
+    let encoder = Encoder::new(snapshot::cursor(machine));
+
+    let (sender, receiver) = bounded(run::INBOX_EVENTS);
+    let deferral = Deferral::new(Duration::from_millis(1));
+    let inbox = Inbox::new(sender.clone(), Arc::clone(&deferral));
+    let outlet = Resources { tap: None, disk: None }.start(&inbox, always())?;
+    // SAFETY: pthread_self has no preconditions.
+    let thread = unsafe { libc::pthread_self() };
+    let _watch = deferral.watch(move || kick(thread))?;
+    let (_keep_open, wake) = bounded(1);
+    let host = HostSide {
+        time: HostTime::starting_at(machine.now()),
+        inbox: (sender, receiver),
+        deferral,
+        wake,
+        stop: Arc::new(AtomicBool::new(false)),
+    };
+    let mut door = Live::new(machine, host, FileLog::new(outlet, writer, encoder));
+    let stopped = run::run(machine, &mut door)?;
+    println!("{stopped:?}");
+    Ok(())
+}
+
+fn guest(behaviour: &str, ring: u8, interrupts: u32) -> Result<(Machine, GuestConfig), Box<dyn Error>> {
+    let body = code::body(behaviour).ok_or_else(|| {
+        format!("there is no behaviour '{behaviour}', only {}", code::BEHAVIOURS.join(", "))
+    })??;
+    let kvm = Kvm::open()?;
+    let memory_bytes = GuestConfig::memory_bytes(code::MEMORY_MIB)?;
+    let board = BoardConfig {
+        epoch_s: 0,
+        ram_bytes: memory_bytes,
+        net_mac: None,
+        disk_bytes: None,
+        disk_read_only: false,
+    };
+    let config = GuestConfig::new(&kvm, "small", memory_bytes, board)?;
+    let ram = config.allocate_ram()?;
+    write_tables(&ram)?;
+    for (address, bytes) in [
+        (code::ENTRY, code::entry(ring)?),
+        (code::TIMER, code::timer(interrupts)?),
+        (code::INVALID_OPCODE, code::invalid_opcode()?),
+        (code::BODY, body),
+    ] {
+        ram.write_slice(&bytes, GuestAddress(address))?;
+    }
+    let vm = kvm.create_vm(ram.clone())?;
+    let vcpu = vm.create_vcpu(&config.cpuid()?)?;
+    let mut sregs = vcpu.special_registers()?;
+    long_mode(&mut sregs);
+    vcpu.set_special_registers(&sregs)?;
+    vcpu.set_registers(&kvm_regs { rip: code::ENTRY, rsp: code::STACK_0, rflags: 2, ..Default::default() })?;
+    let machine = Machine::new(vm, vcpu, ram, Board::new(&config.board));
+    Ok((machine, config))
+}
+
+/// Page tables that map all memory to itself, segments for both rings, handlers.
+fn write_tables(ram: &GuestRam) -> Result<(), Box<dyn Error>> {
+    ram.write_obj(PDPT | PAGE, GuestAddress(PML4))?;
+    ram.write_obj(PAGE_DIRECTORY | PAGE, GuestAddress(PDPT))?;
+    for index in 0..code::MEMORY_MIB / 2 {
+        ram.write_obj(index << 21 | LARGE_PAGE | PAGE, GuestAddress(PAGE_DIRECTORY + index * 8))?;
+    }
+    let tss = u64::from(TSS_BYTES - 1) | code::TSS << 16 | 0x8b << 40;
+    for (index, entry) in GDT_ENTRIES.into_iter().chain([tss, 0]).enumerate() {
+        ram.write_obj(entry, GuestAddress(GDT + index as u64 * 8))?;
+    }
+    // The stack for interrupts out of ring 3.
+    ram.write_obj(code::STACK_0, GuestAddress(code::TSS + 4))?;
+    for (vector, handler) in [(6, code::INVALID_OPCODE), (u64::from(code::TIMER_VECTOR), code::TIMER)] {
+        let gate = (handler & 0xffff) | u64::from(code::CODE_0) << 16 | 0x8e << 40 | (handler >> 16) << 48;
+        ram.write_obj(gate, GuestAddress(IDT + vector * 16))?;
+    }
+    Ok(())
+}
+
+fn long_mode(sregs: &mut kvm_sregs) {
+    let flat = |selector, type_, l, db| kvm_segment {
+        limit: 0xffff_ffff,
+        selector,
+        type_,
+        present: 1,
+        s: 1,
+        l,
+        db,
+        g: 1,
+        ..Default::default()
+    };
+    sregs.cs = flat(code::CODE_0, 11, 1, 0);
+    let data = flat(code::DATA_0, 3, 0, 1);
+    (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+    sregs.tr = kvm_segment {
+        base: code::TSS,
+        limit: TSS_BYTES - 1,
+        selector: TSS_SELECTOR,
+        type_: 11,
+        present: 1,
+        ..Default::default()
+    };
+    sregs.gdt = kvm_dtable { base: GDT, limit: 7 * 8 - 1, ..Default::default() };
+    sregs.idt = kvm_dtable { base: IDT, limit: 0xfff, ..Default::default() };
+    (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, PML4, CR4, EFER);
+}
