@@ -22,8 +22,14 @@ type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
 type Section = fn(&mut Site) -> Outcome;
 
-const SECTIONS: &[(&str, Section)] =
-    &[("boot", boot), ("requests", requests), ("log", log), ("kill", killed_monitors), ("loss", lost_hosts)];
+const SECTIONS: &[(&str, Section)] = &[
+    ("boot", boot),
+    ("requests", requests),
+    ("log", log),
+    ("compute", compute),
+    ("kill", killed_monitors),
+    ("loss", lost_hosts),
+];
 
 /// How long requests are made, and how long an idle guest's log is counted.
 const REQUESTS_TIME: Duration = Duration::from_secs(20);
@@ -213,6 +219,14 @@ fn pair_rows(when: &str, primary: &Monitor) -> Outcome {
             number("delay_max_us")? as f64 / 1e3
         ),
     );
+    row(
+        &format!("pause of a checkpoint {when}"),
+        &format!(
+            "p50 {:.1} ms, p99 {:.1} ms",
+            number("pause_p50_us")? as f64 / 1e3,
+            number("pause_p99_us")? as f64 / 1e3
+        ),
+    );
     row(&format!("guest held up by pacing {when}"), &format!("{} ms in all", number("paced_ms")?));
     row(&format!("longest unanswered time {when}"), &format!("{} ms", number("silence_max_ms")?));
     Ok(())
@@ -251,15 +265,20 @@ fn memory_row(who: &str, site: &Site, monitor: &Monitor) -> Outcome {
     Ok(())
 }
 
-/// Bytes of log sent between two moments, interpolated between the primary's lines of figures.
+/// Bytes of log sent between two moments.
 fn log_bytes(primary: &Monitor, from: Instant, to: Instant) -> Outcome<f64> {
+    counted(primary, "log_bytes", from, to)
+}
+
+/// By how much a count rose between two moments, interpolated between the primary's lines of figures.
+fn counted(primary: &Monitor, count: &str, from: Instant, to: Instant) -> Outcome<f64> {
     // So that there is a line behind `to`.
     std::thread::sleep((to + FIGURES_INTERVAL).saturating_duration_since(Instant::now()));
     let points: Vec<(Instant, f64)> = primary
         .timed_output()
         .into_iter()
         .filter(|(_, line)| line.contains(PAIR_FIGURES))
-        .filter_map(|(at, line)| Some((at, field(&line, "log_bytes")? as f64)))
+        .filter_map(|(at, line)| Some((at, field(&line, count)? as f64)))
         .collect();
     let at = |moment: Instant| -> Outcome<f64> {
         let next = points.iter().position(|(at, _)| *at >= moment).ok_or("no figures behind the moment")?;
@@ -279,28 +298,32 @@ fn printed_at(monitor: &Monitor, text: &str) -> Outcome<Instant> {
     Ok(found.ok_or("the line is gone")?.0)
 }
 
-fn log(site: &mut Site) -> Outcome {
-    const WORK: &str = "hash64,fork300";
-    const STEPS: [(&str, &str); 2] =
-        [("hashing 64 MiB", "vmft-work: hash64"), ("300 fork/execs", "fork300 done")];
-    let monitor = start_alone(site, &guest(WORK))?;
+/// Lets the guest do the same work alone and in a pair; `steps` are names and the ends of what it prints.
+fn work(site: &mut Site, work: &'static str, steps: &[(&str, &str)]) -> Outcome<Monitor> {
+    let monitor = start_alone(site, &guest(work))?;
     let mut at = printed_at(&monitor, SERVICE_READY)?;
     let mut alone_s = Vec::new();
-    for (_, done) in STEPS {
+    for (_, done) in steps {
         let end = printed_at(&monitor, done)?;
         alone_s.push((end - at).as_secs_f64());
         at = end;
     }
     site.end_processes()?;
 
-    let (primary, _backup) = start_together(site, &guest(WORK))?;
+    let (primary, _backup) = start_together(site, &guest(work))?;
     let mut at = printed_at(&primary, SERVICE_READY)?;
-    for ((what, done), alone_s) in STEPS.into_iter().zip(alone_s) {
+    for ((what, done), alone_s) in steps.iter().zip(alone_s) {
         let end = printed_at(&primary, done)?;
         let (bytes, pair_s) = (log_bytes(&primary, at, end)?, (end - at).as_secs_f64());
         row(
             &format!("{what}: log"),
             &format!("{bytes:.0} bytes in {pair_s:.1} s, {:.0} bytes/s", bytes / pair_s),
+        );
+        let stops = counted(&primary, "checkpoints", at, end)?;
+        let pages = counted(&primary, "checkpoint_pages", at, end)?;
+        row(
+            &format!("{what}: checkpoints"),
+            &format!("{:.1} /s, {:.0} pages each", stops / pair_s, pages / stops.max(1.0)),
         );
         row(
             &format!("{what}: time, pair / alone"),
@@ -309,6 +332,42 @@ fn log(site: &mut Site) -> Outcome {
         at = end;
     }
     pair_rows("from boot to there", &primary)?;
+    Ok(primary)
+}
+
+fn compute(site: &mut Site) -> Outcome {
+    const STEPS: [(&str, &str); 5] = [
+        ("tight loop", "loop done"),
+        ("writing 1 MiB over and over", "dirty1 done"),
+        ("writing 10 MiB over and over", "dirty10 done"),
+        ("writing 100 MiB over and over", "dirty100 done"),
+        ("300 fork/execs", "fork300 done"),
+    ];
+    work(site, "loop,dirty1,dirty10,dirty100,fork300", &STEPS)?;
+    site.end_processes()?;
+
+    let monitor = start_alone(site, &guest("loops"))?;
+    monitor.wait_for_line(SERVICE_READY, LONG)?;
+    let alone = load(site, 1)?;
+    requests_row("alone, beside two busy loops", 1, &alone);
+    site.end_processes()?;
+    let volume = site.volume()?;
+    let (primary, _backup) = site.start_pair(&guest("loops"), &volume)?;
+    let from = Instant::now();
+    let pair = load(site, 1)?;
+    requests_row("pair, beside two busy loops", 1, &pair);
+    let seconds = REQUESTS_TIME.as_secs_f64();
+    let bytes = log_bytes(&primary, from, from + REQUESTS_TIME)?;
+    let stops = counted(&primary, "checkpoints", from, from + REQUESTS_TIME)?;
+    row("log beside two busy loops", &format!("{:.0} bytes/s", bytes / seconds));
+    row("checkpoints beside two busy loops", &format!("{:.1} /s", stops / seconds));
+    pair_rows("beside two busy loops", &primary)
+}
+
+fn log(site: &mut Site) -> Outcome {
+    const STEPS: [(&str, &str); 2] =
+        [("hashing 64 MiB", "vmft-work: hash64"), ("300 fork/execs", "fork300 done")];
+    let primary = work(site, "hash64,fork300", &STEPS)?;
     std::thread::sleep(SETTLE_TIME);
     let from = Instant::now();
     let bytes = log_bytes(&primary, from, from + IDLE_TIME)?;

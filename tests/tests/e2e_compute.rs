@@ -2,25 +2,29 @@
 //! taken over like any other.
 //!
 //! `VMFT_COMPUTE_S` is how long it computes in each test (default 15 seconds), `VMFT_INTERRUPTS` how often each small
-//! guest is interrupted (default 60).
+//! guest is interrupted (default 60), `VMFT_COMPUTE_KILLS` how many primaries are killed (default 2).
 
+use std::error::Error;
 use std::fs;
 use std::process::ExitCode;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use vmft_tests::client::{Client, Config};
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Ending, build_small_guests};
 use vmft_tests::pair::{
-    Guest, LONG, PAIR_FIGURES, SERVICE_READY, SHORT, SharedSite, TAKEOVER, count_from_environment, field,
+    Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, SERVICE_READY, SHORT, SharedSite, TAKEOVER,
+    count_from_environment, field,
 };
 
 static SITE: SharedSite = SharedSite::new(2);
 
 /// Two endless loops in user space, and beside them fork and exec, disk writes with fsync, and frames.
 const WORK: &str = "loops,busy";
+/// How often something that changes by itself is looked at.
+const LOOK: Duration = Duration::from_millis(20);
 /// So often must the guest have been stopped for an event, or the test has tested nothing.
 const STOPS_MIN: u64 = 50;
 
@@ -106,21 +110,38 @@ fn computing_guest_replays_equal() -> TestResult {
 }
 
 fn computing_guest_outlives_its_primary() -> TestResult {
+    let kills = count_from_environment("VMFT_COMPUTE_KILLS", 2);
     SITE.run(|site| {
         let volume = site.volume()?;
-        let (primary, backup) = site.start_pair(&guest(), &volume)?;
+        let (mut primary, mut backup) = site.start_pair(&guest(), &volume)?;
         let client = site.client(Config::default())?;
-        more_replies(&client, 20)?;
-        thread::sleep(compute_time());
-        let output = primary.output();
-        let figures = output.iter().rev().find(|line| line.contains(PAIR_FIGURES)).ok_or("no figures")?;
-        println!("{figures}");
-        assert!(field(figures, "checkpoints").is_some_and(|stops| stops >= STOPS_MIN), "{figures}");
-        primary.kill(Signal::SIGKILL)?;
-        println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
-        more_replies(&client, 20)?;
+        for view in 2..kills + 2 {
+            more_replies(&client, 20)?;
+            thread::sleep(compute_time() / kills);
+            println!("{}", wait_for_stops(&primary)?);
+            primary.kill(Signal::SIGKILL)?;
+            println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
+            more_replies(&client, 20)?;
+            let next = site.start_backup(primary.host, backup.host, &guest(), &volume)?;
+            backup.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
+            (primary, backup) = (backup, next);
+        }
         let report = client.stop(SHORT);
         println!("{}", report.summary());
         site.check(&report)
     })
+}
+
+/// Waits until the guest was stopped often enough since the backup joined, and gives the line that says so.
+fn wait_for_stops(primary: &Monitor) -> Result<String, Box<dyn Error>> {
+    let deadline = Instant::now() + LONG;
+    loop {
+        let output = primary.output();
+        let figures = output.iter().rev().find(|line| line.contains(PAIR_FIGURES));
+        match figures.filter(|line| field(line, "checkpoints").is_some_and(|stops| stops >= STOPS_MIN)) {
+            Some(figures) => return Ok(figures.clone()),
+            None if Instant::now() > deadline => return Err("the guest is not stopped".into()),
+            None => thread::sleep(LOOK),
+        }
+    }
 }

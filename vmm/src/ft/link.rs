@@ -32,7 +32,7 @@ const BUSY_INTERVAL: Duration = Duration::from_millis(20);
 /// Longest that an entry waits to be sent. A guest that wakes up briefly now and then costs as many batches.
 const IDLE_INTERVAL: Duration = Duration::from_millis(100);
 /// Longest lag that figures tell apart.
-const LAG_MAX_US: u64 = 60_000_000;
+const TIME_MAX_US: u64 = 60_000_000;
 /// Most batches that are remembered until the backup has executed them; with more, the lag is understated.
 const BATCHES_REMEMBERED: usize = 4_096;
 
@@ -75,6 +75,10 @@ pub struct LinkFigures {
     pub checkpoints: u64,
     /// Pages in them.
     pub checkpoint_pages: u64,
+    /// Median of the times for which the guest stood still for one.
+    pub pause_p50_us: u64,
+    /// 99th percentile of the same.
+    pub pause_p99_us: u64,
 }
 
 /// A batch that the backup has not executed yet.
@@ -103,13 +107,23 @@ struct State {
 }
 
 /// The checkpoint that is on its way, and what there was of them.
-#[derive(Default)]
 struct Checkpoints {
     waiting: Option<Checkpoint>,
     sending: bool,
     unchanged: Vec<u64>,
-    count: u64,
     pages: u64,
+    pauses_us: Histogram<u32>,
+}
+
+impl Default for Checkpoints {
+    fn default() -> Self {
+        Self { waiting: None, sending: false, unchanged: Vec::new(), pages: 0, pauses_us: times_us() }
+    }
+}
+
+/// A histogram of microseconds.
+fn times_us() -> Histogram<u32> {
+    Histogram::new_with_max(TIME_MAX_US, 2).expect("two digits of a number of microseconds fit")
 }
 
 /// What the sender sends next: a checkpoint's pieces before the batch that holds its stop.
@@ -141,8 +155,7 @@ impl State {
             in_flight: VecDeque::new(),
             batch_at: Instant::now(),
             alive_at: boot_time(),
-            lags_us: Histogram::new_with_max(LAG_MAX_US, 2)
-                .expect("two digits of a number of microseconds fit"),
+            lags_us: times_us(),
             paced: Duration::ZERO,
             end: None,
         }
@@ -266,10 +279,10 @@ impl Link {
         Some(state.sender.sent() + 1)
     }
 
-    /// Hands over a checkpoint. Publish its stop next. There is none under way ([`Link::takes_checkpoint`]).
-    pub fn checkpoint(&self, checkpoint: Checkpoint) {
+    /// Hands over a checkpoint for which the guest stood still for `pause`. Publish its stop next. There is none under way ([`Link::takes_checkpoint`]).
+    pub fn checkpoint(&self, checkpoint: Checkpoint, pause: Duration) {
         let mut state = self.lock();
-        state.checkpoint.count += 1;
+        state.checkpoint.pauses_us.saturating_record(pause.as_micros() as u64);
         state.checkpoint.pages += checkpoint.pages.len() as u64;
         state.checkpoint.waiting = Some(checkpoint);
     }
@@ -395,8 +408,10 @@ impl Link {
             lag_p50_us: state.lags_us.value_at_quantile(0.5),
             lag_p99_us: state.lags_us.value_at_quantile(0.99),
             paced: state.paced,
-            checkpoints: state.checkpoint.count,
+            checkpoints: state.checkpoint.pauses_us.len(),
             checkpoint_pages: state.checkpoint.pages,
+            pause_p50_us: state.checkpoint.pauses_us.value_at_quantile(0.5),
+            pause_p99_us: state.checkpoint.pauses_us.value_at_quantile(0.99),
         }
     }
 
@@ -480,7 +495,7 @@ mod tests {
         let link = Link::default();
         link.attach(10);
         assert!(link.takes_checkpoint());
-        link.checkpoint(Checkpoint::default());
+        link.checkpoint(Checkpoint::default(), Duration::ZERO);
         assert!(!link.takes_checkpoint());
         link.publish(b"stop", 11, Mood::Busy);
         let outgoing = link.next_batch().unwrap();

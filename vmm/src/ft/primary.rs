@@ -249,10 +249,11 @@ impl LogSink for PairLog {
 
     fn stopped(&mut self, machine: &mut Machine) -> Result<u64, RunError> {
         let Some(encoder) = &mut self.encoder else { return Ok(0) };
+        let started = Instant::now();
         let unchanged = self.link.unchanged_pages();
         let checkpoint = machine.checkpoint(&unchanged)?;
         let pages = checkpoint.pages.len() as u64;
-        self.link.checkpoint(checkpoint);
+        self.link.checkpoint(checkpoint, started.elapsed());
         let position = Position::Checkpoint;
         encoder.push(&Entry::Stop { anchor: machine.anchors(), position })?;
         Ok(pages)

@@ -20,7 +20,7 @@ use ft_log::Role;
 
 use super::claim::{Claims, Outcome, Owner};
 use super::heartbeat::Heartbeats;
-use super::link::{Link, LinkFigures, Phase};
+use super::link::{Link, Phase};
 use super::output_gate::OutputGate;
 use crate::host::deferral::Deferral;
 use crate::outlet::Outlet;
@@ -134,17 +134,18 @@ impl Supervisor {
     }
 
     fn report(&self) {
-        let LinkFigures { log_bytes, batches, lag_p50_us, lag_p99_us, paced, checkpoints, checkpoint_pages } =
-            self.link.figures();
+        let link = self.link.figures();
         let gate = self.gate.stats();
         tracing::debug!(
-            log_bytes,
-            batches,
-            lag_p50_us,
-            lag_p99_us,
-            paced_ms = paced.as_millis() as u64,
-            checkpoints,
-            checkpoint_pages,
+            log_bytes = link.log_bytes,
+            batches = link.batches,
+            lag_p50_us = link.lag_p50_us,
+            lag_p99_us = link.lag_p99_us,
+            paced_ms = link.paced.as_millis() as u64,
+            checkpoints = link.checkpoints,
+            checkpoint_pages = link.checkpoint_pages,
+            pause_p50_us = link.pause_p50_us,
+            pause_p99_us = link.pause_p99_us,
             defer_ms = self.deferral.budget().as_millis() as u64,
             silence_max_ms = self.heartbeats.silence_max().as_millis() as u64,
             outputs = gate.released,
