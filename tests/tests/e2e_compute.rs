@@ -34,6 +34,7 @@ fn main() -> ExitCode {
             "small_guests_stopped_anywhere_replay_equal",
             small_guests_stopped_anywhere_replay_equal,
         ),
+        Case::on_hosts("changing_page_tables_replay_equal", changing_page_tables_replay_equal),
         Case::on_hosts("computing_guest_replays_equal", computing_guest_replays_equal),
         Case::on_hosts("computing_guest_outlives_its_primary", computing_guest_outlives_its_primary),
     ]);
@@ -79,6 +80,25 @@ fn compute_time() -> Duration {
 fn more_replies(client: &Client, count: usize) -> TestResult {
     let all = client.wait_for_replies(client.answered() + count, LONG);
     if all { Ok(()) } else { Err("the client gets no more replies".into()) }
+}
+
+/// Page tables that change all the time: what a processor remembers of them must not reach the guest.
+fn changing_page_tables_replay_equal() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let recording = format!("{}/recording", volume.path);
+        let guest = Guest { work: "paging,poweroff-after-ready", memory_mib: 80, ..Guest::default() };
+        let mut arguments = vec!["record".to_owned(), recording.clone()];
+        arguments.extend(site.guest_options(&guest, &volume));
+        let recorder = site.start(1, &arguments)?;
+        recorder.wait_for_line("vmft-work: paging done", 2 * LONG)?;
+        println!("{}", recorder.wait_for_line("the recording is whole", LONG)?);
+        assert_eq!(recorder.wait(SHORT)?.ending, Ending::Exited(0));
+        let replayer = site.start(2, &["replay".to_owned(), recording])?;
+        println!("{}", replayer.wait_for_line("replay equal", 2 * LONG)?);
+        assert_eq!(replayer.wait(SHORT)?.ending, Ending::Exited(0));
+        Ok(())
+    })
 }
 
 fn computing_guest_replays_equal() -> TestResult {

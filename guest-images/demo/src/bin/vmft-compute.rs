@@ -1,9 +1,15 @@
-//! Work for the guest's processor alone, without system calls: for guests that make no exits.
+//! Work for the guest's processor and page tables alone: for guests that make no exits.
 //!
 //! Usage: `vmft-compute loop MILLIONS` counts in a register, `vmft-compute dirty MIB ROUNDS` writes a word of every
-//! page of a buffer in each round. A number of 0 means for ever. It must do the same work at every run.
+//! page of a buffer in each round, `vmft-compute paging MIB ROUNDS` maps, protects, forks, copies on write and unmaps.
+//! A number of 0 means for ever. It must do the same work at every run.
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
+
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
+use nix::sys::wait::waitpid;
+use nix::unistd::{ForkResult, fork};
 
 const PAGE_WORDS: usize = 512;
 
@@ -16,8 +22,13 @@ fn main() -> ExitCode {
             let mut buffer = vec![0u64; (*mib as usize) << 17];
             repeat(*rounds, |round| dirty(&mut buffer, round));
         }
+        (Some("paging"), Some([mib, rounds])) => repeat(*rounds, |round| {
+            if let Err(error) = paging((*mib as usize) << 20, round) {
+                eprintln!("vmft-compute: paging: {error}");
+            }
+        }),
         _ => {
-            eprintln!("usage: vmft-compute loop MILLIONS | vmft-compute dirty MIB ROUNDS");
+            eprintln!("usage: vmft-compute loop MILLIONS | vmft-compute (dirty | paging) MIB ROUNDS");
             return ExitCode::from(2);
         }
     }
@@ -46,4 +57,36 @@ fn dirty(buffer: &mut [u64], round: u64) {
         // Each write counts, whatever the optimiser thinks of a buffer that nobody reads.
         page[word] = std::hint::black_box(page[word].wrapping_mul(31).wrapping_add(round));
     }
+}
+
+/// Changes page tables in every way that user space can, and uses what they map.
+fn paging(len_bytes: usize, round: u64) -> nix::Result<()> {
+    let read_write = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let len = NonZeroUsize::new(len_bytes).ok_or(nix::errno::Errno::EINVAL)?;
+    // SAFETY: a new mapping, which nothing else refers to.
+    let start = unsafe { mmap_anonymous(None, len, read_write, MapFlags::MAP_PRIVATE) }?;
+    // SAFETY: the mapping has this length and is writable where and when the slice is written below.
+    let words = unsafe { std::slice::from_raw_parts_mut(start.as_ptr().cast::<u64>(), len_bytes / 8) };
+    dirty(words, round);
+    // SAFETY: inside the mapping; nobody writes it until it is writable again.
+    unsafe { mprotect(start, len_bytes / 2, ProtFlags::PROT_READ) }?;
+    let sum: u64 = words.iter().step_by(PAGE_WORDS).fold(0, |sum, word| sum.wrapping_add(*word));
+    // SAFETY: as above.
+    unsafe { mprotect(start, len_bytes / 2, read_write) }?;
+    // SAFETY: one thread; the child only writes its copy and exits.
+    match unsafe { fork() }? {
+        ForkResult::Child => {
+            dirty(words, sum);
+            std::process::exit(0);
+        }
+        ForkResult::Parent { child } => {
+            dirty(&mut words[..len_bytes / 16], round + 1);
+            waitpid(child, None)?;
+        }
+    }
+    // SAFETY: inside the mapping; its content is not needed any more.
+    unsafe { madvise(start, len_bytes / 4, MmapAdvise::MADV_DONTNEED) }?;
+    dirty(words, round + 2);
+    // SAFETY: the slice is not used behind this.
+    unsafe { munmap(start, len_bytes) }
 }
