@@ -45,8 +45,22 @@ pub enum Command {
     Primary(Box<PrimaryArgs>),
     /// Follow a primary and take over when it fails.
     Backup(BackupArgs),
-    /// Say whether this host can run guests, and how well.
-    Doctor,
+    /// Measure whether this host can run guests, and how well.
+    Doctor(DoctorArgs),
+}
+
+/// `vmft doctor`.
+#[derive(Clone, Debug, Args)]
+pub struct DoctorArgs {
+    /// Write the report as JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Also look at the directory that both hosts share.
+    #[arg(long, value_name = "DIR")]
+    pub shared: Option<PathBuf>,
+    /// Also measure the round trip to the peer: a primary's --listen address.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub peer: Option<SocketAddr>,
 }
 
 /// What a guest is made of.

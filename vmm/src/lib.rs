@@ -8,12 +8,14 @@
 pub mod boot;
 pub mod commands;
 pub mod config;
+pub mod doctor;
 pub mod ft;
 pub mod guest;
 pub mod host;
 pub mod kvm;
 pub mod machine;
 pub mod outlet;
+pub mod pmu;
 pub mod run;
 pub mod snapshot;
 

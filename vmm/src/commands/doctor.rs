@@ -1,18 +1,34 @@
 //! `vmft doctor`: whether this host can run guests.
 //!
-//! Owns: the report. Must never: change the host.
+//! Owns: how the report is printed. Must never: measure, or change the host.
 
 use super::{CommandError, Ending};
-use crate::boot;
-use crate::kvm::{Kvm, host_flavour};
+use crate::config::DoctorArgs;
+use crate::doctor::{self, Fitness, Options, Report};
 
 /// `vmft doctor`: a line for each thing that matters, then a verdict.
-pub fn doctor() -> Result<Ending, CommandError> {
-    println!("kvm flavour: {}", host_flavour());
-    let kvm = Kvm::open()?;
-    println!("kvm capabilities: complete");
-    let (_, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?).map_err(crate::guest::GuestError::from)?;
-    println!("cpu: {cpu}");
-    println!("verdict: fit");
-    Ok(Ending::Orderly)
+pub fn doctor(args: &DoctorArgs) -> Result<Ending, CommandError> {
+    let report = doctor::examine(&Options { shared: args.shared.clone(), peer: args.peer });
+    if args.json {
+        let text = serde_json::to_string_pretty(&report)
+            .map_err(|error| CommandError::host("write the report")(error.into()))?;
+        println!("{text}");
+    } else {
+        report.checks.iter().for_each(|check| println!("{check}"));
+        println!("verdict: {}", report.verdict);
+    }
+    match report.verdict {
+        Fitness::Pmu | Fitness::Checkpoint => Ok(Ending::Orderly),
+        Fitness::Unfit => Err(CommandError::Unfit(refusal(&report))),
+    }
+}
+
+fn refusal(report: &Report) -> String {
+    report.reason().map_or_else(
+        || "this host is unfit".into(),
+        |check| {
+            let advice = check.advice.as_ref().map(|advice| format!("; {advice}")).unwrap_or_default();
+            format!("this host is unfit: {}: {}{advice}", check.name, check.seen)
+        },
+    )
 }

@@ -113,7 +113,7 @@ pub fn execute(cli: Cli) -> Result<Ending, CommandError> {
         Command::Replay { file, console } => replay::replay(&file, console),
         Command::Primary(args) => pair::primary(&args),
         Command::Backup(args) => pair::backup(&args),
-        Command::Doctor => doctor::doctor(),
+        Command::Doctor(args) => doctor::doctor(&args),
     }
 }
 

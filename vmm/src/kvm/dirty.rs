@@ -19,8 +19,6 @@ use super::KvmError;
 const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = 0xc018_aec0;
 /// Pages in a word of a bitmap.
 pub const WORD_PAGES: usize = u64::BITS as usize;
-/// The capability that [`enable`] needs.
-pub const CAPABILITY: libc::c_ulong = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 as libc::c_ulong;
 
 /// Lets `vm` keep pages as written until they are marked clean one by one.
 pub(super) fn enable(vm: &VmFd) -> Result<(), KvmError> {

@@ -4,13 +4,16 @@
 //! exits leave here as plain data ([`Exit`]) and the answers come back as plain calls.
 
 mod dirty;
+mod fitness;
 mod msr;
+mod probe;
 pub mod state;
 mod vcpu;
 mod vm;
 
-pub use vcpu::{Exit, Vcpu, install_kick_handler, kick};
-pub use vm::{Kvm, Vm, host_flavour};
+pub use fitness::{Unfit, host_flavour};
+pub use vcpu::{Exit, Vcpu, install_kick_handler, kick, kick_signal};
+pub use vm::{Kvm, Vm};
 
 use thiserror::Error;
 
@@ -22,7 +25,7 @@ pub enum KvmError {
     Open(#[source] std::io::Error, &'static str),
     /// The KVM is one that cannot hold a guest deterministically.
     #[error("this host's KVM is unfit: {0}. Run `vmft doctor` for the details")]
-    Unfit(String),
+    Unfit(Unfit),
     /// An ioctl failed.
     #[error("KVM call {call} failed: {source}")]
     Call {

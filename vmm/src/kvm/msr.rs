@@ -24,10 +24,6 @@ pub(super) const SAVED: [u32; 9] = [
 /// EFER, FS base, GS base.
 const IN_SPECIAL_REGISTERS: [u32; 3] = [0xc000_0080, 0xc000_0100, 0xc000_0101];
 
-/// The capabilities that [`filter`] needs.
-pub(super) const CAPABILITIES: [(Cap, &str); 2] =
-    [(Cap::X86UserSpaceMsr, "KVM_CAP_X86_USER_SPACE_MSR"), (Cap::X86MsrFilter, "KVM_CAP_X86_MSR_FILTER")];
-
 /// Makes the guest leave at every access to an MSR that is not its own state.
 pub(super) fn filter(vm: &VmFd) -> Result<(), KvmError> {
     let reasons = MsrExitReason::Unknown | MsrExitReason::Inval | MsrExitReason::Filter;

@@ -101,7 +101,8 @@ pub fn install_kick_handler() -> Result<(), KvmError> {
         .map_err(|error| KvmError::Call { call: "sigaction", source: error.into() })
 }
 
-fn kick_signal() -> libc::c_int {
+/// The signal that [`kick`] sends, for what else shall take the vCPU out of the guest.
+pub fn kick_signal() -> libc::c_int {
     vmm_sys_util::signal::SIGRTMIN()
 }
 

@@ -3,17 +3,16 @@
 //! Owns: the KVM system and VM handles. Must never: create an in-kernel interrupt controller, timer or
 //! eventfd binding; each would reach the guest past the log.
 
-use std::path::Path;
-
 use devices::GuestRam;
 use kvm_bindings::{
     CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_EXCEPTION_PAYLOAD, KVM_MAX_CPUID_ENTRIES,
     kvm_enable_cap, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, VmFd};
+use kvm_ioctls::VmFd;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::dirty::{self, Slots};
+use super::fitness::{self, Unfit, host_flavour};
 use super::{KvmError, Vcpu, msr};
 
 /// Three pages that Intel's KVM needs for real-mode emulation; outside of RAM and of device windows.
@@ -30,6 +29,18 @@ impl Kvm {
     /// # Errors
     /// No `/dev/kvm`, no permission, a software KVM, or a missing capability, each named.
     pub fn open() -> Result<Self, KvmError> {
+        let (kvm, unfit) = Self::examine()?;
+        match unfit.first() {
+            None => Ok(kvm),
+            Some(reason) => Err(KvmError::Unfit(*reason)),
+        }
+    }
+
+    /// Opens `/dev/kvm` and says everything that is wrong with it.
+    ///
+    /// # Errors
+    /// No `/dev/kvm`, or no permission.
+    pub fn examine() -> Result<(Self, Vec<Unfit>), KvmError> {
         let fd = kvm_ioctls::Kvm::new().map_err(|error| {
             let advice = match error.errno() {
                 libc::ENOENT => {
@@ -40,27 +51,10 @@ impl Kvm {
             };
             KvmError::Open(error.into(), advice)
         })?;
-        if let Some(reason) = unfit_flavour() {
-            return Err(KvmError::Unfit(reason));
-        }
-        for (cap, name) in [
-            (Cap::SyncRegs, "KVM_CAP_SYNC_REGS"),
-            (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
-            (Cap::SetGuestDebug, "KVM_CAP_SET_GUEST_DEBUG"),
-            (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
-            (Cap::Xsave, "KVM_CAP_XSAVE"),
-        ]
-        .into_iter()
-        .chain(msr::CAPABILITIES)
-        {
-            if !fd.check_extension(cap) {
-                return Err(KvmError::Unfit(format!("it lacks {name}")));
-            }
-        }
-        if fd.check_extension_raw(dirty::CAPABILITY) == 0 {
-            return Err(KvmError::Unfit("it lacks KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2".into()));
-        }
-        Ok(Self { fd })
+        let unfit = fitness::unfit(host_flavour(), |capability| {
+            fd.check_extension_raw(libc::c_ulong::from(capability))
+        });
+        Ok((Self { fd }, unfit))
     }
 
     /// What CPUID this host can show to a guest.
@@ -149,20 +143,4 @@ impl Vm {
         fd.set_cpuid2(cpuid).map_err(KvmError::call("KVM_SET_CPUID2"))?;
         Ok(Vcpu::new(fd))
     }
-}
-
-/// The name of the loaded KVM module, as `/sys/module` shows it.
-pub fn host_flavour() -> &'static str {
-    ["kvm_pvm", "kvm_amd", "kvm_intel"]
-        .into_iter()
-        .find(|module| Path::new("/sys/module").join(module).exists())
-        .unwrap_or("unknown")
-}
-
-fn unfit_flavour() -> Option<String> {
-    (host_flavour() == "kvm_pvm").then(|| {
-        "it is kvm-pvm, a software KVM that emulates ring 0 and cannot mask CPUID in ring 3; \
-         a host with VT-x or AMD-V is needed"
-            .to_owned()
-    })
 }
