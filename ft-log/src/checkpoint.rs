@@ -128,52 +128,30 @@ pub struct Checkpoint {
     pub pages: Pages,
 }
 
-/// Checkpoints in a row in which a page was the same, until it is said to be unchanged.
-const UNCHANGED_AFTER: u32 = 16;
-
 /// The newest content of pages of past checkpoints, the same on both sides.
 #[derive(Debug, Default)]
 struct Remembered {
     slot_of: HashMap<u64, usize>,
-    slots: Vec<Slot>,
+    slots: Vec<(u64, Box<Page>)>,
     oldest: usize,
-}
-
-#[derive(Debug)]
-struct Slot {
-    number: u64,
-    page: Box<Page>,
-    /// Checkpoints in a row in which it was the same.
-    same: u32,
 }
 
 impl Remembered {
     fn get(&self, number: u64) -> Option<&Page> {
-        self.slot_of.get(&number).map(|slot| &*self.slots[*slot].page)
-    }
-
-    /// The page is the same as before. True: it has been for long.
-    fn note_same(&mut self, number: u64) -> bool {
-        let Some(slot) = self.slot_of.get(&number) else { return false };
-        let same = &mut self.slots[*slot].same;
-        *same = (*same + 1) % UNCHANGED_AFTER;
-        *same == 0
+        self.slot_of.get(&number).map(|slot| &*self.slots[*slot].1)
     }
 
     fn put(&mut self, number: u64, page: &Page) {
         if let Some(slot) = self.slot_of.get(&number) {
-            let slot = &mut self.slots[*slot];
-            *slot.page = *page;
-            slot.same = 0;
+            *self.slots[*slot].1 = *page;
         } else if self.slots.len() < REMEMBERED_PAGES {
             self.slot_of.insert(number, self.slots.len());
-            self.slots.push(Slot { number, page: Box::new(*page), same: 0 });
+            self.slots.push((number, Box::new(*page)));
         } else {
-            let slot = &mut self.slots[self.oldest];
-            self.slot_of.remove(&slot.number);
-            slot.number = number;
-            *slot.page = *page;
-            slot.same = 0;
+            let (was, content) = &mut self.slots[self.oldest];
+            self.slot_of.remove(was);
+            *was = number;
+            **content = *page;
             self.slot_of.insert(number, self.oldest);
             self.oldest = (self.oldest + 1) % REMEMBERED_PAGES;
         }
@@ -247,14 +225,13 @@ impl Default for CheckpointEncoder {
 }
 
 impl CheckpointEncoder {
-    /// Encodes `checkpoint` and hands each message's payload to `send`. Answers the pages that have been the same
-    /// in many checkpoints. After an error of `send` the follower can understand nothing more.
+    /// Encodes `checkpoint` and hands each message's payload to `send`. After an error of `send` the follower can
+    /// understand nothing more.
     pub fn encode<E>(
         &mut self,
         checkpoint: &Checkpoint,
         mut send: impl FnMut(Vec<u8>) -> Result<(), E>,
-    ) -> Result<Vec<u64>, E> {
-        let mut unchanged = Vec::new();
+    ) -> Result<(), E> {
         let mut out = Vec::new();
         self.put_state(&checkpoint.state, &mut out);
         let mut next = 0;
@@ -262,16 +239,13 @@ impl CheckpointEncoder {
             out.push(TAG_PAGE);
             put_varint(&mut out, number + 1 - next);
             next = number + 1;
-            if self.put_page(number, page, &mut out) == PACKING_SAME && self.remembered.note_same(number) {
-                unchanged.push(number);
-            }
+            self.put_page(number, page, &mut out);
             if out.len() >= MESSAGE_BYTES {
                 send(std::mem::take(&mut out))?;
             }
         }
         out.push(TAG_END);
-        send(out)?;
-        Ok(unchanged)
+        send(out)
     }
 
     fn put_state(&mut self, state: &[u8], out: &mut Vec<u8>) {
@@ -283,12 +257,11 @@ impl CheckpointEncoder {
         self.state = state.to_vec();
     }
 
-    /// Answers how it is packed.
-    fn put_page(&mut self, number: u64, page: &Page, out: &mut Vec<u8>) -> u8 {
+    fn put_page(&mut self, number: u64, page: &Page, out: &mut Vec<u8>) {
         let before = self.remembered.get(number);
         if before.is_some_and(|before| before == page) {
             out.push(PACKING_SAME);
-            return PACKING_SAME;
+            return;
         }
         let packing_at = out.len();
         out.push(PACKING_CHANGE);
@@ -296,7 +269,6 @@ impl CheckpointEncoder {
             out[packing_at] = if is_zero(page) { PACKING_ZERO } else { self.put_whole(page, out) };
         }
         self.remembered.put(number, page);
-        out[packing_at]
     }
 
     fn put_whole(&mut self, page: &Page, out: &mut Vec<u8>) -> u8 {

@@ -110,14 +110,13 @@ struct State {
 struct Checkpoints {
     waiting: Option<Checkpoint>,
     sending: bool,
-    unchanged: Vec<u64>,
     pages: u64,
     pauses_us: Histogram<u32>,
 }
 
 impl Default for Checkpoints {
     fn default() -> Self {
-        Self { waiting: None, sending: false, unchanged: Vec::new(), pages: 0, pauses_us: times_us() }
+        Self { waiting: None, sending: false, pages: 0, pauses_us: times_us() }
     }
 }
 
@@ -293,16 +292,9 @@ impl Link {
         state.checkpoint.waiting.is_none() && !state.checkpoint.sending
     }
 
-    /// The sender's: the checkpoint that it was given is sent; the pages in `unchanged` were as in an earlier one.
-    pub fn checkpoint_sent(&self, unchanged: Vec<u64>) {
-        let checkpoint = &mut self.lock().checkpoint;
-        checkpoint.sending = false;
-        checkpoint.unchanged = unchanged;
-    }
-
-    /// What [`Link::checkpoint_sent`] last said.
-    pub fn unchanged_pages(&self) -> Vec<u64> {
-        std::mem::take(&mut self.lock().checkpoint.unchanged)
+    /// The sender's: the checkpoint that it was given is sent.
+    pub fn checkpoint_sent(&self) {
+        self.lock().checkpoint.sending = false;
     }
 
     fn note_busy(&self, state: &mut State) {
@@ -502,9 +494,8 @@ mod tests {
         assert!(outgoing.checkpoint.is_some());
         assert_eq!(outgoing.batch.entries, b"stop");
         assert!(!link.takes_checkpoint());
-        link.checkpoint_sent(vec![7]);
+        link.checkpoint_sent();
         assert!(link.takes_checkpoint());
-        assert_eq!(link.unchanged_pages(), [7]);
     }
 
     #[test]

@@ -250,8 +250,7 @@ impl LogSink for PairLog {
     fn stopped(&mut self, machine: &mut Machine) -> Result<u64, RunError> {
         let Some(encoder) = &mut self.encoder else { return Ok(0) };
         let started = Instant::now();
-        let unchanged = self.link.unchanged_pages();
-        let checkpoint = machine.checkpoint(&unchanged)?;
+        let checkpoint = machine.checkpoint()?;
         let pages = checkpoint.pages.len() as u64;
         self.link.checkpoint(checkpoint, started.elapsed());
         let position = Position::Checkpoint;
@@ -325,7 +324,7 @@ fn send_batches(link: &Link, stream: TcpStream, events: &Sender<LinkEvent>) {
     while let Some(Outgoing { checkpoint, batch }) = link.next_batch() {
         let sent = checkpoint.map_or(Ok(()), |checkpoint| {
             let send = |piece| frames.send(&Message::Checkpoint(piece));
-            checkpoints.encode(&checkpoint, send).map(|unchanged| link.checkpoint_sent(unchanged))
+            checkpoints.encode(&checkpoint, send).map(|()| link.checkpoint_sent())
         });
         if let Err(error) = sent.and_then(|()| frames.send(&Message::Batch(batch))) {
             let _ = events.send(LinkEvent::Down(format!("the log cannot be sent: {}", with_causes(&error))));

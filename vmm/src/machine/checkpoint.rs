@@ -3,19 +3,20 @@
 //! Owns: which pages a checkpoint holds. Must never: leave one out that the follower may not have.
 //!
 //! Known to be equal on both sides is the guest at each boundary. A checkpoint must hold what the guest has written since
-//! the last one; it holds what it has written since an earlier one, the *base*. A page that has
-//! been the same in many checkpoints leaves the set: one that the guest writes again and again never costs it a fault.
-//! If there are many, all leave it.
+//! the last one; it holds all pages that count as written. A page stops to count when it is marked clean, and then costs
+//! the guest a fault at its next write. So pages that the guest writes again and again should keep counting, and others
+//! should not be copied for ever. Which are which shows when a part of them is marked clean with each checkpoint: the more
+//! come back, the smaller the part.
 //!
 //! ```text
-//!   tracking off ── track ──> base = here ── checkpoint ──> set = pages that change from one to the next
-//!                                  └─ many written, no checkpoint ── renew_base ──> base = here
+//!   tracking off ── start ──> all clean ── checkpoint ──> a part clean (1/1 to 1/32 of them)
+//!                                 └─ many written, no checkpoint ── renew_base ──> all clean
 //! ```
 
 use std::time::{Duration, Instant};
 
 use devices::{BoardConfig, Payload};
-use ft_log::{Checkpoint, PAGE_BYTES, Pages, REMEMBERED_PAGES, SnapshotPart, SnapshotReader, SnapshotWriter};
+use ft_log::{Checkpoint, PAGE_BYTES, Pages, SnapshotPart, SnapshotReader, SnapshotWriter};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Machine, MachineError};
@@ -24,15 +25,61 @@ use super::{Machine, MachineError};
 const RENEW_PAGES: u64 = 4_096;
 /// Least time between two renewals: each costs the guest a fault for every page that it goes on writing.
 const RENEW_EVERY: Duration = Duration::from_secs(2);
-/// Pages from which all of a checkpoint leave the set: more than this are seldom written again and again.
-const MANY_PAGES: u64 = REMEMBERED_PAGES as u64 / 2;
+/// Least part of the pages that is marked clean with a checkpoint: one in so many.
+const LEAST_PART: u64 = 32;
 /// Boundaries between two looks at the clock.
 const LOOK_EVERY_ANCHORS: u64 = 256;
 
-/// What checkpoints of a guest are made from: what it has written since the base.
+/// Checkpoints after which is forgotten which pages were marked clean and came back.
+const EPOCH: u64 = 64;
+
+/// What is known of the pages that a guest writes.
 #[derive(Debug)]
 pub(super) struct Written {
     base_at: Instant,
+    /// One in so many pages is marked clean; which, changes from checkpoint to checkpoint.
+    one_in: u64,
+    turn: u64,
+    /// The pages that were marked clean, as bits for each piece of memory.
+    cleaned: Vec<Vec<u64>>,
+    /// Those of them that were written again.
+    returned: Vec<Vec<u64>>,
+}
+
+impl Written {
+    fn new() -> Self {
+        Self { base_at: Instant::now(), one_in: 1, turn: 0, cleaned: Vec::new(), returned: Vec::new() }
+    }
+
+    /// Learns from the pages that count as written now, and gives those of them that are marked clean next.
+    fn next_part(&mut self, bitmaps: &[(u64, Vec<u64>)]) -> Vec<Vec<u64>> {
+        if self.turn.is_multiple_of(EPOCH) {
+            self.cleaned = bitmaps.iter().map(|(_, bits)| vec![0; bits.len()]).collect();
+            self.returned = self.cleaned.clone();
+        }
+        let words = self.returned.iter_mut().flatten().zip(self.cleaned.iter().flatten());
+        for ((returned, cleaned), now) in words.zip(bitmaps.iter().flat_map(|(_, bits)| bits)) {
+            *returned |= cleaned & now;
+        }
+        let count = |bits: &[Vec<u64>]| bits.iter().flatten().map(|word| ones(*word)).sum::<u64>();
+        let (cleaned, returned) = (count(&self.cleaned), count(&self.returned));
+        if returned * 2 > cleaned {
+            self.one_in = (self.one_in * 2).min(LEAST_PART);
+        } else if cleaned > 0 {
+            self.one_in = (self.one_in / 2).max(1);
+        }
+        self.turn += 1;
+        // Both are powers of two, so every word has the same mask.
+        let mask = (0..u64::from(u64::BITS))
+            .filter(|bit| bit % self.one_in == self.turn % self.one_in)
+            .fold(0, |mask, bit| mask | 1 << bit);
+        let part: Vec<Vec<u64>> =
+            bitmaps.iter().map(|(_, bits)| bits.iter().map(|word| word & mask).collect()).collect();
+        for (cleaned, part) in self.cleaned.iter_mut().flatten().zip(part.iter().flatten()) {
+            *cleaned |= part;
+        }
+        part
+    }
 }
 
 impl Machine {
@@ -53,7 +100,7 @@ impl Machine {
         for (index, (_, mut bits)) in self.vm.written_pages()?.into_iter().enumerate() {
             self.vm.mark_clean(index, &mut bits)?;
         }
-        self.written = Some(Written { base_at: Instant::now() });
+        self.written = Some(Written::new());
         Ok(())
     }
 
@@ -78,38 +125,31 @@ impl Machine {
         Ok(count(&self.vm.written_pages()?))
     }
 
-    /// The guest as it is. It stands at a forced stop; [`Self::start_checkpoints`] was called. Pages in `unchanged`,
-    /// rising, are not in later ones unless they are written again.
-    pub fn checkpoint(&mut self, unchanged: &[u64]) -> Result<Checkpoint, MachineError> {
+    /// The guest as it is. It stands at a forced stop; [`Self::start_checkpoints`] was called.
+    pub fn checkpoint(&mut self) -> Result<Checkpoint, MachineError> {
         let state = state_bytes(&self.save()?).map_err(bad_state)?;
-        let mut pages = Pages::default();
-        let mut page = [0; PAGE_BYTES];
         let bitmaps = self.vm.written_pages()?;
-        let many = count(&bitmaps) > MANY_PAGES;
         let Some(written) = &mut self.written else {
             return Err(MachineError::BadState("nobody has asked for checkpoints of it".into()));
         };
-        for (index, (first, mut bits)) in bitmaps.into_iter().enumerate() {
-            let mut clean = false;
-            for (word_index, word) in bits.iter_mut().enumerate() {
-                let mut left = std::mem::take(word);
+        let mut pages = Pages::default();
+        let mut page = [0; PAGE_BYTES];
+        for (first, bits) in &bitmaps {
+            for (index, word) in bits.iter().enumerate() {
+                let mut left = *word;
                 while left != 0 {
-                    let bit = left.trailing_zeros();
+                    let number =
+                        first + index as u64 * u64::from(u64::BITS) + u64::from(left.trailing_zeros());
                     left &= left - 1;
-                    let number = first + word_index as u64 * u64::from(u64::BITS) + u64::from(bit);
                     self.ram
                         .read_slice(&mut page, GuestAddress(number * PAGE_BYTES as u64))
                         .map_err(|error| MachineError::BadState(format!("page {number:#x}: {error}")))?;
                     pages.push(number, &page);
-                    if many || unchanged.binary_search(&number).is_ok() {
-                        *word |= 1 << bit;
-                        clean = true;
-                    }
                 }
             }
-            if clean {
-                self.vm.mark_clean(index, &mut bits)?;
-            }
+        }
+        for (index, mut bits) in written.next_part(&bitmaps).into_iter().enumerate() {
+            self.vm.mark_clean(index, &mut bits)?;
         }
         written.base_at = Instant::now();
         Ok(Checkpoint { state, pages })
@@ -137,7 +177,11 @@ impl Machine {
 }
 
 fn count(bitmaps: &[(u64, Vec<u64>)]) -> u64 {
-    bitmaps.iter().flat_map(|(_, bits)| bits).map(|word| u64::from(word.count_ones())).sum()
+    bitmaps.iter().flat_map(|(_, bits)| bits).map(|word| ones(*word)).sum()
+}
+
+fn ones(word: u64) -> u64 {
+    u64::from(word.count_ones())
 }
 
 fn bad_state(error: ft_log::SnapshotError) -> MachineError {
@@ -165,4 +209,64 @@ fn state_payloads(state: &[u8]) -> Result<Vec<Payload>, ft_log::SnapshotError> {
         }
     }
     Ok(payloads)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn part_of(written: &mut Written, bits: &[u64]) -> u64 {
+        written.next_part(&[(0, bits.to_vec())]).iter().flatten().map(|word| ones(*word)).sum()
+    }
+
+    #[test]
+    fn pages_that_come_back_are_marked_clean_less_and_less_often() {
+        let mut written = Written::new();
+        let parts: Vec<u64> = (0..8).map(|_| part_of(&mut written, &[u64::MAX; 4])).collect();
+        assert_eq!(parts[0], 256);
+        assert_eq!(parts[7], 256 / LEAST_PART);
+    }
+
+    #[test]
+    fn pages_that_come_back_one_after_the_other_are_found_too() {
+        let mut written = Written::new();
+        for step in 0..24 {
+            let mut bits = [0; 8];
+            bits[step % 8] = u64::MAX;
+            part_of(&mut written, &bits);
+        }
+        assert_eq!(written.one_in, LEAST_PART);
+    }
+
+    #[test]
+    fn a_burst_is_marked_clean_at_once() {
+        let mut written = Written::new();
+        assert_eq!(part_of(&mut written, &[u64::MAX; 4]), 256);
+        assert_eq!(part_of(&mut written, &[0, 0, 0, 1]), 1);
+    }
+
+    #[test]
+    fn pages_that_stay_away_are_all_marked_clean_in_the_end() {
+        let mut written = Written::new();
+        (0..8).for_each(|_| {
+            part_of(&mut written, &[u64::MAX; 4]);
+        });
+        // A burst elsewhere: what was cleaned last is not among the written.
+        let mut left = vec![0, 0, 0, 0, u64::MAX, u64::MAX];
+        for _ in 0..LEAST_PART {
+            let clean = written.next_part(&[(0, left.clone())]);
+            left.iter_mut().zip(&clean[0]).for_each(|(word, clean)| *word &= !clean);
+        }
+        assert_eq!(left, [0; 6]);
+    }
+
+    #[test]
+    fn every_page_gets_its_turn() {
+        let mut written = Written::new();
+        let mut seen = 0;
+        for _ in 0..64 {
+            seen |= written.next_part(&[(0, vec![u64::MAX])])[0][0];
+        }
+        assert_eq!(seen, u64::MAX);
+    }
 }

@@ -58,7 +58,6 @@ pub struct FileLog {
     writer: Option<RecordingWriter>,
     encoder: Encoder,
     checkpoints: CheckpointEncoder,
-    unchanged: Vec<u64>,
     stops: u64,
     pages: u64,
     seq: u64,
@@ -74,7 +73,6 @@ impl FileLog {
             writer: Some(writer),
             encoder,
             checkpoints: CheckpointEncoder::default(),
-            unchanged: Vec::new(),
             stops: 0,
             pages: 0,
             seq: 0,
@@ -121,9 +119,9 @@ impl LogSink for FileLog {
     }
 
     fn stopped(&mut self, machine: &mut Machine) -> Result<u64, RunError> {
-        let checkpoint = machine.checkpoint(&self.unchanged)?;
+        let checkpoint = machine.checkpoint()?;
         if let Some(writer) = &mut self.writer {
-            self.unchanged = self.checkpoints.encode(&checkpoint, |piece| writer.checkpoint(piece))?;
+            self.checkpoints.encode(&checkpoint, |piece| writer.checkpoint(piece))?;
         }
         let position = Position::Checkpoint;
         self.encoder.push(&Entry::Stop { anchor: machine.anchors(), position })?;
