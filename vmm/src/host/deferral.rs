@@ -6,7 +6,7 @@
 //!
 //! What is due: events in the inbox, counted from the arrival of the oldest, and the next timer of the devices.
 //! The budget is what was asked for, or longer where a stop would take long because the guest has written many pages: so
-//! long that stops take a fifth of the guest's time at most, up to a second.
+//! long that stops take a ninth of the guest's time at most, up to a second.
 
 use std::io;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use ft_log::Event;
 
 const NEVER: u64 = u64::MAX;
 /// Least time that something waits, as a multiple of the pause that its stop takes.
-const STRETCH: u64 = 4;
+const STRETCH: u64 = 8;
 /// What a stop takes besides its pages, as a number of pages.
 const STOP_PAGES: u64 = 32;
 /// No budget is stretched beyond this.
@@ -297,10 +297,10 @@ mod tests {
         assert_eq!(deferral.budget(), BUDGET);
         assert!(!deferral.is_worth(1 << 20));
         assert_eq!(deferral.budget(), Duration::from_secs(1));
-        assert!(!deferral.is_worth(100_000 - STOP_PAGES));
+        assert!(!deferral.is_worth(50_000 - STOP_PAGES));
         let budget = deferral.budget();
         assert!(
-            budget >= Duration::from_micros(100_000 * STRETCH) && budget < Duration::from_millis(500),
+            budget >= Duration::from_micros(50_000 * STRETCH) && budget < Duration::from_millis(500),
             "{budget:?}"
         );
         assert!(!deferral.is_due(), "it is asked again later");
