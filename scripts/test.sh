@@ -3,8 +3,9 @@
 #
 #   test.sh TARGET...
 #
-# The last line is `N passed, N failed, N skipped`. A target that fails without a failed test in it, because it is no
-# test or did not get that far, counts as one failed test. Status 0: something passed and nothing failed.
+# What failed, and how, is said again at the end. The last line is `N passed, N failed, N skipped`. A target that fails
+# without a failed test in it, because it is no test or did not get that far, counts as one failed test. Status 0:
+# something passed and nothing failed.
 set -uo pipefail
 
 logs=$(mktemp -d)
@@ -30,6 +31,9 @@ for target in "$@"; do
     failed=$((failed + target_failed))
 done
 
-[ ${#broken[@]} = 0 ] || echo "failed: ${broken[*]}"
+for target in ${broken[@]+"${broken[@]}"}; do
+    echo "== failed: make $target"
+    sed -n '/^failures:$/,/^test result: FAILED/p' "$logs/$target"
+done
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "$failed" = 0 ] && [ "$passed" != 0 ]

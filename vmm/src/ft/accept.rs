@@ -96,24 +96,41 @@ fn greet_aside(
     reception: &Arc<Reception>,
     greetings: &Arc<AtomicUsize>,
 ) {
-    if greetings.fetch_add(1, Ordering::SeqCst) >= GREETINGS_MAX {
-        greetings.fetch_sub(1, Ordering::SeqCst);
-        return;
-    }
-    let (reception, running) = (Arc::clone(reception), Arc::clone(greetings));
+    let Some(place) = Place::take(greetings) else { return };
+    let reception = Arc::clone(reception);
     let spawned = std::thread::Builder::new().name("greeting".into()).spawn(move || {
-        if let Err(error) = greet(stream, address, &reception) {
+        if let Err(error) = greet(stream, address, &reception, place) {
             tracing::warn!(%address, error = %with_causes(&error), "a connection on the log port came to nothing");
         }
-        running.fetch_sub(1, Ordering::SeqCst);
     });
     if let Err(error) = spawned {
         tracing::warn!(%address, %error, "no thread for a connection on the log port");
-        greetings.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-fn greet(mut stream: TcpStream, address: SocketAddr, reception: &Reception) -> Result<(), StreamError> {
+/// One of the [`GREETINGS_MAX`] places; free again when dropped.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicUsize>) -> Option<Self> {
+        let place = Self(Arc::clone(taken));
+        (taken.fetch_add(1, Ordering::SeqCst) < GREETINGS_MAX).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// `_place` comes last, so it is free before the connection closes: who sees that can come again at once.
+fn greet(
+    mut stream: TcpStream,
+    address: SocketAddr,
+    reception: &Reception,
+    _place: Place,
+) -> Result<(), StreamError> {
     stream.set_nodelay(true).map_err(StreamError::Io)?;
     stream.set_write_timeout(Some(GREETING_TIMEOUT)).map_err(StreamError::Io)?;
     write_preamble(&mut stream)?;
