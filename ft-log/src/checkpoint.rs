@@ -164,7 +164,6 @@ const MAX_CHANGE_BYTES: usize = PAGE_BYTES / 4;
 
 /// Appends how `to` differs from `from`. False, with nothing appended: in too much.
 fn put_change(from: &Page, to: &Page, out: &mut Vec<u8>) -> bool {
-    let start = out.len();
     let (from, to_words) = (from.as_chunks::<WORD_BYTES>().0, to.as_chunks::<WORD_BYTES>().0);
     let next = |at: usize, differs: bool| {
         let mut words = from[at..].iter().zip(&to_words[at..]);
@@ -178,7 +177,6 @@ fn put_change(from: &Page, to: &Page, out: &mut Vec<u8>) -> bool {
         put_varint(&mut body, (end - first) as u64);
         body.extend_from_slice(&to[first * WORD_BYTES..end * WORD_BYTES]);
         if body.len() > MAX_CHANGE_BYTES {
-            out.truncate(start);
             return false;
         }
         runs += 1;

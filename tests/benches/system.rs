@@ -203,30 +203,15 @@ fn pair_rows(when: &str, primary: &Monitor) -> Outcome {
     let output = primary.output();
     let line = output.iter().rev().find(|line| line.contains(PAIR_FIGURES)).ok_or("no figures")?;
     let number = |name| field(line, name).ok_or(format!("no {name} in: {line}"));
-    row(
-        &format!("backup's lag {when}"),
-        &format!(
-            "p50 {:.1} ms, p99 {:.1} ms",
-            number("lag_p50_us")? as f64 / 1e3,
-            number("lag_p99_us")? as f64 / 1e3
-        ),
-    );
-    row(
-        &format!("output held back {when}"),
-        &format!(
-            "mean {:.1} ms, longest {:.1} ms",
-            number("delay_mean_us")? as f64 / 1e3,
-            number("delay_max_us")? as f64 / 1e3
-        ),
-    );
-    row(
-        &format!("pause of a checkpoint {when}"),
-        &format!(
-            "p50 {:.1} ms, p99 {:.1} ms",
-            number("pause_p50_us")? as f64 / 1e3,
-            number("pause_p99_us")? as f64 / 1e3
-        ),
-    );
+    let ms = |name| number(name).map(|us| us as f64 / 1e3);
+    for (what, words, first, second) in [
+        ("backup's lag", ["p50", "p99"], "lag_p50_us", "lag_p99_us"),
+        ("output held back", ["mean", "longest"], "delay_mean_us", "delay_max_us"),
+        ("pause of a checkpoint", ["p50", "p99"], "pause_p50_us", "pause_p99_us"),
+    ] {
+        let figures = format!("{} {:.1} ms, {} {:.1} ms", words[0], ms(first)?, words[1], ms(second)?);
+        row(&format!("{what} {when}"), &figures);
+    }
     row(&format!("guest held up by pacing {when}"), &format!("{} ms in all", number("paced_ms")?));
     row(&format!("longest unanswered time {when}"), &format!("{} ms", number("silence_max_ms")?));
     Ok(())

@@ -7,7 +7,7 @@ use kvm_bindings::CpuId;
 
 use super::guest::{CODE, DATA, Guest, ProbeError, Ring, Stop, Trap, VECTOR_GP};
 use super::{Bench, Finding};
-use crate::kvm::Exit;
+use crate::kvm::{Exit, page_numbers};
 
 const PORT_FIRST: u8 = 0x10;
 const PORT_LAST: u8 = 0x11;
@@ -133,7 +133,7 @@ pub fn dirty_log(bench: &Bench) -> Result<Finding, ProbeError> {
             if port == PORT_FIRST {
                 guest.start(ring, |regs| (regs.rbx, regs.rdx) = (first, last))?;
             }
-            mark_all_clean(&mut guest)?;
+            guest.vm().mark_all_clean()?;
             guest.expect_port(port, "the port behind the write")?;
             let written = written_data(&mut guest)?;
             if written != [page] {
@@ -146,23 +146,8 @@ pub fn dirty_log(bench: &Bench) -> Result<Finding, ProbeError> {
     Ok(Finding::ok("it names each page that ring 0 and ring 3 write, and no other"))
 }
 
-fn mark_all_clean(guest: &mut Guest) -> Result<(), ProbeError> {
-    let written = guest.vm().written_pages()?;
-    for (piece, (_, mut bits)) in written.into_iter().enumerate() {
-        guest.vm().mark_clean(piece, &mut bits)?;
-    }
-    Ok(())
-}
-
 /// The written pages from [`DATA`] on. The processor itself may write those below: tables, stacks.
 fn written_data(guest: &mut Guest) -> Result<Vec<u64>, ProbeError> {
-    let mut pages = Vec::new();
-    for (first, words) in guest.vm().written_pages()? {
-        for (index, word) in words.into_iter().enumerate() {
-            let set = (0..64).filter(|bit| word & 1 << bit != 0);
-            pages.extend(set.map(|bit| (first + index as u64 * 64 + bit) * PAGE_BYTES));
-        }
-    }
-    pages.retain(|page| *page >= DATA);
-    Ok(pages)
+    let bitmaps = guest.vm().written_pages()?;
+    Ok(page_numbers(&bitmaps).map(|number| number * PAGE_BYTES).filter(|page| *page >= DATA).collect())
 }

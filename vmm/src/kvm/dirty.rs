@@ -8,27 +8,36 @@
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
 
-use super::KvmError;
+use super::{KvmError, enable_cap};
 
 /// KVM_CLEAR_DIRTY_LOG: absent from kvm-ioctls; `_IOWR(KVMIO, 0xc0, struct kvm_clear_dirty_log)`.
 const KVM_CLEAR_DIRTY_LOG: libc::c_ulong = 0xc018_aec0;
 /// Pages in a word of a bitmap.
-pub const WORD_PAGES: usize = u64::BITS as usize;
+const WORD_PAGES: usize = u64::BITS as usize;
 
 /// Lets `vm` keep pages as written until they are marked clean one by one.
 pub(super) fn enable(vm: &VmFd) -> Result<(), KvmError> {
     let flags = u64::from(KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
-    let cap = kvm_enable_cap {
-        cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-        args: [flags, 0, 0, 0],
-        ..Default::default()
-    };
-    vm.enable_cap(&cap).map_err(KvmError::call("KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2)"))
+    enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, flags, "KVM_ENABLE_CAP(MANUAL_DIRTY_LOG_PROTECT2)")
+}
+
+/// The numbers of the pages whose bits are set, rising; `bitmaps` as [`Slots::written`] gives them.
+pub fn page_numbers(bitmaps: &[(u64, Vec<u64>)]) -> impl Iterator<Item = u64> {
+    bitmaps.iter().flat_map(|(first, bits)| {
+        bits.iter().enumerate().flat_map(move |(index, word)| {
+            let mut left = *word;
+            std::iter::from_fn(move || {
+                let bit = (left != 0).then(|| left.trailing_zeros())?;
+                left &= left - 1;
+                Some(first + (index * WORD_PAGES) as u64 + u64::from(bit))
+            })
+        })
+    })
 }
 
 /// Guest memory as KVM has it, with or without tracking.
@@ -56,10 +65,6 @@ impl Slots {
         }
         self.tracked = on;
         Ok(())
-    }
-
-    pub(super) fn is_tracked(&self) -> bool {
-        self.tracked
     }
 
     /// For each slot its first page's number and a bit for each page that was written.
@@ -94,6 +99,12 @@ impl Slots {
         Ok(())
     }
 
+    /// Marks all pages as clean.
+    pub(super) fn mark_all_clean(&self, vm: &VmFd) -> Result<(), KvmError> {
+        let mut bitmaps = self.written(vm)?.into_iter().enumerate();
+        bitmaps.try_for_each(|(index, (_, mut bits))| self.mark_clean(vm, index, &mut bits))
+    }
+
     /// Makes the vCPU forget address translations. KVM does that for itself whenever it protects a page, so one page
     /// that counts as written is marked clean. Only for a guest whose log nobody else reads.
     pub(super) fn flush_translations(&mut self, vm: &VmFd) -> Result<(), KvmError> {
@@ -112,5 +123,17 @@ impl Slots {
         bits.fill(0);
         bits[word] = lowest;
         self.mark_clean(vm, 0, &mut bits).map(|()| true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn page_numbers_are_those_of_the_bits_from_the_piece_on() {
+        let bitmaps = [(0, vec![0b101, 0, 1 << 63]), (0x10_0000, vec![2])];
+        assert_eq!(page_numbers(&bitmaps).collect::<Vec<_>>(), [0, 2, 191, 0x10_0001]);
+        assert_eq!(page_numbers(&[(7, vec![0])]).count(), 0);
     }
 }

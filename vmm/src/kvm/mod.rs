@@ -11,10 +11,13 @@ pub mod state;
 mod vcpu;
 mod vm;
 
+pub use dirty::page_numbers;
 pub use fitness::{Unfit, host_flavour};
 pub use vcpu::{Exit, Vcpu, install_kick_handler, kick, kick_signal};
 pub use vm::{Kvm, Vm};
 
+use kvm_bindings::kvm_enable_cap;
+use kvm_ioctls::VmFd;
 use thiserror::Error;
 
 /// What can go wrong with KVM.
@@ -47,4 +50,10 @@ impl KvmError {
     fn call(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
         move |error| Self::Call { call, source: error.into() }
     }
+}
+
+/// Switches a capability of a virtual machine on; `call` is its name for an error.
+fn enable_cap(vm: &VmFd, cap: u32, argument: u64, call: &'static str) -> Result<(), KvmError> {
+    let cap = kvm_enable_cap { cap, args: [argument, 0, 0, 0], ..Default::default() };
+    vm.enable_cap(&cap).map_err(KvmError::call(call))
 }

@@ -3,10 +3,9 @@
 //! Owns: KVM's MSR filter. Must never: let an MSR through whose value is the host's or counts something; the machine
 //! answers all others (`machine/msr.rs`).
 
-use kvm_bindings::kvm_enable_cap;
 use kvm_ioctls::{Cap, MsrExitReason, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
 
-use super::KvmError;
+use super::{KvmError, enable_cap};
 
 /// Every MSR that a guest with our CPUID table can change and later see, and that KVM keeps: SYSENTER, SYSCALL, GS
 /// bases, PAT. It is saved with the vCPU. EFER, FS and GS bases are too, with the special registers.
@@ -27,12 +26,8 @@ const IN_SPECIAL_REGISTERS: [u32; 3] = [0xc000_0080, 0xc000_0100, 0xc000_0101];
 /// Makes the guest leave at every access to an MSR that is not its own state.
 pub(super) fn filter(vm: &VmFd) -> Result<(), KvmError> {
     let reasons = MsrExitReason::Unknown | MsrExitReason::Inval | MsrExitReason::Filter;
-    let cap = kvm_enable_cap {
-        cap: Cap::X86UserSpaceMsr as u32,
-        args: [u64::from(reasons.bits()), 0, 0, 0],
-        ..Default::default()
-    };
-    vm.enable_cap(&cap).map_err(KvmError::call("KVM_ENABLE_CAP(X86_USER_SPACE_MSR)"))?;
+    let reasons = u64::from(reasons.bits());
+    enable_cap(vm, Cap::X86UserSpaceMsr as u32, reasons, "KVM_ENABLE_CAP(X86_USER_SPACE_MSR)")?;
     // One range for each: 12 of the 16 that there may be.
     let ranges: Vec<MsrFilterRange<'_>> = SAVED
         .into_iter()

@@ -13,7 +13,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::dirty::{self, Slots};
 use super::fitness::{self, Unfit, host_flavour};
-use super::{KvmError, Vcpu, msr};
+use super::{KvmError, Vcpu, enable_cap, msr};
 
 /// Three pages that Intel's KVM needs for real-mode emulation; outside of RAM and of device windows.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -68,9 +68,7 @@ impl Kvm {
         fd.set_tss_address(TSS_ADDRESS).map_err(KvmError::call("KVM_SET_TSS_ADDR"))?;
         // Without it an exception on its way into the guest is saved as if it were delivered, and the RF flag that KVM
         // sets on delivery is missing in the frame that a follower's guest pushes.
-        let payload =
-            kvm_enable_cap { cap: KVM_CAP_EXCEPTION_PAYLOAD, args: [1, 0, 0, 0], ..Default::default() };
-        fd.enable_cap(&payload).map_err(KvmError::call("KVM_ENABLE_CAP(EXCEPTION_PAYLOAD)"))?;
+        enable_cap(&fd, KVM_CAP_EXCEPTION_PAYLOAD, 1, "KVM_ENABLE_CAP(EXCEPTION_PAYLOAD)")?;
         dirty::enable(&fd)?;
         msr::filter(&fd)?;
         let mut slots = Vec::new();
@@ -108,11 +106,6 @@ impl Vm {
         self.slots.track(&self.fd, on)
     }
 
-    /// Are written pages found out?
-    pub fn tracks_writes(&self) -> bool {
-        self.slots.is_tracked()
-    }
-
     /// For each piece of memory the number of its first page, and a bit for each page that was written.
     pub fn written_pages(&self) -> Result<Vec<(u64, Vec<u64>)>, KvmError> {
         self.slots.written(&self.fd)
@@ -121,6 +114,11 @@ impl Vm {
     /// Marks pages of piece `index` of memory as clean: those whose bits are set.
     pub fn mark_clean(&self, index: usize, bits: &mut [u64]) -> Result<(), KvmError> {
         self.slots.mark_clean(&self.fd, index, bits)
+    }
+
+    /// Marks all pages as clean.
+    pub fn mark_all_clean(&self) -> Result<(), KvmError> {
+        self.slots.mark_all_clean(&self.fd)
     }
 
     /// Makes the vCPU forget what it remembers of the guest's page tables; memory may have changed below it. What

@@ -20,6 +20,7 @@ use ft_log::{Checkpoint, PAGE_BYTES, Pages, SnapshotPart, SnapshotReader, Snapsh
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Machine, MachineError};
+use crate::kvm::page_numbers;
 
 /// Written pages from which the base is renewed, 16 MiB.
 const RENEW_PAGES: u64 = 4_096;
@@ -86,8 +87,7 @@ impl Machine {
     /// From now on checkpoints can be taken of this guest for a follower that has it as it is here.
     pub fn start_checkpoints(&mut self) -> Result<(), MachineError> {
         self.vm.track_writes(true)?;
-        self.mark_all_clean()?;
-        Ok(())
+        self.mark_all_clean()
     }
 
     /// Nobody needs checkpoints any more.
@@ -97,9 +97,7 @@ impl Machine {
     }
 
     fn mark_all_clean(&mut self) -> Result<(), MachineError> {
-        for (index, (_, mut bits)) in self.vm.written_pages()?.into_iter().enumerate() {
-            self.vm.mark_clean(index, &mut bits)?;
-        }
+        self.vm.mark_all_clean()?;
         self.written = Some(Written::new());
         Ok(())
     }
@@ -134,19 +132,11 @@ impl Machine {
         };
         let mut pages = Pages::default();
         let mut page = [0; PAGE_BYTES];
-        for (first, bits) in &bitmaps {
-            for (index, word) in bits.iter().enumerate() {
-                let mut left = *word;
-                while left != 0 {
-                    let number =
-                        first + index as u64 * u64::from(u64::BITS) + u64::from(left.trailing_zeros());
-                    left &= left - 1;
-                    self.ram
-                        .read_slice(&mut page, GuestAddress(number * PAGE_BYTES as u64))
-                        .map_err(|error| MachineError::BadState(format!("page {number:#x}: {error}")))?;
-                    pages.push(number, &page);
-                }
-            }
+        for number in page_numbers(&bitmaps) {
+            self.ram
+                .read_slice(&mut page, GuestAddress(number * PAGE_BYTES as u64))
+                .map_err(|error| MachineError::BadState(format!("page {number:#x}: {error}")))?;
+            pages.push(number, &page);
         }
         for (index, mut bits) in written.next_part(&bitmaps).into_iter().enumerate() {
             self.vm.mark_clean(index, &mut bits)?;

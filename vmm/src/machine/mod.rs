@@ -150,11 +150,6 @@ impl Machine {
         self.end
     }
 
-    /// Is there an interrupt that the guest cannot take yet, or will take at its next entry?
-    pub fn interrupt_pending(&self) -> bool {
-        self.board.interrupt_pending()
-    }
-
     /// Is the guest halted with nothing to wake it yet? Then only an event can move it.
     pub fn waiting(&self) -> bool {
         self.halted && !self.board.interrupt_pending()

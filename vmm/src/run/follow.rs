@@ -123,9 +123,7 @@ impl<S: PartSource> Follow<S> {
         while self.unreleased.front().is_some_and(|(seq, _)| *seq <= batch.released) {
             self.unreleased.pop_front();
         }
-        // What is left has to be met, even if it comes where it should not.
-        self.batch.drain(..self.offset);
-        self.batch.extend_from_slice(&batch.entries);
+        self.batch = batch.entries;
         self.offset = 0;
         Ok(true)
     }
@@ -206,15 +204,6 @@ impl<S: PartSource> Follow<S> {
         Err(self.diverged(machine, format!("forced stop at anchor {next}"), found))
     }
 
-    /// The primary's guest has left this boundary; this one has to be able to.
-    fn enter(&self, machine: &Machine) -> Result<Next, RunError> {
-        if machine.waiting() {
-            let expected = "a guest that runs on".to_owned();
-            return Err(self.diverged(machine, expected, "a halted guest with no interrupt".into()));
-        }
-        Ok(Next::Enter)
-    }
-
     fn diverged(&self, machine: &Machine, expected: String, found: String) -> RunError {
         RunError::Diverged(self.recent.diverged(machine, expected, found))
     }
@@ -258,7 +247,11 @@ impl<S: PartSource> Door for Follow<S> {
                     self.source.executed(machine.anchors(), machine.now());
                     continue;
                 }
-                return self.enter(machine);
+                if machine.waiting() {
+                    let expected = "a guest that runs on".to_owned();
+                    return Err(self.diverged(machine, expected, "a halted guest with no interrupt".into()));
+                }
+                return Ok(Next::Enter);
             }
             // Everything up to here has been executed, so nothing may be left of what was logged up to here.
             if let Some(entry) = self.ahead.take() {

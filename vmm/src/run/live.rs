@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, after, select};
+use crossbeam_channel::{Receiver, Sender, at, select};
 use devices::Effect;
 use ft_log::{CLOCK_TOLERANCE, ClockModel, Entry, Event, GuestTime};
 
@@ -69,12 +69,6 @@ impl HostTime {
     /// When it shows `time`; now, if that was before it started.
     pub fn instant_of(&self, time: GuestTime) -> Instant {
         self.base + Duration::from_nanos(time.to_ns().saturating_sub(self.offset_ns))
-    }
-
-    /// How long until it shows `time`.
-    pub fn until(&self, time: GuestTime) -> Duration {
-        Duration::from_nanos(time.to_ns())
-            .saturating_sub(Duration::from_nanos(self.offset_ns).saturating_add(self.base.elapsed()))
     }
 }
 
@@ -172,7 +166,7 @@ impl<L: LogSink> Live<L> {
     fn wait(&mut self, machine: &Machine) {
         let timer = machine
             .deadline()
-            .map_or_else(crossbeam_channel::never, |deadline| after(self.time.until(deadline)));
+            .map_or_else(crossbeam_channel::never, |deadline| at(self.time.instant_of(deadline)));
         select! {
             recv(self.inbox) -> event => self.own.extend(event),
             recv(self.wake) -> _ => {}
@@ -234,7 +228,7 @@ impl<L: LogSink> Door for Live<L> {
 
     fn entering(&mut self, machine: &Machine) {
         // An interrupt that the guest cannot take yet keeps others out as well.
-        if !machine.interrupt_pending() {
+        if !machine.board().interrupt_pending() {
             self.deferral.entering(machine.deadline().map(|deadline| self.time.instant_of(deadline)));
         }
     }
