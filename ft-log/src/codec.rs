@@ -14,7 +14,7 @@
 //!                 6 PowerButton
 //!                 7 Check        u32 digest
 //!                 8 End          u64 registers, u64 memory, u64 devices
-//!                 9 Stop         u8 position: 1 checkpoint
+//!                 9 Stop         position, see `position.rs`
 //! ```
 //!
 //! States of both: open (any entry) until an `End`, then ended (no entry). An entry that is refused leaves
@@ -28,7 +28,8 @@ use crate::event::{
     DiskStatus, Event, GuestTime, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES,
 };
 use crate::fields::{check_len, get_bytes, get_u8, get_u32, get_u64, get_varint, put_bytes, put_varint};
-use crate::record::{Cursor, Entry, Position};
+use crate::position::{REGISTERS, Registers, get_position, put_position};
+use crate::record::{Cursor, Entry};
 
 const TAG_TICK: u8 = 1;
 const TAG_FRAME: u8 = 2;
@@ -60,6 +61,7 @@ pub const MAX_ENTRY_BYTES: usize = MAX_DISK_BYTES + 25;
 #[derive(Debug)]
 pub struct Encoder {
     cursor: Cursor,
+    registers: Registers,
     ended: bool,
     out: Vec<u8>,
 }
@@ -67,7 +69,7 @@ pub struct Encoder {
 impl Encoder {
     /// An encoder whose first entry is relative to `start`.
     pub fn new(start: Cursor) -> Self {
-        Self { cursor: start, ended: false, out: Vec::new() }
+        Self { cursor: start, registers: [0; REGISTERS.len()], ended: false, out: Vec::new() }
     }
 
     /// Appends `entry`. On an error nothing is appended and the encoder can go on.
@@ -98,7 +100,7 @@ impl Encoder {
             }
             Entry::Stop { anchor, position } => {
                 self.put_head(TAG_STOP, *anchor)?;
-                self.out.push(*position as u8);
+                put_position(&mut self.out, &mut self.registers, position);
             }
             Entry::End { anchor, digest } => {
                 self.put_head(TAG_END, *anchor)?;
@@ -195,13 +197,14 @@ impl Encoder {
 #[derive(Debug)]
 pub struct Decoder {
     cursor: Cursor,
+    registers: Registers,
     ended: bool,
 }
 
 impl Decoder {
     /// A decoder whose first entry is relative to `start`.
     pub fn new(start: Cursor) -> Self {
-        Self { cursor: start, ended: false }
+        Self { cursor: start, registers: [0; REGISTERS.len()], ended: false }
     }
 
     /// Takes the next entry off `input`, which holds whole entries. `None` if `input` is empty.
@@ -216,7 +219,7 @@ impl Decoder {
             return Err(LogError::AfterEnd { anchor: self.cursor.anchor });
         }
         let mut rest = *input;
-        let mut cursor = self.cursor;
+        let (mut cursor, mut registers) = (self.cursor, self.registers);
         let head = get_varint(&mut rest, "entry head")?;
         let entry = if head & 1 == 0 {
             cursor.time = later(cursor.time, head >> CLOCK_SHIFT)?;
@@ -233,9 +236,9 @@ impl Decoder {
                 .checked_add(head >> ANCHOR_SHIFT)
                 .ok_or(LogError::Overflow { what: "anchor" })?;
             let tag = (head >> 1) as u8 & ((1 << TAG_BITS) - 1);
-            get_tagged(tag, &mut cursor, &mut rest)?
+            get_tagged(tag, &mut cursor, &mut registers, &mut rest)?
         };
-        self.cursor = cursor;
+        (self.cursor, self.registers) = (cursor, registers);
         self.ended = matches!(entry, Entry::End { .. });
         *input = rest;
         Ok(Some(entry))
@@ -247,7 +250,12 @@ impl Decoder {
     }
 }
 
-fn get_tagged(tag: u8, cursor: &mut Cursor, input: &mut &[u8]) -> Result<Entry, LogError> {
+fn get_tagged(
+    tag: u8,
+    cursor: &mut Cursor,
+    registers: &mut Registers,
+    input: &mut &[u8],
+) -> Result<Entry, LogError> {
     let anchor = cursor.anchor;
     let event = match tag {
         TAG_TICK => {
@@ -265,13 +273,7 @@ fn get_tagged(tag: u8, cursor: &mut Cursor, input: &mut &[u8]) -> Result<Entry, 
         TAG_ENTROPY => Event::Entropy { data: get_bytes(input, ENTROPY, MAX_ENTROPY_BYTES)?.to_vec() },
         TAG_POWER_BUTTON => Event::PowerButton,
         TAG_CHECK => return Ok(Entry::Check { anchor, digest: get_u32(input, "register digest")? }),
-        TAG_STOP => {
-            let position = match get_u8(input, "position")? {
-                tag if tag == Position::Checkpoint as u8 => Position::Checkpoint,
-                tag => return Err(LogError::UnknownTag { what: "position", tag }),
-            };
-            return Ok(Entry::Stop { anchor, position });
-        }
+        TAG_STOP => return Ok(Entry::Stop { anchor, position: get_position(input, registers)? }),
         TAG_END => {
             let digest = StateDigest {
                 registers: get_u64(input, "digest of registers")?,

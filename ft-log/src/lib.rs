@@ -23,6 +23,7 @@ mod event;
 mod fields;
 mod heartbeat;
 mod message;
+mod position;
 mod record;
 mod segment;
 mod session;
@@ -45,7 +46,8 @@ pub use message::{
     Ack, Batch, ByeReason, LogPart, MAX_BATCH_ENTRIES_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES,
     MAX_TEXT_BYTES, Message, MessageKind,
 };
-pub use record::{Cursor, Entry, Position};
+pub use position::{Counted, Position, PositionSource, REGISTERS, Registers};
+pub use record::{Cursor, Entry};
 pub use segment::{RECORDING_MAGIC, RECORDING_VERSION, RecordingError, RecordingReader, RecordingWriter};
 pub use session::{
     BatchReceiver, BatchSender, CpuIdentity, Expected, Hello, Mismatch, SequenceError, Welcome, check_hello,

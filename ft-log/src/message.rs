@@ -10,6 +10,7 @@ use crate::event::GuestTime;
 use crate::fields::{
     check_len, get_array, get_text, get_u8, get_u16, get_u32, get_u64, get_varint, put_bytes, put_varint,
 };
+use crate::position::PositionSource;
 use crate::record::Cursor;
 use crate::session::{CpuIdentity, Hello, Welcome};
 
@@ -104,10 +105,12 @@ pub enum ByeReason {
     HostFailure = 6,
     /// A recording is complete. Only in files.
     RecordingEnd = 7,
+    /// The backup did not come to a forced stop; it needs the guest anew.
+    Missed = 8,
 }
 
 impl ByeReason {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::GuestEnded,
         Self::Diverged,
         Self::Shutdown,
@@ -115,6 +118,7 @@ impl ByeReason {
         Self::Protocol,
         Self::HostFailure,
         Self::RecordingEnd,
+        Self::Missed,
     ];
 }
 
@@ -265,6 +269,7 @@ fn put_hello(out: &mut Vec<u8>, hello: &Hello) -> Result<(), LogError> {
     put_bytes(out, "host name", hello.host_name.as_bytes(), MAX_NAME_BYTES)?;
     out.extend_from_slice(&hello.timeout_ms.to_le_bytes());
     out.push(if hello.has_network { HAS_NETWORK } else { NO_NETWORK });
+    out.push(hello.positions as u8);
     Ok(())
 }
 
@@ -291,6 +296,7 @@ fn get_hello(input: &mut &[u8]) -> Result<Hello, LogError> {
             HAS_NETWORK => true,
             tag => return Err(LogError::UnknownTag { what: "network tag", tag }),
         },
+        positions: PositionSource::from_tag(get_u8(input, "position source")?)?,
     })
 }
 

@@ -5,6 +5,7 @@
 
 use crate::digest::StateDigest;
 use crate::event::{Event, GuestTime};
+use crate::position::Position;
 
 /// One step of the guest's history that its own state does not determine.
 ///
@@ -48,14 +49,6 @@ pub enum Entry {
         /// The whole guest at that boundary.
         digest: StateDigest,
     },
-}
-
-/// How a follower finds the instruction of a forced stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Position {
-    /// It does not run there, but loads the next [`crate::Checkpoint`] that the log holds.
-    Checkpoint = 1,
 }
 
 /// Where a log stands: what the next entry's deltas are relative to.

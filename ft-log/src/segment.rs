@@ -24,7 +24,7 @@ use crate::stream::{
 };
 
 /// Version of the file: of its frames, the entries and the snapshot in it.
-pub const RECORDING_VERSION: u32 = 3;
+pub const RECORDING_VERSION: u32 = 4;
 /// First bytes of the file.
 pub const RECORDING_MAGIC: [u8; 8] = *b"VMFTREC\0";
 

@@ -17,6 +17,7 @@
 use thiserror::Error;
 
 use crate::message::{Ack, Batch};
+use crate::position::PositionSource;
 use crate::record::Cursor;
 
 /// The CPU that a host's guest runs on (CPUID leaves 0 and 1, family and model with their extensions).
@@ -58,6 +59,8 @@ pub struct Hello {
     pub timeout_ms: u32,
     /// Whether it has a network for the guest.
     pub has_network: bool,
+    /// Who supplies its positions of forced stops.
+    pub positions: PositionSource,
 }
 
 /// What a primary answers.
@@ -96,6 +99,8 @@ pub struct Expected {
     pub timeout_ms: u32,
     /// Whether the guest has a network card.
     pub has_network: bool,
+    /// Who supplies the primary's positions of forced stops.
+    pub positions: PositionSource,
 }
 
 /// Why a backup may not follow, as a sentence for both operators.
@@ -152,6 +157,19 @@ pub enum Mismatch {
         host: String,
         /// Whether the guest has a network card.
         primary: bool,
+    },
+    /// Positions that the other side cannot find.
+    #[error(
+        "Backup host {host} finds forced stops by {backup}, the primary by {primary}: start both with --position \
+         checkpoint, or both with another source that both hosts have"
+    )]
+    Positions {
+        /// The backup's host.
+        host: String,
+        /// The backup's source.
+        backup: PositionSource,
+        /// The primary's source.
+        primary: PositionSource,
     },
     /// Timeouts that differ: one side could act on an answer that the other has forgotten.
     #[error(
@@ -214,6 +232,10 @@ pub fn check_hello(hello: &Hello, expected: &Expected) -> Result<(), Mismatch> {
     }
     if hello.has_network != expected.has_network {
         return Err(Mismatch::Network { host: host(), primary: expected.has_network });
+    }
+    if hello.positions != expected.positions {
+        let (backup, primary) = (hello.positions, expected.positions);
+        return Err(Mismatch::Positions { host: host(), backup, primary });
     }
     if hello.timeout_ms != expected.timeout_ms {
         return Err(Mismatch::Timeout {

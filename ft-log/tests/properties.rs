@@ -10,9 +10,10 @@ use std::path::Path;
 
 use ft_log::{
     Ack, Batch, ByeReason, CLOCK_TOLERANCE, Checkpoint, CheckpointDecoder, CheckpointEncoder, ClockModel,
-    Cursor, Decoder, DiskStatus, Encoder, Entry, Event, FrameDecoder, FrameReader, FrameWriter, GuestTime,
-    Heartbeat, LogError, Message, PAGE_BYTES, Pages, Position, RECORDING_MAGIC, RECORDING_VERSION,
-    RecordingReader, Role, SNAPSHOT_MAGIC, SnapshotPart, SnapshotReader, SnapshotWriter, StateDigest,
+    Counted, Cursor, Decoder, DiskStatus, Encoder, Entry, Event, FrameDecoder, FrameReader, FrameWriter,
+    GuestTime, Heartbeat, LogError, Message, PAGE_BYTES, Pages, Position, RECORDING_MAGIC, RECORDING_VERSION,
+    REGISTERS, RecordingReader, Role, SNAPSHOT_MAGIC, SnapshotPart, SnapshotReader, SnapshotWriter,
+    StateDigest,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -35,6 +36,19 @@ fn any_event() -> impl Strategy<Value = Event> {
     ]
 }
 
+fn any_position() -> impl Strategy<Value = Position> {
+    let counted = |(branches, set, values): (_, u32, [u64; REGISTERS.len()])| {
+        // Most registers keep their values from stop to stop.
+        let mut index = 0..;
+        let registers = values.map(|value| if set >> index.next().unwrap() & 1 == 0 { 0 } else { value });
+        Position::Counted(Box::new(Counted { branches, registers }))
+    };
+    prop_oneof![
+        Just(Position::Checkpoint),
+        (magnitude(64), any::<u32>(), any::<[u64; REGISTERS.len()]>()).prop_map(counted),
+    ]
+}
+
 /// An entry whose times and anchors are still distances; [`absolute`] adds them up.
 fn any_entry() -> impl Strategy<Value = Entry> {
     prop_oneof![
@@ -42,7 +56,7 @@ fn any_entry() -> impl Strategy<Value = Entry> {
             .prop_map(|(unlogged, ticks)| Entry::Clock { unlogged, now: GuestTime(ticks) }),
         3 => (magnitude(50), any_event()).prop_map(|(anchor, event)| Entry::Event { anchor, event }),
         1 => (magnitude(50), any::<u32>()).prop_map(|(anchor, digest)| Entry::Check { anchor, digest }),
-        1 => magnitude(50).prop_map(|anchor| Entry::Stop { anchor, position: Position::Checkpoint }),
+        1 => (magnitude(50), any_position()).prop_map(|(anchor, position)| Entry::Stop { anchor, position }),
     ]
 }
 

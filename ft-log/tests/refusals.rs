@@ -10,8 +10,8 @@ use std::io::{Cursor as Bytes, Read, Write};
 use ft_log::{
     Batch, ByeReason, CheckpointDecoder, Cursor, Decoder, Encoder, Entry, Event, FrameReader, FrameWriter,
     GuestTime, Heartbeat, HeartbeatError, LogError, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES,
-    MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message, PAGE_BYTES, SnapshotError, SnapshotReader,
-    SnapshotWriter, StateDigest, StreamError, read_preamble,
+    MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message, PAGE_BYTES, PositionSource, SnapshotError,
+    SnapshotReader, SnapshotWriter, StateDigest, StreamError, read_preamble,
 };
 
 fn encoded(entries: &[Entry]) -> Vec<u8> {
@@ -104,10 +104,19 @@ fn unknown_entry_tags_and_statuses_are_refused() {
         let refused = first(common::START, &[3 << 1 | 1, 1, tag, 0]);
         assert_eq!(refused, Err(LogError::UnknownTag { what: "disk status", tag }));
     }
-    for tag in [0, 2] {
+    for tag in [0, 3] {
         let refused = first(common::START, &[9 << 1 | 1, tag]);
         assert_eq!(refused, Err(LogError::UnknownTag { what: "position", tag }));
     }
+    assert_eq!(PositionSource::from_tag(4), Err(LogError::UnknownTag { what: "position source", tag: 4 }));
+}
+
+#[test]
+fn registers_of_a_position_that_do_not_exist_or_do_not_change_are_refused() {
+    let refused = first(common::START, &[9 << 1 | 1, 2, 1, 0x80, 0x80, 0x10]);
+    assert_eq!(refused, Err(LogError::Overflow { what: "set of changed registers" }));
+    let refused = first(common::START, &[9 << 1 | 1, 2, 1, 0x04, 0]);
+    assert_eq!(refused, Err(LogError::NotShortest { what: "set of changed registers" }));
 }
 
 #[test]
@@ -290,7 +299,7 @@ fn a_snapshot_that_the_peer_breaks_off_says_why() {
 #[test]
 fn a_peer_of_another_version_is_refused_by_name() {
     let refused = read_preamble(&mut &b"VMFTLINK\x07\0\0\0"[..]).unwrap_err();
-    assert_eq!(refused.to_string(), "The peer speaks protocol version 7, this monitor speaks 3");
+    assert_eq!(refused.to_string(), "The peer speaks protocol version 7, this monitor speaks 4");
     let refused = read_preamble(&mut &b"GET / HT\x01\0\0\0"[..]).unwrap_err();
     assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
     assert!(matches!(read_preamble(&mut &b"VMFTLINK\x01\0\0"[..]), Err(StreamError::Io(_))));

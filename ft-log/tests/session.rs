@@ -10,13 +10,22 @@ use std::path::Path;
 
 use ft_log::{
     Ack, Batch, BatchReceiver, BatchSender, CpuIdentity, Expected, GuestTime, Hello, LogPart, Mismatch,
-    RecordingError, RecordingReader, RecordingWriter, SequenceError, check_hello,
+    PositionSource, RecordingError, RecordingReader, RecordingWriter, SequenceError, check_hello,
 };
 
 fn expected() -> Expected {
-    let Hello { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms, has_network, .. } =
-        common::hello();
-    Expected { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms, has_network }
+    let Hello {
+        monitor_version,
+        cpu,
+        guest_name,
+        disk_bytes,
+        claims_id,
+        timeout_ms,
+        has_network,
+        positions,
+        ..
+    } = common::hello();
+    Expected { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms, has_network, positions }
 }
 
 #[test]
@@ -33,6 +42,11 @@ fn a_backup_that_differs_is_told_in_what() {
         (
             Hello { has_network: false, ..common::hello() },
             "The guest has a network card, but backup host beta was started without --tap",
+        ),
+        (
+            Hello { positions: PositionSource::Checkpoint, ..common::hello() },
+            "Backup host beta finds forced stops by checkpoint, the primary by pmu: start both with --position \
+             checkpoint, or both with another source that both hosts have",
         ),
         (
             Hello { timeout_ms: 100, ..common::hello() },
@@ -207,6 +221,6 @@ fn a_recording_is_written_in_its_order() {
 #[test]
 fn other_files_and_versions_are_refused_by_name() {
     let open = |bytes: &[u8]| RecordingReader::new(bytes, Path::new("run")).unwrap_err().to_string();
-    assert_eq!(open(b"VMFTREC\0\x07\0\0\0"), "run is a recording of version 7, this monitor knows 3");
+    assert_eq!(open(b"VMFTREC\0\x07\0\0\0"), "run is a recording of version 7, this monitor knows 4");
     assert_eq!(open(b"#!/bin/sh\nls"), "run is not a recording: it starts with #!/bin/s");
 }

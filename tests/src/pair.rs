@@ -300,11 +300,24 @@ impl Site {
         guest: &Guest,
         volume: &Volume,
     ) -> Result<Monitor, HostError> {
+        self.start_backup_with(number, primary, guest, volume, &[])
+    }
+
+    /// As [`Self::start_backup`], with more options.
+    pub fn start_backup_with(
+        &mut self,
+        number: u8,
+        primary: u8,
+        guest: &Guest,
+        volume: &Volume,
+        more: &[&str],
+    ) -> Result<Monitor, HostError> {
         let connect = self.log_address(primary);
         let mut arguments = ["backup", "--connect", &connect, "--disk", &volume.disk(), "--tap", "tap0"]
             .map(String::from)
             .to_vec();
         arguments.extend(self.pair_options(number, guest, volume));
+        arguments.extend(more.iter().map(|word| (*word).to_owned()));
         self.start(number, &arguments)
     }
 

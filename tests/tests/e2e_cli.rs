@@ -91,6 +91,18 @@ fn wrong_command_lines_are_refused() -> TestResult {
             (&format!("{run} 128 --tap tap0 --mac 52:54:00:12:34"), 2, &["--mac", "six bytes"]),
             (&format!("{run} 128 --tap tap0 --mac 53:54:00:12:34:56"), 2, &["--mac", "must be even"]),
             (&format!("primary {pair} --timeout-ms 1"), 2, &["--timeout-ms"]),
+            (&format!("{run} 128 --defer-ms 0"), 2, &["--defer-ms", "1..=1000"]),
+            (&format!("{run} 128 --defer-ms 1001"), 2, &["--defer-ms", "1..=1000"]),
+            (
+                &format!("record {path}/r --kernel {} --position here", site.kernel()),
+                2,
+                &["--position", "auto, pmu, checkpoint or step"],
+            ),
+            (
+                &format!("record {path}/r --kernel {} --position pmu", site.kernel()),
+                1,
+                &["`pmu` on this host", "no performance counters", "--position checkpoint, or auto"],
+            ),
             (
                 &format!("primary {pair} --heartbeat-ms 300 --timeout-ms 500"),
                 1,
@@ -283,6 +295,10 @@ fn what_another_monitor_has_is_refused() -> TestResult {
             ),
             (backup(&other.path, &disk, &fitting), &[address, "sees claims directory", "mount the same"]),
             (backup(path, &disk, &slower), &[address, "--timeout-ms", "must be equal"]),
+            (
+                backup(path, &disk, &format!("{fitting} --position step")),
+                &[address, "finds forced stops by step", "the primary by checkpoint", "--position"],
+            ),
             (backup(path, &disk, &format!("--timeout-ms {timeout}")), &["--tap"]),
         ] {
             refused(site, 2, &line, 1, says)?;

@@ -15,8 +15,8 @@ use vmft_tests::client::{Client, Config};
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Ending, build_small_guests};
 use vmft_tests::pair::{
-    Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, SERVICE_READY, SHORT, SharedSite, TAKEOVER,
-    count_from_environment, field,
+    Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, Random, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
+    UNPROTECTED, Volume, count_from_environment, field,
 };
 
 static SITE: SharedSite = SharedSite::new(2);
@@ -34,8 +34,11 @@ fn main() -> ExitCode {
             "small_guests_stopped_anywhere_replay_equal",
             small_guests_stopped_anywhere_replay_equal,
         ),
+        Case::on_hosts("stepping_changes_nothing", stepping_changes_nothing),
+        Case::on_hosts("late_alarms_find_the_stop_or_miss_it", late_alarms_find_the_stop_or_miss_it),
         Case::on_hosts("changing_page_tables_replay_equal", changing_page_tables_replay_equal),
         Case::on_hosts("computing_guest_replays_equal", computing_guest_replays_equal),
+        Case::on_hosts("backup_that_misses_a_stop_gets_the_guest_anew", backup_that_misses_a_stop),
         Case::on_hosts("computing_guest_outlives_its_primary", computing_guest_outlives_its_primary),
     ]);
     SITE.close();
@@ -43,28 +46,141 @@ fn main() -> ExitCode {
 }
 
 /// What the small guests do, each in ring 0 and ring 3: see `vmm/examples/small_guests/code.rs`.
-const BEHAVIOURS: [&str; 7] = ["loop", "store", "rep-movs", "sti", "self-modifying", "fpu-sse", "exception"];
+const BEHAVIOURS: [&str; 10] = [
+    "loop",
+    "store",
+    "rep-movs",
+    "sti",
+    "self-modifying",
+    "fpu-sse",
+    "exception",
+    "page-fault",
+    "system-call",
+    "flags",
+];
+/// The one without any conditional branch that a forced stop could be named by.
+const NAMELESS: &str = "store";
+/// The one whose copy takes 2,097,152 steps.
+const LONG_COPY: &str = "rep-movs";
+/// A stepped guest is interrupted once where others are so often.
+const STEP_INTERRUPTS: u32 = 3;
+/// Longest that an interrupt of a small guest may take, with a copy of 16 MiB between two of them.
+const INTERRUPT_MAX: Duration = Duration::from_millis(500);
+/// Exit status of `small_guests`.
+const MISSED: i32 = 5;
+
+fn in_both_rings(behaviours: &[&'static str]) -> Vec<(&'static str, &'static str)> {
+    behaviours.iter().flat_map(|name| [(*name, "0"), (*name, "3")]).collect()
+}
+
+/// Puts the program `small_guests` onto the hosts.
+fn small_guests(volume: &Volume) -> Result<String, Box<dyn Error>> {
+    fs::copy(build_small_guests()?, volume.local.join("small_guests"))?;
+    Ok(format!("{}/small_guests", volume.path))
+}
+
+/// The sources of positions that hosts have; a host for `pmu` says so itself.
+fn sources(site: &Site) -> Result<Vec<&'static str>, Box<dyn Error>> {
+    let doctor = site.host(1).run(&["/images/vmft", "doctor"], SHORT)?.stdout;
+    let mut sources = vec!["checkpoint", "step"];
+    if doctor.iter().any(|line| line.contains("fit (pmu)")) {
+        sources.push("pmu");
+    } else {
+        println!("not tested here: --position pmu, for which these hosts lack a counter");
+    }
+    Ok(sources)
+}
 
 fn small_guests_stopped_anywhere_replay_equal() -> TestResult {
     let interrupts = count_from_environment("VMFT_INTERRUPTS", 60);
     SITE.run(|site| {
         let volume = site.volume()?;
-        fs::copy(build_small_guests()?, volume.local.join("small_guests"))?;
-        let program = format!("{}/small_guests", volume.path);
-        for (behaviour, ring) in BEHAVIOURS.into_iter().flat_map(|name| [(name, "0"), (name, "3")]) {
-            let recording = format!("{}/{behaviour}-{ring}", volume.path);
-            let interrupts = interrupts.to_string();
-            let recorded = site.host(1).run(&[&program, &recording, behaviour, ring, &interrupts], LONG)?;
-            assert_eq!(recorded.ending, Ending::Exited(0), "{behaviour} {ring}: {:?}", recorded.stderr);
-            let whole = recorded.stderr.iter().find(|line| line.contains("forced_stops"));
-            let stops = whole.and_then(|line| field(line, "forced_stops")).ok_or("no count of stops")?;
-            assert!(stops >= 10, "{behaviour} in ring {ring} was stopped only {stops} times");
-            let replayer = site.start(2, &["replay".to_owned(), recording.clone()])?;
-            let replayed = replayer.wait(LONG)?;
-            assert_eq!(replayed.ending, Ending::Exited(0), "{behaviour} {ring}: {:?}", replayed.stderr);
-            println!("{behaviour} in ring {ring}: {stops} forced stops, {}", replayed.stdout.join(" "));
-            fs::remove_file(volume.local.join(format!("{behaviour}-{ring}")))?;
+        let program = small_guests(&volume)?;
+        for source in sources(site)? {
+            for (behaviour, ring) in in_both_rings(&BEHAVIOURS) {
+                let interrupts = if source == "step" { interrupts / STEP_INTERRUPTS } else { interrupts };
+                small_guest(site, &volume, &program, [source, behaviour, ring], interrupts)?;
+            }
         }
+        Ok(())
+    })
+}
+
+fn small_guest(
+    site: &mut Site,
+    volume: &Volume,
+    program: &str,
+    [source, behaviour, ring]: [&str; 3],
+    interrupts: u32,
+) -> TestResult {
+    let what = format!("{behaviour} in ring {ring} by {source}");
+    let recording = format!("{}/small", volume.path);
+    let count = interrupts.to_string();
+    let patience = LONG + interrupts * INTERRUPT_MAX;
+    let recorded =
+        site.host(1).run(&[program, "record", &recording, behaviour, ring, &count, source], patience)?;
+    assert_eq!(recorded.ending, Ending::Exited(0), "{what}: {:?}", recorded.stderr);
+    let whole =
+        recorded.stderr.iter().find(|line| line.contains("forced_stops")).ok_or("no count of stops")?;
+    let number = |name| field(whole, name).ok_or("no such figure");
+    let (stops, checkpoints) = (number("forced_stops")?, number("checkpoints")?);
+    assert!(stops >= 10, "{what} was stopped only {stops} times");
+    match behaviour {
+        _ if source == "checkpoint" => assert_eq!(checkpoints, stops, "{what}"),
+        NAMELESS => assert_eq!(checkpoints, stops, "{what}"),
+        // Between two copies it has branches.
+        LONG_COPY => {}
+        _ => assert_eq!(checkpoints, 0, "{what}"),
+    }
+    let replayed = site.start(2, &["replay".to_owned(), recording])?.wait(patience)?;
+    assert_eq!(replayed.ending, Ending::Exited(0), "{what}: {:?}", replayed.stderr);
+    println!("{what}: {stops} forced stops, {checkpoints} checkpoints, {}", replayed.stdout.join(" "));
+    Ok(fs::remove_file(volume.local.join("small"))?)
+}
+
+/// What finds a position must leave no trace in the guest.
+fn stepping_changes_nothing() -> TestResult {
+    let behaviours: Vec<&str> = BEHAVIOURS.into_iter().filter(|name| *name != LONG_COPY).collect();
+    SITE.run(|site| {
+        let program = small_guests(&site.volume()?)?;
+        for (behaviour, ring) in in_both_rings(&behaviours) {
+            let compared = site.host(1).run(&[&program, "compare", behaviour, ring], LONG)?;
+            println!("{behaviour} in ring {ring}: {}", compared.stdout.join(" "));
+            assert_eq!(compared.ending, Ending::Exited(0), "{behaviour} {ring}: {:?}", compared.stderr);
+        }
+        Ok(())
+    })
+}
+
+/// Alarms that ring late, now and then much too late: the exact instruction, or a report that it was missed.
+fn late_alarms_find_the_stop_or_miss_it() -> TestResult {
+    let interrupts = count_from_environment("VMFT_INTERRUPTS", 60);
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let program = small_guests(&volume)?;
+        let mut random = Random::from_environment();
+        let (mut equal, mut missed) = (0, 0);
+        for (behaviour, ring) in in_both_rings(&["loop", "flags", "page-fault", "system-call"]) {
+            let recording = format!("{}/{behaviour}-{ring}", volume.path);
+            let count = (interrupts / STEP_INTERRUPTS).to_string();
+            let recorded =
+                site.host(1).run(&[&program, "record", &recording, behaviour, ring, &count, "step"], LONG)?;
+            assert_eq!(recorded.ending, Ending::Exited(0), "{:?}", recorded.stderr);
+            for _ in 0..4 {
+                let seed = random.between(1, u64::from(u32::MAX)).to_string();
+                let replayed = site.host(2).run(&[&program, "replay", &recording, &seed], LONG)?;
+                match replayed.ending {
+                    Ending::Exited(0) => equal += 1,
+                    Ending::Exited(MISSED) => {
+                        println!("{behaviour} in ring {ring}, seed {seed}: {}", replayed.stdout.join(" "));
+                        missed += 1;
+                    }
+                    other => return Err(format!("{other:?}: {:?}", replayed.stderr).into()),
+                }
+            }
+        }
+        println!("{equal} replays equal, {missed} missed a stop");
+        assert!(equal > 0 && missed > 0, "only one of the two was tested: {equal} equal, {missed} missed");
         Ok(())
     })
 }
@@ -122,10 +238,38 @@ fn computing_guest_replays_equal() -> TestResult {
         assert!(field(&whole, "forced_stops").is_some_and(|stops| stops >= STOPS_MIN), "{whole}");
 
         let replayer = site.start(2, &["replay".to_owned(), recording])?;
-        let equal = replayer.wait_for_line("replay equal", LONG)?;
+        // Replay takes about as long as the recording did.
+        let equal = replayer.wait_for_line("replay equal", LONG + compute_time())?;
         println!("{equal}");
         assert_eq!(replayer.wait(SHORT)?.ending, Ending::Exited(0));
         Ok(())
+    })
+}
+
+/// It must not take over with the guest that it has, even if the primary dies just then, and be a backup again.
+fn backup_that_misses_a_stop() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let guest = guest();
+        let primary = site.start_primary(1, &guest, &volume)?;
+        primary.wait_for_line(SERVICE_READY, LONG)?;
+        let client = site.client(Config::default())?;
+        let backup = site.start_backup_with(2, 1, &guest, &volume, &["--inject-missed-stop", "20"])?;
+        println!("{}", backup.wait_for_line("asks for the guest anew", LONG)?);
+        println!("{}", primary.wait_for_line("the backup left: Missed", SHORT)?);
+        primary.wait_for_line(UNPROTECTED, SHORT)?;
+        let deadline = Instant::now() + LONG;
+        while primary.output().iter().filter(|line| line.contains(PROTECTED)).count() < 2 {
+            assert!(Instant::now() < deadline, "the backup does not follow again");
+            thread::sleep(LOOK);
+        }
+        more_replies(&client, 20)?;
+        primary.kill(Signal::SIGKILL)?;
+        println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
+        more_replies(&client, 20)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
     })
 }
 

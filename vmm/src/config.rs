@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::position::Wanted;
+
 /// Fault-tolerant hypervisor: a Linux guest that outlives its host.
 #[derive(Debug, Parser)]
 #[command(name = "vmft", version, max_term_width = 100)]
@@ -32,6 +34,9 @@ pub enum Command {
         /// The guest.
         #[command(flatten)]
         guest: GuestArgs,
+        /// How stops of it are found again.
+        #[command(flatten)]
+        position: PositionArgs,
     },
     /// Replay a recording and compare every anchor, all memory and every device.
     Replay {
@@ -114,6 +119,16 @@ impl DeliveryArgs {
     }
 }
 
+/// How a follower finds where a guest was stopped between two of its exits.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct PositionArgs {
+    /// What tells where a guest was stopped that makes no exits: the CPU's counter of branches (pmu), a checkpoint in
+    /// the log, or stepping through the whole guest (step: for tests, very slow). auto: pmu if it is exact here, else
+    /// checkpoint. Both monitors of a pair must come to the same.
+    #[arg(long, value_name = "SOURCE", default_value = "auto", value_parser = parse_position)]
+    pub position: Wanted,
+}
+
 /// What both sides of a pair need.
 #[derive(Clone, Debug, Args)]
 pub struct PairArgs {
@@ -137,6 +152,9 @@ pub struct PrimaryArgs {
     /// What both sides need.
     #[command(flatten)]
     pub pair: PairArgs,
+    /// How stops of the guest are found again.
+    #[command(flatten)]
+    pub position: PositionArgs,
     /// Where a backup may connect: log by TCP, heartbeats by UDP on the same port.
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: SocketAddr,
@@ -166,9 +184,19 @@ pub struct BackupArgs {
     /// How events reach the guest after a takeover.
     #[command(flatten)]
     pub delivery: DeliveryArgs,
+    /// How stops of the guest are found.
+    #[command(flatten)]
+    pub position: PositionArgs,
     /// How long to keep trying to reach the primary.
     #[arg(long, value_name = "MS", default_value_t = 5_000)]
     pub connect_timeout_ms: u64,
+    /// A fault for tests: the N-th forced stop that is a checkpoint counts as missed.
+    #[arg(long, value_name = "N", hide = true)]
+    pub inject_missed_stop: Option<u64>,
+}
+
+fn parse_position(text: &str) -> Result<Wanted, String> {
+    text.parse().map_err(|why| format!("{why}: choose auto, pmu, checkpoint or step"))
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6], String> {

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use devices::{Board, BoardConfig, GuestRam, Payload, virtio_windows};
-use ft_log::{CpuIdentity, PAGE_BYTES};
+use ft_log::{CpuIdentity, PAGE_BYTES, PositionSource};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use thiserror::Error;
 use vm_memory::{Address, GuestMemoryMmap};
@@ -18,7 +18,7 @@ use crate::kvm::{Kvm, KvmError};
 use crate::machine::{Machine, MachineError};
 
 const KIND: &str = "guest";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Least memory that a Linux kernel with an initramfs boots in.
 pub const MIN_MEMORY_MIB: u64 = 32;
 /// Most memory of a guest: what fits below 1 TiB with the hole for devices.
@@ -68,6 +68,8 @@ pub struct GuestConfig {
     pub cpuid_bytes: Vec<u8>,
     /// The CPU that the table was made on.
     pub cpu: CpuIdentity,
+    /// Who supplies the positions of its forced stops.
+    pub positions: PositionSource,
 }
 
 /// What a guest boots.
@@ -95,7 +97,8 @@ impl GuestConfig {
     pub fn new(kvm: &Kvm, name: &str, memory_bytes: u64, board: BoardConfig) -> Result<Self, GuestError> {
         let (table, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?)?;
         let cpuid_bytes = table_bytes(&table);
-        Ok(Self { name: name.to_owned(), memory_bytes, board, cpuid_bytes, cpu })
+        let positions = PositionSource::default();
+        Ok(Self { name: name.to_owned(), memory_bytes, board, cpuid_bytes, cpu, positions })
     }
 
     /// The first number that no page of its memory has.
@@ -175,7 +178,8 @@ impl GuestConfig {
         Ok(Machine::new(vm, vcpu, ram, Board::new(&self.board)))
     }
 
-    /// The saved form: name, memory u64, epoch u64, MAC, disk, CPU and CPUID table, little-endian.
+    /// The saved form: name, memory u64, epoch u64, MAC, disk, CPU, CPUID table and u8 position source,
+    /// little-endian.
     pub fn to_payload(&self) -> Payload {
         let mut bytes = Vec::new();
         put_bytes(&mut bytes, self.name.as_bytes());
@@ -189,6 +193,7 @@ impl GuestConfig {
         bytes.extend_from_slice(&self.cpu.family.to_le_bytes());
         bytes.extend_from_slice(&[self.cpu.model, self.cpu.stepping]);
         put_bytes(&mut bytes, &self.cpuid_bytes);
+        bytes.push(self.positions as u8);
         Payload { kind: KIND.into(), version: VERSION, bytes }
     }
 
@@ -224,6 +229,8 @@ impl GuestConfig {
         let [model, stepping] = get(input)?;
         let cpu = CpuIdentity { vendor, family, model, stepping };
         let cpuid_bytes = get_bytes(input)?.to_vec();
+        let [positions] = get(input)?;
+        let positions = PositionSource::from_tag(positions).ok()?;
         let mib = memory_bytes >> 20;
         let fits = memory_bytes.is_multiple_of(1 << 20) && (MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&mib);
         let board = BoardConfig {
@@ -233,7 +240,7 @@ impl GuestConfig {
             disk_bytes,
             disk_read_only: read_only != 0,
         };
-        fits.then_some(Self { name, memory_bytes, board, cpuid_bytes, cpu })
+        fits.then_some(Self { name, memory_bytes, board, cpuid_bytes, cpu, positions })
     }
 }
 

@@ -16,6 +16,7 @@ pub mod kvm;
 pub mod machine;
 pub mod outlet;
 pub mod pmu;
+pub mod position;
 pub mod run;
 pub mod snapshot;
 

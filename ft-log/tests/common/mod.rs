@@ -2,8 +2,8 @@
 #![allow(dead_code, reason = "each test program uses a part")]
 
 use ft_log::{
-    Ack, Batch, ByeReason, CpuIdentity, Cursor, DiskStatus, Entry, Event, GuestTime, Heartbeat, Hello,
-    Message, Position, Role, StateDigest, Welcome,
+    Ack, Batch, ByeReason, Counted, CpuIdentity, Cursor, DiskStatus, Entry, Event, GuestTime, Heartbeat,
+    Hello, Message, Position, PositionSource, REGISTERS, Role, StateDigest, Welcome,
 };
 
 /// A cursor that is not at zero, so that a codec that forgets it is noticed.
@@ -27,8 +27,17 @@ pub fn entries() -> Vec<Entry> {
         Entry::Check { anchor: 1_024, digest: 0x1234_5678 },
         Entry::Clock { unlogged: 300, now: GuestTime(45_050) },
         Entry::Stop { anchor: 1_025, position: Position::Checkpoint },
+        Entry::Stop { anchor: 1_026, position: counted(300, 5) },
+        Entry::Stop { anchor: 1_028, position: counted(1, 4) },
         Entry::End { anchor: 2_000, digest: StateDigest { registers: 1, memory: 2, devices: 3 } },
     ]
+}
+
+/// A position whose RCX is `rcx` and whose RIP is always the same.
+pub fn counted(branches: u64, rcx: u64) -> Position {
+    let mut registers = [0; REGISTERS.len()];
+    (registers[2], registers[16]) = (rcx, 0x1_0000);
+    Position::Counted(Box::new(Counted { branches, registers }))
 }
 
 /// One message of every kind.
@@ -65,6 +74,7 @@ pub fn hello() -> Hello {
         host_name: "beta".into(),
         timeout_ms: 500,
         has_network: true,
+        positions: PositionSource::Pmu,
     }
 }
 

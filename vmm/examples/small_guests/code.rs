@@ -17,11 +17,16 @@ pub const ENTRY: u64 = 0x8000;
 pub const BODY: u64 = 0x1_0000;
 pub const TIMER: u64 = 0xa000;
 pub const INVALID_OPCODE: u64 = 0xb000;
+pub const PAGE_FAULT: u64 = 0xc000;
+pub const SYSTEM_CALL: u64 = 0xd000;
 pub const TSS: u64 = 0x5100;
 pub const STACK_0: u64 = 0x2_8000;
 const STACK_3: u64 = 0x3_0000;
 const COUNT: u64 = 0x4_0000;
+const FAULTS: u64 = 0x4_0008;
 const DATA: u64 = 0x5_0000;
+/// Behind the end of memory.
+const NOT_MAPPED: u64 = MEMORY_MIB << 20;
 /// Two areas of 16 MiB.
 const SOURCE: u64 = 16 << 20;
 const TARGET: u64 = 32 << 20;
@@ -33,19 +38,44 @@ const DATA_3: u64 = 0x18 | 3;
 const CODE_3: u64 = 0x20 | 3;
 /// Interrupts on, and ports and CLI allowed in ring 3.
 const RFLAGS_3: u64 = 0x3202;
+/// Selectors for SYSCALL, and those for SYSRET less 16.
+const STAR: u64 = (CODE_3 - 16) << 48 | (CODE_0 as u64) << 32;
+/// Interrupts off, and the trap flag.
+const SFMASK: u64 = 0x300;
+const SYSTEM_CALL_MSRS: [(u32, u64); 3] =
+    [(0xc000_0081, STAR), (0xc000_0082, SYSTEM_CALL), (0xc000_0084, SFMASK)];
 
-/// 1,193,182 Hz / 1,000.
-const PIT_DIVISOR: u32 = 1_193;
+/// What a guest with pauses does between two of them, and how many are looked at.
+pub const PAUSE_TURNS: u32 = 50;
+pub const PAUSES: usize = 4;
+const PAUSE_PORT: u32 = 0x80;
+
+/// 1,193,182 Hz / 1,000, and / 20.
+pub const EVERY_MS: u32 = 1_193;
+pub const EVERY_50_MS: u32 = 59_659;
 pub const TIMER_VECTOR: u32 = 0x20;
 
 /// What a guest does.
-pub const BEHAVIOURS: [&str; 7] =
-    ["loop", "store", "rep-movs", "sti", "self-modifying", "fpu-sse", "exception"];
+pub const BEHAVIOURS: [&str; 10] = [
+    "loop",
+    "store",
+    "rep-movs",
+    "sti",
+    "self-modifying",
+    "fpu-sse",
+    "exception",
+    "page-fault",
+    "system-call",
+    "flags",
+];
 
-/// Sets up the interrupt controllers and the timer, and goes to the behaviour in `ring`.
-pub fn entry(ring: u8) -> Result<Vec<u8>, IcedError> {
+/// Exits of the entry code.
+pub const ENTRY_EXITS: usize = 13;
+
+/// Sets up the interrupt controllers and the timer with its divisor, and goes to the behaviour in `ring`.
+pub fn entry(ring: u8, pit_divisor: u32) -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
-    let outputs: [(u32, u32); 13] = [
+    let outputs: [(u32, u32); ENTRY_EXITS] = [
         (0x20, 0x11),
         (0xa0, 0x11),
         (0x21, TIMER_VECTOR),
@@ -58,12 +88,18 @@ pub fn entry(ring: u8) -> Result<Vec<u8>, IcedError> {
         (0xa1, 0xff),
         // Channel 0, both bytes, mode 2.
         (0x43, 0x34),
-        (0x40, PIT_DIVISOR & 0xff),
-        (0x40, PIT_DIVISOR >> 8),
+        (0x40, pit_divisor & 0xff),
+        (0x40, pit_divisor >> 8),
     ];
     for (port, value) in outputs {
         a.mov(al, value as i32)?;
         a.out(port as i32, al)?;
+    }
+    for (msr, value) in SYSTEM_CALL_MSRS {
+        a.mov(ecx, msr)?;
+        a.mov(eax, value as u32)?;
+        a.mov(edx, (value >> 32) as u32)?;
+        a.wrmsr()?;
     }
     a.mov(rsp, STACK_0)?;
     if ring == 0 {
@@ -106,8 +142,38 @@ pub fn invalid_opcode() -> Result<Vec<u8>, IcedError> {
     a.assemble(INVALID_OPCODE)
 }
 
-/// The code of a behaviour; `None` if there is no such one.
-pub fn body(behaviour: &str) -> Option<Result<Vec<u8>, IcedError>> {
+/// Goes on behind the three bytes of the load that faulted, with branches of its own before.
+pub fn page_fault() -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    let mut odd = a.create_label();
+    a.add(rsp, 8)?;
+    a.inc(dword_ptr(FAULTS))?;
+    a.test(dword_ptr(FAULTS), 1)?;
+    a.jnz(odd)?;
+    a.inc(r14)?;
+    a.set_label(&mut odd)?;
+    a.add(qword_ptr(rsp), 3)?;
+    a.iretq()?;
+    a.assemble(PAGE_FAULT)
+}
+
+/// Goes back to the ring that EDI says.
+pub fn system_call() -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    let mut ring_3 = a.create_label();
+    a.add(rbx, r11)?;
+    a.test(edi, edi)?;
+    a.jnz(ring_3)?;
+    a.push(r11)?;
+    a.popfq()?;
+    a.jmp(rcx)?;
+    a.set_label(&mut ring_3)?;
+    a.sysretq()?;
+    a.assemble(SYSTEM_CALL)
+}
+
+/// The code of a behaviour; `None` if there is no such one. With `pause_turns` it writes a port after so many turns.
+pub fn body(behaviour: &str, pause_turns: Option<u32>) -> Option<Result<Vec<u8>, IcedError>> {
     let body: fn(&mut CodeAssembler) -> Result<(), IcedError> = match behaviour {
         "loop" => |a| {
             a.inc(rax)?;
@@ -147,6 +213,25 @@ pub fn body(behaviour: &str) -> Option<Result<Vec<u8>, IcedError>> {
             a.inc(rax)?;
             a.ud2()
         },
+        "page-fault" => |a| {
+            a.mov(edx, NOT_MAPPED as u32)?;
+            a.mov(rax, ptr(rdx))?;
+            a.inc(rbx)
+        },
+        "system-call" => |a| {
+            a.mov(edi, cs)?;
+            a.and(edi, 3)?;
+            a.syscall()?;
+            a.inc(rax)
+        },
+        "flags" => |a| {
+            a.inc(rax)?;
+            a.pushfq()?;
+            a.pop(rcx)?;
+            a.lea(rbx, rbx + rcx * 2)?;
+            a.push(rcx)?;
+            a.popfq()
+        },
         _ => return None,
     };
     let assemble = || {
@@ -160,6 +245,19 @@ pub fn body(behaviour: &str) -> Option<Result<Vec<u8>, IcedError>> {
         body(&mut a)?;
         if behaviour == "fpu-sse" {
             a.fstp(st1)?;
+        }
+        // A store without any conditional branch has no place that a count of them could name.
+        if behaviour != "store" {
+            a.inc(r15)?;
+            a.test(r15, 3)?;
+            a.jnz(again)?;
+        }
+        if let Some(turns) = pause_turns {
+            a.inc(r13)?;
+            a.cmp(r13, turns as i32)?;
+            a.jb(again)?;
+            a.xor(r13, r13)?;
+            a.out(PAUSE_PORT as i32, al)?;
         }
         a.jmp(again)?;
         a.assemble(BODY)

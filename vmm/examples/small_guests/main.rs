@@ -1,7 +1,10 @@
 //! Records a guest of a few hundred bytes that is stopped for its timer again and again, wherever it is.
 //!
-//! Usage: `small_guests FILE BEHAVIOUR RING INTERRUPTS`. `vmft replay FILE` must then find it equal. It prints the
-//! number of forced stops. For tests on hosts with a KVM; see `tests/tests/e2e_compute.rs`.
+//! Usage: `small_guests record FILE BEHAVIOUR RING INTERRUPTS SOURCE`, with a position source of `--position`.
+//! `vmft replay FILE` must then find it equal. `small_guests replay FILE SEED` replays one of source `step` with alarms
+//! that ring late, some of them much too late: status 5 if a stop was missed for that. `small_guests compare BEHAVIOUR
+//! RING` runs a guest by itself and step by step, to the same place. For tests on hosts with a KVM; see
+//! `tests/tests/e2e_compute.rs`.
 
 mod code;
 
@@ -14,15 +17,19 @@ use std::time::Duration;
 
 use crossbeam_channel::bounded;
 use devices::{Board, BoardConfig, GuestRam};
-use ft_log::{Encoder, RecordingWriter};
+use ft_log::{Encoder, GuestTime, PositionSource, RecordingWriter};
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use tracing_subscriber::EnvFilter;
 use vm_memory::{Bytes, GuestAddress};
+use vmft::commands::CommandError;
+use vmft::commands::replay::replay_with;
 use vmft::guest::GuestConfig;
 use vmft::host::deferral::{Deferral, Inbox};
 use vmft::kvm::{Kvm, install_kick_handler, kick};
-use vmft::machine::Machine;
+use vmft::machine::{Clock, Kicked, Machine, MachineError};
 use vmft::outlet::{Resources, always};
-use vmft::run::{self, FileLog, HostSide, HostTime, Live};
+use vmft::position::{self, Step};
+use vmft::run::{self, FileLog, HostSide, HostTime, Live, RunError};
 use vmft::snapshot;
 
 const PML4: u64 = 0x1000;
@@ -42,36 +49,128 @@ const TSS_BYTES: u32 = 104;
 const CR0: u64 = 0x8000_0033;
 /// OSXMMEXCPT, OSFXSR, PAE.
 const CR4: u64 = 0x620;
-/// LMA, LME.
-const EFER: u64 = 0x500;
+/// LMA, LME, SCE.
+const EFER: u64 = 0x501;
+
+/// By how many branches an alarm should be late at most, and those that are later.
+const SKID_MOST: u64 = 8;
+const SKID_LATE: u64 = 40;
+const SKID_ABSURD: u64 = 1_000;
+/// Status of a replay that missed a stop.
+const MISSED: u8 = 5;
+/// Status of a comparison that found a difference.
+const DIFFERENT: u8 = 6;
 
 fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [file, behaviour, ring, interrupts] = &arguments[..] else {
-        eprintln!("usage: small_guests FILE BEHAVIOUR RING INTERRUPTS");
-        return ExitCode::from(2);
-    };
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    match record(Path::new(file), behaviour, ring, interrupts) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("small_guests: {error}");
-            ExitCode::FAILURE
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match words[..] {
+        ["record", file, behaviour, ring, interrupts, source] => {
+            record(Path::new(file), behaviour, ring, interrupts, source)
         }
+        ["replay", file, seed] => replay(Path::new(file), seed),
+        ["compare", behaviour, ring] => compare(behaviour, ring),
+        _ => {
+            eprintln!(
+                "usage: small_guests record FILE BEHAVIOUR RING INTERRUPTS SOURCE | replay FILE SEED | compare \
+                 BEHAVIOUR RING"
+            );
+            return ExitCode::from(2);
+        }
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("small_guests: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+fn replay(file: &Path, seed: &str) -> Result<ExitCode, Box<dyn Error>> {
+    install_kick_handler()?;
+    // xorshift64; its state is never 0.
+    let mut state = seed.parse::<u64>()? | 1;
+    let mut random = move |below: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below
+    };
+    let skid = move || match random(200) {
+        0 => SKID_ABSURD,
+        1..4 => SKID_MOST + random(SKID_LATE),
+        _ => random(SKID_MOST + 1),
+    };
+    let step = Step::with_skid(SKID_MOST, Box::new(skid));
+    match replay_with(file, false, |_| Ok(Some(Box::new(step)))) {
+        Ok(_) => Ok(ExitCode::SUCCESS),
+        Err(CommandError::Run(RunError::Missed(missed))) => {
+            println!("{missed}");
+            Ok(ExitCode::from(MISSED))
+        }
+        Err(error) => Err(error.into()),
     }
 }
 
-fn record(file: &Path, behaviour: &str, ring: &str, interrupts: &str) -> Result<(), Box<dyn Error>> {
+/// A guest that nothing reaches.
+struct Undisturbed;
+
+impl Clock for Undisturbed {
+    type Error = MachineError;
+
+    fn read(&mut self) -> Result<GuestTime, MachineError> {
+        Ok(GuestTime(0))
+    }
+
+    fn kicked(&mut self, _: &Machine) -> Result<Kicked, MachineError> {
+        Ok(Kicked::GoOn)
+    }
+}
+
+fn compare(behaviour: &str, ring: &str) -> Result<ExitCode, Box<dyn Error>> {
     install_kick_handler()?;
-    let mut machine_and_config = guest(behaviour, ring.parse()?, interrupts.parse()?)?;
+    let mut digests = Vec::new();
+    for stepped in [false, true] {
+        let (mut machine, _) = guest(behaviour, ring.parse()?, u32::MAX, Pace::Turns(code::PAUSE_TURNS))?;
+        if stepped {
+            machine.count_branches(Some(Box::new(Step::default())));
+        }
+        let mut effects = Vec::new();
+        for _ in 0..code::ENTRY_EXITS + code::PAUSES {
+            machine.run_to_anchor(&mut Undisturbed, &mut effects)?;
+        }
+        digests.push(machine.state_digest());
+    }
+    println!("by itself {:x?}, stepped {:x?}", digests[0], digests[1]);
+    Ok(if digests[0] == digests[1] { ExitCode::SUCCESS } else { ExitCode::from(DIFFERENT) })
+}
+
+fn record(
+    file: &Path,
+    behaviour: &str,
+    ring: &str,
+    interrupts: &str,
+    source: &str,
+) -> Result<ExitCode, Box<dyn Error>> {
+    install_kick_handler()?;
+    let counter = position::choose(source.parse()?)?;
+    let source = position::source_of(counter.as_deref());
+    // Stepping is slow; between two interrupts there shall be more branches than an alarm may be late.
+    let (divisor, budget_ms) = match source {
+        PositionSource::Step => (code::EVERY_50_MS, 10),
+        _ => (code::EVERY_MS, 1),
+    };
+    let mut machine_and_config = guest(behaviour, ring.parse()?, interrupts.parse()?, Pace::Timer(divisor))?;
     let (machine, config) = &mut machine_and_config;
+    machine.count_branches(counter);
+    config.positions = source;
     machine.start_checkpoints()?;
     let mut writer = RecordingWriter::create(file)?;
     snapshot::save(machine, config, writer.snapshot(), |_, _| {})?.finish()?;
     let encoder = Encoder::new(snapshot::cursor(machine));
 
     let (sender, receiver) = bounded(run::INBOX_EVENTS);
-    let deferral = Deferral::new(Duration::from_millis(1));
+    let deferral = Deferral::new(Duration::from_millis(budget_ms));
     let inbox = Inbox::new(sender.clone(), Arc::clone(&deferral));
     let outlet = Resources { tap: None, disk: None }.start(&inbox, always())?;
     // SAFETY: pthread_self has no preconditions.
@@ -88,11 +187,28 @@ fn record(file: &Path, behaviour: &str, ring: &str, interrupts: &str) -> Result<
     let mut door = Live::new(machine, host, FileLog::new(outlet, writer, encoder));
     let stopped = run::run(machine, &mut door)?;
     println!("{stopped:?}");
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
-fn guest(behaviour: &str, ring: u8, interrupts: u32) -> Result<(Machine, GuestConfig), Box<dyn Error>> {
-    let body = code::body(behaviour).ok_or_else(|| {
+/// What makes a guest leave.
+enum Pace {
+    /// A port is written after so many turns of its loop; its timer is slow, too.
+    Turns(u32),
+    /// Nothing but its timer, with this divisor.
+    Timer(u32),
+}
+
+fn guest(
+    behaviour: &str,
+    ring: u8,
+    interrupts: u32,
+    pace: Pace,
+) -> Result<(Machine, GuestConfig), Box<dyn Error>> {
+    let (pause_turns, pit_divisor) = match pace {
+        Pace::Turns(turns) => (Some(turns), code::EVERY_50_MS),
+        Pace::Timer(divisor) => (None, divisor),
+    };
+    let body = code::body(behaviour, pause_turns).ok_or_else(|| {
         format!("there is no behaviour '{behaviour}', only {}", code::BEHAVIOURS.join(", "))
     })??;
     let kvm = Kvm::open()?;
@@ -108,9 +224,11 @@ fn guest(behaviour: &str, ring: u8, interrupts: u32) -> Result<(Machine, GuestCo
     let ram = config.allocate_ram()?;
     write_tables(&ram)?;
     for (address, bytes) in [
-        (code::ENTRY, code::entry(ring)?),
+        (code::ENTRY, code::entry(ring, pit_divisor)?),
         (code::TIMER, code::timer(interrupts)?),
         (code::INVALID_OPCODE, code::invalid_opcode()?),
+        (code::PAGE_FAULT, code::page_fault()?),
+        (code::SYSTEM_CALL, code::system_call()?),
         (code::BODY, body),
     ] {
         ram.write_slice(&bytes, GuestAddress(address))?;
@@ -138,7 +256,9 @@ fn write_tables(ram: &GuestRam) -> Result<(), Box<dyn Error>> {
     }
     // The stack for interrupts out of ring 3.
     ram.write_obj(code::STACK_0, GuestAddress(code::TSS + 4))?;
-    for (vector, handler) in [(6, code::INVALID_OPCODE), (u64::from(code::TIMER_VECTOR), code::TIMER)] {
+    for (vector, handler) in
+        [(6, code::INVALID_OPCODE), (14, code::PAGE_FAULT), (u64::from(code::TIMER_VECTOR), code::TIMER)]
+    {
         let gate = (handler & 0xffff) | u64::from(code::CODE_0) << 16 | 0x8e << 40 | (handler >> 16) << 48;
         ram.write_obj(gate, GuestAddress(IDT + vector * 16))?;
     }

@@ -16,19 +16,21 @@ use crate::config::GuestArgs;
 use crate::host::deferral::{Deferral, Inbox};
 use crate::host::disk::Caching;
 use crate::outlet::{Outlet, always};
+use crate::position::{self, Wanted};
 use crate::run::{self, FileLog, HostSide, HostTime, INBOX_EVENTS, Live, LogSink, NoLog};
 use crate::snapshot;
 
 /// `vmft run`.
 pub fn run(args: &GuestArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
-    play(prepare(args, Caching::Host)?, stop, args.delivery.budget(), NoLog::new)
+    play(prepare(args, Caching::Host, None)?, stop, args.delivery.budget(), NoLog::new)
 }
 
 /// `vmft record FILE`.
-pub fn record(file: &Path, args: &GuestArgs) -> Result<Ending, CommandError> {
+pub fn record(file: &Path, args: &GuestArgs, positions: Wanted) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
-    let mut prepared = prepare(args, Caching::Host)?;
+    let counter = position::choose(positions)?;
+    let mut prepared = prepare(args, Caching::Host, counter)?;
     let mut writer = RecordingWriter::create(file)?;
     prepared.machine.start_checkpoints().map_err(run::RunError::from)?;
     prepared.machine.settle().map_err(run::RunError::from)?;

@@ -4,9 +4,10 @@
 //! Must never: leave the terminal, a tap, a lock or a file behind, whatever fails.
 
 mod alone;
+mod backup;
 mod doctor;
 mod pair;
-mod replay;
+pub mod replay;
 mod stop;
 
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ use crate::host::tap::{Tap, TapError};
 use crate::kvm::{Kvm, KvmError};
 use crate::machine::{GuestEnd, Machine};
 use crate::outlet::{OutletError, Resources};
+use crate::position::{self, BranchCounter, PositionError};
 use crate::run::{RunError, Stopped};
 use crate::snapshot::SnapshotError;
 
@@ -68,6 +70,8 @@ pub enum CommandError {
     #[error(transparent)]
     Recording(#[from] ft_log::RecordingError),
     #[error(transparent)]
+    Position(#[from] PositionError),
+    #[error(transparent)]
     Snapshot(#[from] SnapshotError),
     #[error(transparent)]
     Run(#[from] RunError),
@@ -109,10 +113,10 @@ impl CommandError {
 pub fn execute(cli: Cli) -> Result<Ending, CommandError> {
     match cli.command {
         Command::Run(guest) => alone::run(&guest),
-        Command::Record { file, guest } => alone::record(&file, &guest),
+        Command::Record { file, guest, position } => alone::record(&file, &guest, position.position),
         Command::Replay { file, console } => replay::replay(&file, console),
         Command::Primary(args) => pair::primary(&args),
-        Command::Backup(args) => pair::backup(&args),
+        Command::Backup(args) => backup::backup(&args),
         Command::Doctor(args) => doctor::doctor(&args),
     }
 }
@@ -124,7 +128,12 @@ struct Prepared {
     resources: Resources,
 }
 
-fn prepare(args: &GuestArgs, caching: Caching) -> Result<Prepared, CommandError> {
+/// `counter` supplies the positions of forced stops.
+fn prepare(
+    args: &GuestArgs,
+    caching: Caching,
+    counter: Option<Box<dyn BranchCounter>>,
+) -> Result<Prepared, CommandError> {
     let memory_bytes = GuestConfig::memory_bytes(args.memory_mib)?;
     let kvm = Kvm::open()?;
     let resources = open_resources(args.disk.as_deref(), args.disk_read_only, args.tap.as_deref(), caching)?;
@@ -135,12 +144,14 @@ fn prepare(args: &GuestArgs, caching: Caching) -> Result<Prepared, CommandError>
         disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
         disk_read_only: args.disk_read_only,
     };
-    let config = GuestConfig::new(&kvm, &args.name, memory_bytes, board)?;
+    let mut config = GuestConfig::new(&kvm, &args.name, memory_bytes, board)?;
+    config.positions = position::source_of(counter.as_deref());
     let files =
         BootFiles { kernel: args.kernel.clone(), initrd: args.initrd.clone(), cmdline: args.cmdline.clone() };
     let mut seed = [0; 32];
     crate::host::random_bytes(&mut seed).map_err(CommandError::host("give random bytes"))?;
-    let machine = config.boot(&kvm, &files, seed)?;
+    let mut machine = config.boot(&kvm, &files, seed)?;
+    machine.count_branches(counter);
     Ok(Prepared { config, machine, resources })
 }
 

@@ -1,7 +1,6 @@
-//! `vmft primary` and `vmft backup`.
+//! `vmft primary`, and what both sides of a pair have.
 //!
-//! Owns: putting the two sides together, and the takeover. Must never: run a guest live without a claim for
-//! its view.
+//! Owns: a guest that runs live. Must never: run one without a claim for its view.
 //!
 //! ```text
 //!   primary: claim(1) ──> live, alone <──> live, paired ──> guest ended | lost claim
@@ -12,34 +11,31 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use devices::Effect;
-use ft_log::{ByeReason, Expected, GuestTime, Hello, Role, StreamError};
+use ft_log::{Expected, GuestTime, Role};
 use thiserror::Error;
 
 use super::stop::Stop;
 use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, watch};
-use crate::boot;
-use crate::config::{BackupArgs, DeliveryArgs, PairArgs, PrimaryArgs};
+use crate::config::{DeliveryArgs, PairArgs, PrimaryArgs};
 use crate::ft::accept::{AcceptError, Listener, Reception};
-use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, connect};
+use crate::ft::backup::BackupError;
 use crate::ft::claim::{ClaimError, ClaimRole, Claims, Outcome, Owner, random_id};
 use crate::ft::heartbeat::{HeartbeatError, Heartbeats};
 use crate::ft::link::{Link, Phase};
 use crate::ft::output_gate::{Limits, Mode, OutputGate};
 use crate::ft::primary::{Join, PairLog, PairParts};
-use crate::ft::supervise::{Supervisor, claim_until_known};
-use crate::guest::{GuestConfig, GuestError};
+use crate::ft::supervise::Supervisor;
+use crate::guest::GuestConfig;
 use crate::host::deferral::{Deferral, Inbox};
-use crate::host::disk::{Caching, Disk, DiskError, Guard};
-use crate::host::tap::Tap;
-use crate::kvm::Kvm;
+use crate::host::disk::{Caching, Guard};
 use crate::machine::Machine;
 use crate::outlet::{Outlet, Resources};
-use crate::run::{self, Follow, HostSide, HostTime, INBOX_EVENTS, Live, RunError, Stopped};
-use crate::snapshot::{self, SnapshotError};
+use crate::position;
+use crate::run::{self, HostSide, HostTime, INBOX_EVENTS, Live, Stopped};
 
 /// Outputs that may wait for acknowledgements before the guest waits too.
 const GATE_LIMITS: Limits = Limits { count: 16_384, bytes: 16 << 20 };
@@ -47,9 +43,6 @@ const GATE_LIMITS: Limits = Limits { count: 16_384, bytes: 16 << 20 };
 /// at different speeds and the time from the question to the system call.
 const LEASE_NUMERATOR: u32 = 3;
 const LEASE_DENOMINATOR: u32 = 4;
-
-/// Pause between two looks at how long the primary has been silent.
-const SILENCE_POLL: Duration = Duration::from_millis(5);
 
 /// Why a pair cannot be formed or kept.
 #[derive(Debug, Error)]
@@ -89,17 +82,17 @@ pub enum PairError {
 }
 
 /// What both sides have before there is a guest.
-struct Side {
-    claims: Claims,
-    owner: Owner,
-    timeout: Duration,
-    heartbeat: Duration,
-    defer: Duration,
-    version: String,
+pub(super) struct Side {
+    pub(super) claims: Claims,
+    pub(super) owner: Owner,
+    pub(super) timeout: Duration,
+    pub(super) heartbeat: Duration,
+    pub(super) defer: Duration,
+    pub(super) version: String,
 }
 
 impl Side {
-    fn new(
+    pub(super) fn new(
         args: &PairArgs,
         delivery: DeliveryArgs,
         name: &str,
@@ -139,6 +132,7 @@ fn host_name() -> String {
 /// `vmft primary`.
 pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
+    let counter = position::choose(args.position.position)?;
     let side = Side::new(&args.pair, args.guest.delivery, &args.guest.name, ClaimRole::Primary)?;
     let view = first_view(&side.claims, &args.guest.name, &args.pair.shared)?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
@@ -146,7 +140,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
         Heartbeats::start(args.listen, &args.guest.name, Role::Primary, side.heartbeat)
             .map_err(PairError::from)?,
     );
-    let prepared = prepare(&args.guest, Caching::WriteThrough)?;
+    let prepared = prepare(&args.guest, Caching::WriteThrough, counter)?;
     match side.claims.claim(view, &side.owner).map_err(PairError::from)? {
         Outcome::Won => {}
         Outcome::Lost { holder } => {
@@ -184,14 +178,14 @@ fn claimed(name: &str, directory: &Path, view: u64, holder: Owner) -> PairError 
 }
 
 /// A guest that runs here with the right to, and may get a backup.
-struct LiveSide {
-    side: Side,
-    config: GuestConfig,
-    machine: Machine,
-    resources: Resources,
-    heartbeats: Arc<Heartbeats>,
-    listener: Option<Listener>,
-    view: u64,
+pub(super) struct LiveSide {
+    pub(super) side: Side,
+    pub(super) config: GuestConfig,
+    pub(super) machine: Machine,
+    pub(super) resources: Resources,
+    pub(super) heartbeats: Arc<Heartbeats>,
+    pub(super) listener: Option<Listener>,
+    pub(super) view: u64,
 }
 
 /// What the threads of a live guest share.
@@ -205,7 +199,7 @@ struct Shared {
 impl LiveSide {
     /// Runs the guest. `again` are effects of its past that may not have been seen outside; `time` is what
     /// its clock should show if it was taken over.
-    fn run(
+    pub(super) fn run(
         self,
         again: Vec<Effect>,
         time: Option<GuestTime>,
@@ -320,6 +314,7 @@ fn reception(
         claims_id: side.claims.directory_id().map_err(PairError::from)?,
         timeout_ms: side.timeout.as_millis() as u32,
         has_network: config.board.net_mac.is_some(),
+        positions: config.positions,
     };
     let stop = stop.clone();
     Ok(Reception { expected, link: Arc::clone(link), joins, wake: Box::new(move || stop.wake()) })
@@ -347,215 +342,10 @@ fn supervisor(
     }
 }
 
-/// `vmft backup`.
-pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
-    let stop = Stop::install()?;
-    let side = Side::new(&args.pair, args.delivery, &args.name, ClaimRole::Backup)?;
-    let kvm = Kvm::open()?;
-    let listener = args.listen.map(Listener::bind).transpose().map_err(PairError::from)?;
-    let (table, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?).map_err(GuestError::from)?;
-    let resources = Resources {
-        disk: match &args.disk {
-            // Without the lock, which the primary's monitor holds; the claim decides who may write.
-            Some(path) => Some(Disk::open_unlocked(path, false, Caching::WriteThrough)?),
-            None => None,
-        },
-        tap: args.tap.as_deref().map(Tap::open).transpose()?,
-    };
-    let hello = Hello {
-        monitor_version: side.version.clone(),
-        cpu,
-        guest_name: args.name.clone(),
-        disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
-        claims_id: side.claims.directory_id().map_err(PairError::from)?,
-        host_name: side.owner.host.clone(),
-        timeout_ms: side.timeout.as_millis() as u32,
-        has_network: resources.tap.is_some(),
-    };
-    let timeout = Duration::from_millis(args.connect_timeout_ms);
-    let mut connection = connect(args.connect, hello, timeout).map_err(PairError::from)?;
-    let any_port = SocketAddr::new(connection.local_address().map_err(PairError::from)?.ip(), 0);
-    let heartbeats = Arc::new(
-        Heartbeats::start(args.listen.unwrap_or(any_port), &args.name, Role::Backup, side.heartbeat)
-            .map_err(PairError::from)?,
-    );
-    heartbeats.set_view(connection.welcome.view, Role::Backup);
-    heartbeats.set_peer(Some(args.connect));
-    if GuestConfig::digest_of(&table) != connection.welcome.cpuid_digest {
-        return Err(PairError::WelcomeMismatch { what: "CPUID table" }.into());
-    }
-    let (config, machine) = receive_guest(&kvm, &mut connection)?;
-    follow(Following { side, config, machine, resources, heartbeats, listener, connection }, stop)
-}
-
-fn receive_guest(kvm: &Kvm, connection: &mut Connection) -> Result<(GuestConfig, Machine), CommandError> {
-    let started = Instant::now();
-    let total_mib = connection.welcome.memory_bytes >> 20;
-    tracing::info!(primary = %connection.welcome.host_name, memory_mib = total_mib, "receiving the guest");
-    let mut quarter = 0;
-    let total_bytes = connection.welcome.memory_bytes.max(1);
-    let address = connection.address;
-    let (config, machine) = snapshot::load(kvm, connection.frames.snapshot(), |gpa| {
-        let now = gpa.min(total_bytes) * 4 / total_bytes;
-        if now > quarter {
-            quarter = now;
-            tracing::info!(percent = now * 25, "receiving the guest");
-        }
-    })
-    .map_err(|source| match source {
-        SnapshotError::Container(source) => PairError::Transfer { address, source }.into(),
-        other => CommandError::from(other),
-    })?;
-    let welcome = &connection.welcome;
-    for (what, equal) in [
-        ("configuration", welcome.config_digest == config.digest()),
-        ("CPUID table", welcome.cpuid_digest == config.cpuid_digest()),
-        ("position", welcome.start == snapshot::cursor(&machine)),
-    ] {
-        if !equal {
-            return Err(PairError::WelcomeMismatch { what }.into());
-        }
-    }
-    tracing::info!(anchor = machine.anchors(), took_ms = started.elapsed().as_millis() as u64, "following");
-    Ok((config, machine))
-}
-
-struct Following {
-    side: Side,
-    config: GuestConfig,
-    machine: Machine,
-    resources: Resources,
-    heartbeats: Arc<Heartbeats>,
-    listener: Option<Listener>,
-    connection: Connection,
-}
-
-/// Follows to the log's end; then, with a claim won, takes over.
-fn follow(parts: Following, stop: (Stop, Receiver<()>)) -> Result<Ending, CommandError> {
-    let Following { side, config, mut machine, mut resources, heartbeats, listener, connection } = parts;
-    let view = connection.welcome.view;
-    let cursor = snapshot::cursor(&machine);
-    let (inflow, frames) =
-        connection.follow(cursor).map_err(|source: StreamError| PairError::NotFormed(source.to_string()))?;
-    // The primary was busy with the snapshot, and this host with loading it.
-    heartbeats.note_heard();
-    let (verdict_in, verdict) = bounded(1);
-    let receiver = {
-        let (inflow, heartbeats, stop) = (Arc::clone(&inflow), Arc::clone(&heartbeats), stop.0.flag());
-        let (claims, owner, timeout) = (side.claims.clone(), side.owner.clone(), side.timeout);
-        move || {
-            let end = inflow.receive(frames, || heartbeats.note_heard());
-            let noticed = Instant::now();
-            // An answer from here would let the primary act on; whoever claims is silent first.
-            heartbeats.fall_silent();
-            let verdict = if stop.load(Ordering::Relaxed) {
-                Verdict::Stopped
-            } else {
-                judge(&end, &claims, view + 1, &owner, || heartbeats.silent_for() > timeout)
-            };
-            // The main thread waits for exactly this.
-            let _ = verdict_in.send((verdict, noticed));
-        }
-    };
-    spawn("log-receiver", receiver)?;
-    spawn("watchdog", watchdog(Arc::clone(&inflow), Arc::clone(&heartbeats), side.timeout, stop.0.flag()))?;
-    let source = FromPrimary::new(Arc::clone(&inflow), stop.0.flag());
-    let mut door = Follow::new(source, cursor, config.board.clone(), config.end_page());
-    let stopped = run::run(&mut machine, &mut door).inspect_err(|error| {
-        if let RunError::Diverged(_) = error {
-            inflow.bye(ByeReason::Diverged, "this backup's guest differs; see its own report");
-        }
-    })?;
-    if let Stopped::GuestEnded(_) = stopped {
-        return Ok(ending(stopped, machine.anchors()));
-    }
-    let Ok((verdict, noticed)) = verdict.recv() else {
-        return Err(PairError::NotFormed("the receiver's thread is gone".into()).into());
-    };
-    match verdict {
-        Verdict::Won => {}
-        Verdict::GuestEnded | Verdict::Stopped => return Ok(Ending::Orderly),
-        Verdict::Lost(holder) => {
-            tracing::error!(view = view + 1, host = %holder.host, pid = holder.pid,
-                "the primary goes on alone; this backup stops");
-            return Ok(Ending::LostClaim);
-        }
-    }
-    if let Some(disk) = &mut resources.disk {
-        match disk.lock() {
-            // A file server may hold the lock of a host that died; the claim is what counts.
-            Ok(()) | Err(DiskError::InUse { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    let time = door.source_mut().primary_time();
-    let again = door.into_unreleased();
-    heartbeats.set_view(view + 1, Role::Primary);
-    heartbeats.set_peer(None);
-    tracing::warn!(
-        view = view + 1,
-        anchor = machine.anchors(),
-        outputs_again = again.len(),
-        disk_again = machine.board().outstanding_disk_requests().len(),
-        took_ms = noticed.elapsed().as_millis() as u64,
-        "takeover: this host now runs the guest"
-    );
-    let live = LiveSide { side, config, machine, resources, heartbeats, listener, view: view + 1 };
-    live.run(again, Some(time.unwrap_or(GuestTime(0))), stop)
-}
-
-/// What becomes of a backup whose link has ended.
-enum Verdict {
-    /// The guest's life is over.
-    GuestEnded,
-    /// The operator stopped this monitor. It claims nothing: the primary goes on.
-    Stopped,
-    /// The guest is ours.
-    Won,
-    /// The guest is the holder's.
-    Lost(Owner),
-}
-
-/// Decides, by a claim, who goes on. A primary that closed the connection, or whose kernel did, lets nothing
-/// out any more. One that merely cannot be reached may, until it has not heard from here for the timeout.
-fn judge(end: &LinkEnd, claims: &Claims, view: u64, owner: &Owner, silent: impl Fn() -> bool) -> Verdict {
-    let LinkEnd::Lost { why, by_peer } = end else { return Verdict::GuestEnded };
-    tracing::warn!("primary lost: {why}");
-    while !by_peer && !silent() {
-        std::thread::sleep(SILENCE_POLL);
-    }
-    claim_until_known(claims, view, owner).map_or(Verdict::Won, Verdict::Lost)
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), CommandError> {
+pub(super) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), CommandError> {
     std::thread::Builder::new()
         .name(name.into())
         .spawn(body)
         .map_err(CommandError::host("start a thread"))?;
     Ok(())
-}
-
-/// Gives the primary up when nothing has been heard of it for `timeout`.
-fn watchdog(
-    inflow: Arc<Inflow>,
-    heartbeats: Arc<Heartbeats>,
-    timeout: Duration,
-    stop: Arc<AtomicBool>,
-) -> impl FnOnce() + Send + 'static {
-    move || {
-        while inflow.end().is_none() {
-            let silent = heartbeats.silent_for();
-            if silent > timeout {
-                tracing::warn!(silent_ms = silent.as_millis() as u64, "the primary is silent");
-                inflow.give_up();
-                return;
-            }
-            if stop.load(Ordering::Relaxed) {
-                inflow.bye(ByeReason::Shutdown, "the operator stopped this backup");
-                inflow.give_up();
-                return;
-            }
-            std::thread::sleep((timeout - silent).min(timeout / 10));
-        }
-    }
 }

@@ -9,12 +9,13 @@ use std::path::Path;
 use std::time::Instant;
 
 use devices::Effect;
-use ft_log::{GuestTime, LogPart, RecordingReader};
+use ft_log::{GuestTime, LogPart, PositionSource, RecordingReader};
 
 use super::{CommandError, Ending};
 use crate::boot;
 use crate::guest::GuestError;
 use crate::kvm::Kvm;
+use crate::position::{self, BranchCounter, PositionError, Wanted};
 use crate::run::{self, Follow, PartSource, RunError, Stopped};
 use crate::snapshot;
 
@@ -32,6 +33,15 @@ impl PartSource for FromFile {
 
 /// `vmft replay FILE`.
 pub fn replay(file: &Path, console: bool) -> Result<Ending, CommandError> {
+    replay_with(file, console, |source| position::choose(Wanted::Source(source)))
+}
+
+/// As [`replay`], with a counter of the caller's for the recording's position source.
+pub fn replay_with(
+    file: &Path,
+    console: bool,
+    counter: impl FnOnce(PositionSource) -> Result<Option<Box<dyn BranchCounter>>, PositionError>,
+) -> Result<Ending, CommandError> {
     let kvm = Kvm::open()?;
     let mut reader = RecordingReader::open(file)?;
     let (config, mut machine) = snapshot::load(&kvm, reader.snapshot(), |_| {})
@@ -44,7 +54,9 @@ pub fn replay(file: &Path, console: bool) -> Result<Ending, CommandError> {
             config.cpu
         )));
     }
-    tracing::info!(guest = %config.name, anchor = machine.anchors(), "replaying");
+    // As the recording was made, or not at all.
+    machine.count_branches(counter(config.positions)?);
+    tracing::info!(guest = %config.name, positions = %config.positions, anchor = machine.anchors(), "replaying");
     let started = Instant::now();
     let cursor = snapshot::cursor(&machine);
     let end_page = config.end_page();

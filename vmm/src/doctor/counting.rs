@@ -11,7 +11,7 @@ use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
 
 use super::guest::{ProbeError, Ring};
-use super::{Bench, Check, Finding};
+use super::{Bench, Check, Finding, Verdict};
 use crate::kvm::kick_signal;
 use crate::pmu::counter::Counter;
 use crate::pmu::events::{AMD_SPEC_LOCK_MAP_COMMIT, BranchEvent, Erratum, branch_event};
@@ -133,6 +133,47 @@ fn measure(bench: &Bench, pmu: &HostPmu, event: &BranchEvent) -> Vec<Check> {
     ]
 }
 
+/// What positions need of a counter.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// The counters that have it.
+    pub pmu: HostPmu,
+    /// What it counts.
+    pub event: BranchEvent,
+    /// By how many branches its overflows come late, with room to spare.
+    pub skid_max: u64,
+}
+
+/// Least room for late overflows: what a few more measurements might show.
+const SKID_MIN: u64 = 64;
+
+/// The counter of this host, if it may be relied on. Else: why not, and what to do.
+pub fn measured(bench: &Bench) -> Result<Measured, String> {
+    let why_not = |finding: Finding| match finding.advice {
+        Some(advice) => format!("{}; {advice}", finding.seen),
+        None => finding.seen,
+    };
+    let (pmu, event) = find(bench).map_err(why_not)?;
+    let mut late = Vec::new();
+    let findings = [
+        counts(bench, &pmu, &event),
+        errata(&pmu, &event),
+        lateness(bench, &pmu, &event).map(|measured| {
+            late = measured;
+            judge_skid(&mut late, &event)
+        }),
+    ];
+    for finding in findings {
+        let finding = finding.map_err(|error| error.to_string())?;
+        if finding.verdict != Verdict::Ok {
+            return Err(why_not(finding));
+        }
+    }
+    // Sorted by the judgement.
+    let most = late.last().copied().unwrap_or(event.skid_max);
+    Ok(Measured { pmu, event, skid_max: (2 * most).clamp(SKID_MIN, event.skid_max.max(SKID_MIN)) })
+}
+
 fn counts(bench: &Bench, pmu: &HostPmu, event: &BranchEvent) -> Result<Finding, ProbeError> {
     let mut guest = bench.guest(&BRANCHES)?;
     let mut counter = Counter::guest_branches(pmu, event)?;
@@ -166,6 +207,11 @@ fn judge_counts(seen: &[u64]) -> Finding {
 }
 
 fn skid(bench: &Bench, pmu: &HostPmu, event: &BranchEvent) -> Result<Finding, ProbeError> {
+    Ok(judge_skid(&mut lateness(bench, pmu, event)?, event))
+}
+
+/// By how many branches overflows come late.
+fn lateness(bench: &Bench, pmu: &HostPmu, event: &BranchEvent) -> Result<Vec<u64>, ProbeError> {
     let mut guest = bench.guest(&ENDLESS)?;
     let mut late = Vec::new();
     for number in 0..OVERFLOWS {
@@ -183,7 +229,7 @@ fn skid(bench: &Bench, pmu: &HostPmu, event: &BranchEvent) -> Result<Finding, Pr
         }
         late.push(count - period);
     }
-    Ok(judge_skid(&mut late, event))
+    Ok(late)
 }
 
 fn judge_skid(late: &mut [u64], event: &BranchEvent) -> Finding {
@@ -283,7 +329,6 @@ fn judge_paranoid(level: Option<i32>, privileged: bool) -> Finding {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Verdict;
     use super::*;
 
     fn event(skid_unbounded: bool) -> BranchEvent {

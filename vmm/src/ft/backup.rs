@@ -171,6 +171,7 @@ pub struct Inflow {
     executed: AtomicU64,
     executed_time: AtomicU64,
     gave_up: AtomicBool,
+    retired: AtomicBool,
     stream: TcpStream,
 }
 
@@ -194,6 +195,7 @@ impl Connection {
             executed: AtomicU64::new(start.anchor),
             executed_time: AtomicU64::new(start.time.0),
             gave_up: AtomicBool::new(false),
+            retired: AtomicBool::new(false),
             stream: self.stream,
         };
         inflow.acknowledge()?;
@@ -305,6 +307,18 @@ impl Inflow {
     pub fn bye(&self, reason: ByeReason, text: &str) {
         let mut acks = self.acks.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = acks.send(&Message::Bye { reason, text: text.to_owned() });
+    }
+
+    /// This backup's guest is of no use: says so, and ends the connection. From now on it must not claim anything.
+    pub fn retire(&self, reason: ByeReason, text: &str) {
+        self.retired.store(true, Ordering::SeqCst);
+        self.bye(reason, text);
+        self.give_up();
+    }
+
+    /// Was [`Self::retire`] called?
+    pub fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::SeqCst)
     }
 
     fn is_empty(&self) -> bool {

@@ -243,17 +243,19 @@ impl LogSink for PairLog {
         Ok(())
     }
 
-    fn may_stop(&self) -> bool {
+    fn may_checkpoint(&self) -> bool {
         self.encoder.is_none() || self.link.takes_checkpoint()
     }
 
-    fn stopped(&mut self, machine: &mut Machine) -> Result<u64, RunError> {
+    fn stopped(&mut self, machine: &mut Machine, position: Position) -> Result<u64, RunError> {
         let Some(encoder) = &mut self.encoder else { return Ok(0) };
-        let started = Instant::now();
-        let checkpoint = machine.checkpoint()?;
-        let pages = checkpoint.pages.len() as u64;
-        self.link.checkpoint(checkpoint, started.elapsed());
-        let position = Position::Checkpoint;
+        let mut pages = 0;
+        if position == Position::Checkpoint {
+            let started = Instant::now();
+            let checkpoint = machine.checkpoint()?;
+            pages = checkpoint.pages.len() as u64;
+            self.link.checkpoint(checkpoint, started.elapsed());
+        }
         encoder.push(&Entry::Stop { anchor: machine.anchors(), position })?;
         Ok(pages)
     }

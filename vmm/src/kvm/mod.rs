@@ -5,8 +5,8 @@
 
 mod dirty;
 mod fitness;
+mod linear;
 mod msr;
-mod probe;
 pub mod state;
 mod vcpu;
 mod vm;

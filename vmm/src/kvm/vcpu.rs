@@ -10,13 +10,23 @@
 
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, kvm_guest_debug, kvm_regs, kvm_sregs};
+use kvm_bindings::{
+    KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug,
+    kvm_guest_debug_arch, kvm_regs, kvm_sregs,
+};
 use kvm_ioctls::{SyncReg, VcpuExit, VcpuFd};
 
 use super::KvmError;
 
 /// KVM_INTERRUPT: absent from kvm-ioctls; `_IOW(KVMIO, 0x86, struct kvm_interrupt)`.
 const KVM_INTERRUPT: libc::c_ulong = 0x4004_ae86;
+
+/// Breakpoints of the CPU.
+const BREAKPOINTS: usize = 4;
+/// DR7 (Intel SDM volume 3, 18.2.4): a bit that is always one; breakpoint 0 on, for execution; all that switch one on.
+const DR7_ONE: u64 = 1 << 10;
+const DR7_GLOBAL_0: u64 = 1 << 1;
+const DR7_ENABLES: u64 = 0xff;
 
 /// Why the guest stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +81,7 @@ pub enum Exit {
     Halt,
     /// An interrupt can be delivered now. Not an anchor.
     InterruptWindow,
-    /// A single step is done. Not an anchor.
+    /// A single step is done, or a breakpoint reached. Not an anchor.
     Step,
     /// A signal came. Not an anchor, and nothing of the guest has changed because of it.
     Kicked,
@@ -82,6 +92,8 @@ pub enum Exit {
 /// The guest's vCPU.
 pub struct Vcpu {
     fd: VcpuFd,
+    /// What [`kick`] reached before this one was made.
+    kicked_before: *mut u8,
 }
 
 static KICK_TARGET: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
@@ -90,7 +102,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
     let target = KICK_TARGET.load(Ordering::Relaxed);
     if !target.is_null() {
         // SAFETY: the pointer is the `immediate_exit` byte of a `kvm_run` page that stays mapped until the
-        // vCPU is dropped, which clears the pointer first. A plain byte store is async-signal-safe.
+        // vCPU is dropped, which takes the pointer away first. A plain byte store is async-signal-safe.
         unsafe { target.write_volatile(1) };
     }
 }
@@ -117,8 +129,8 @@ impl Vcpu {
     pub(super) fn new(mut fd: VcpuFd) -> Self {
         fd.set_sync_valid_reg(SyncReg::Register);
         let byte: *mut u8 = &mut fd.get_kvm_run().immediate_exit;
-        KICK_TARGET.store(byte, Ordering::Relaxed);
-        Self { fd }
+        let kicked_before = KICK_TARGET.swap(byte, Ordering::Relaxed);
+        Self { fd, kicked_before }
     }
 
     pub(super) fn fd(&self) -> &VcpuFd {
@@ -284,18 +296,58 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Turns single-stepping on or off.
-    pub fn single_step(&self, on: bool) -> Result<(), KvmError> {
-        let control = if on { KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP } else { 0 };
+    /// Makes the guest leave with [`Exit::Step`] before it executes the instruction at the linear address `stop`;
+    /// `single_step(false)` ends that.
+    pub fn break_at(&self, stop: u64) -> Result<(), KvmError> {
+        self.debug(KVM_GUESTDBG_USE_HW_BP, &[stop])
+    }
+
+    /// Makes the guest leave with [`Exit::Step`] after one instruction, or before one at the linear addresses `stops`,
+    /// four at most; `single_step(false)` ends that.
+    pub fn single_step_to(&self, stops: &[u64]) -> Result<(), KvmError> {
+        self.debug(KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_USE_HW_BP, stops)
+    }
+
+    fn debug(&self, how: u32, stops: &[u64]) -> Result<(), KvmError> {
+        let mut arch = kvm_guest_debug_arch::default();
+        arch.debugreg[7] = DR7_ONE;
+        for (index, stop) in stops.iter().enumerate().take(BREAKPOINTS) {
+            arch.debugreg[index] = *stop;
+            arch.debugreg[7] |= DR7_GLOBAL_0 << (2 * index);
+        }
+        let control = KVM_GUESTDBG_ENABLE | how;
         self.fd
-            .set_guest_debug(&kvm_guest_debug { control, ..Default::default() })
+            .set_guest_debug(&kvm_guest_debug { control, arch, ..Default::default() })
             .map_err(KvmError::call("KVM_SET_GUEST_DEBUG"))
+    }
+
+    /// The vector of what the guest is about to be delivered at its next entry.
+    pub fn delivering(&self) -> Result<Option<u8>, KvmError> {
+        let events = self.fd.get_vcpu_events().map_err(KvmError::call("KVM_GET_VCPU_EVENTS"))?;
+        let exception = events.exception.injected | events.exception.pending != 0;
+        let interrupt = events.interrupt.injected != 0;
+        Ok(exception.then_some(events.exception.nr).or(interrupt.then_some(events.interrupt.nr)))
+    }
+
+    /// Has the guest set breakpoints of its own?
+    pub fn has_breakpoints(&self) -> Result<bool, KvmError> {
+        let debug = self.fd.get_debug_regs().map_err(KvmError::call("KVM_GET_DEBUGREGS"))?;
+        Ok(debug.dr7 & DR7_ENABLES != 0)
+    }
+
+    /// Turns single-stepping on, or all debugging off.
+    pub fn single_step(&self, on: bool) -> Result<(), KvmError> {
+        if on {
+            return self.debug(KVM_GUESTDBG_SINGLESTEP, &[]);
+        }
+        self.fd.set_guest_debug(&kvm_guest_debug::default()).map_err(KvmError::call("KVM_SET_GUEST_DEBUG"))
     }
 }
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        KICK_TARGET.store(std::ptr::null_mut(), Ordering::Relaxed);
+        // vCPUs are dropped in the opposite order in which they are made: others only measure.
+        KICK_TARGET.store(self.kicked_before, Ordering::Relaxed);
     }
 }
 

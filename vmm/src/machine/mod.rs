@@ -17,10 +17,11 @@
 mod checkpoint;
 mod msr;
 mod state;
+mod stop;
 mod user_tsc;
 
 use devices::{Board, DeviceError, Effect, GuestRam};
-use ft_log::{Event, GuestTime, StateDigest};
+use ft_log::{Event, GuestTime, Position, StateDigest};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
@@ -28,6 +29,9 @@ use zerocopy::IntoBytes;
 
 use crate::boot::{GP_PORT, RDTSC_PORT, RDTSCP_PORT};
 use crate::kvm::{Exit, KvmError, Vcpu, Vm};
+use crate::position::{BranchCounter, PositionError};
+pub use stop::Missed;
+use stop::Name;
 use user_tsc::UserTsc;
 
 /// Where synchronous clock reads are answered: by the host's clock or by the log.
@@ -36,8 +40,19 @@ pub trait Clock {
     type Error: From<MachineError>;
     /// The time that the guest sees in the exit being handled. Never goes back.
     fn read(&mut self) -> Result<GuestTime, Self::Error>;
-    /// A host signal took the vCPU out of the guest. True: it stops here, which makes a boundary.
-    fn kicked(&mut self, machine: &Machine) -> Result<bool, Self::Error>;
+    /// A host signal took the vCPU out of the guest.
+    fn kicked(&mut self, machine: &Machine) -> Result<Kicked, Self::Error>;
+}
+
+/// What follows when a host signal took the vCPU out of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kicked {
+    /// The guest goes on.
+    GoOn,
+    /// It stops here if the place has a name.
+    StopIfCounted,
+    /// It stops here, with a checkpoint if there is no name.
+    Stop,
 }
 
 /// What can go wrong with the machine itself.
@@ -52,6 +67,9 @@ pub enum MachineError {
     /// The saved state does not describe this machine.
     #[error("the saved machine cannot be used: {0}")]
     BadState(String),
+    /// Positions of forced stops.
+    #[error(transparent)]
+    Position(#[from] PositionError),
     /// The kernel's #GP handler cannot be hooked.
     #[error(
         "user-mode RDTSC cannot be trapped in this guest: {0}. Use a kernel that is known to work, such as Debian's"
@@ -73,12 +91,20 @@ pub enum GuestEnd {
 }
 
 /// What a run ended at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reached {
     /// The guest's own exit, which has been handled.
     Exit,
     /// A stop between two of its exits, which counts as an anchor.
-    ForcedStop,
+    ForcedStop(Position),
+    /// Not the stop that was asked for; the guest stands nowhere.
+    Missed(Box<Missed>),
+}
+
+/// How the guest was left.
+enum Left {
+    Exit(Exit),
+    Stop(Position),
 }
 
 /// The whole guest.
@@ -95,6 +121,7 @@ pub struct Machine {
     /// The next anchor, if finishing an instruction led to it already.
     early_exit: Option<Exit>,
     written: Option<checkpoint::Written>,
+    counter: Option<Box<dyn BranchCounter>>,
 }
 
 impl Machine {
@@ -112,6 +139,7 @@ impl Machine {
             user_tsc: UserTsc::default(),
             early_exit: None,
             written: None,
+            counter: None,
         }
     }
 
@@ -171,39 +199,52 @@ impl Machine {
         clock: &mut C,
         effects: &mut Vec<Effect>,
     ) -> Result<Reached, C::Error> {
-        let exit = match self.early_exit.take() {
-            Some(exit) => Some(exit),
+        let left = match self.early_exit.take() {
+            Some(exit) => Left::Exit(exit),
             None => self.enter(clock)?,
         };
         self.halted = false;
-        match exit {
-            Some(exit) => self.handle(exit, clock, effects).map(|()| Reached::Exit),
-            None => {
+        match left {
+            Left::Exit(exit) => self.handle(exit, clock, effects).map(|()| Reached::Exit),
+            Left::Stop(position) => {
                 self.anchors += 1;
-                tracing::trace!(anchor = self.anchors, "forced stop");
-                Ok(Reached::ForcedStop)
+                tracing::trace!(anchor = self.anchors, ?position, "forced stop");
+                Ok(Reached::ForcedStop(position))
             }
         }
     }
 
-    /// Enters the guest until an anchor, delivering pending interrupts at the first boundary of
-    /// instructions that can take them. `None`: the clock wants it to stop where it is.
-    fn enter<C: Clock>(&mut self, clock: &mut C) -> Result<Option<Exit>, C::Error> {
+    /// Enters the guest until an anchor or a forced stop, delivering pending interrupts at the first boundary of
+    /// instructions that can take them.
+    fn enter<C: Clock>(&mut self, clock: &mut C) -> Result<Left, C::Error> {
+        if let Some(counter) = &mut self.counter {
+            counter.restart().map_err(MachineError::from)?;
+        }
         loop {
-            self.offer_interrupt().map_err(C::Error::from)?;
-            let exit = self.vcpu.enter().map_err(MachineError::from)?;
+            self.offer_interrupt()?;
+            let exit = match &mut self.counter {
+                Some(counter) => counter.enter(&mut self.vcpu, &self.ram).map_err(MachineError::from)?,
+                None => self.vcpu.enter().map_err(MachineError::from)?,
+            };
             match exit {
                 Exit::Kicked => {
-                    if clock.kicked(self)? {
-                        return Ok(None);
+                    let wanted = clock.kicked(self)?;
+                    if wanted == Kicked::GoOn {
+                        continue;
+                    }
+                    match self.name_stop()? {
+                        Name::Found(position) => return Ok(Left::Stop(position)),
+                        Name::Exit(anchor) => return Ok(Left::Exit(anchor)),
+                        Name::None if wanted == Kicked::Stop => return Ok(Left::Stop(Position::Checkpoint)),
+                        Name::None => {}
                     }
                 }
                 Exit::InterruptWindow => {
-                    if let Some(anchor) = self.normalise_window().map_err(C::Error::from)? {
-                        return Ok(Some(anchor));
+                    if let Some(anchor) = self.normalise_window()? {
+                        return Ok(Left::Exit(anchor));
                     }
                 }
-                anchor => return Ok(Some(anchor)),
+                anchor => return Ok(Left::Exit(anchor)),
             }
         }
     }

@@ -13,8 +13,7 @@
 
 use devices::GuestRam;
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
-use kvm_bindings::{kvm_segment, kvm_sregs};
-use vm_memory::{Bytes, GuestAddress};
+use kvm_bindings::kvm_segment;
 
 use super::MachineError;
 use crate::boot::GP_PORT;
@@ -23,7 +22,7 @@ use crate::kvm::Vcpu;
 const LOOK_EVERY_ANCHORS: u64 = 64;
 const MSR_LSTAR: u32 = 0xc000_0082;
 const CR4_TSD: u64 = 1 << 2;
-const GP_VECTOR: u64 = 13;
+const GP_VECTOR: u8 = 13;
 /// Where 64-bit kernels live: the upper half of the canonical addresses.
 const KERNEL_HALF: u64 = 1 << 63;
 const OUT_IMM8_AL: u8 = 0xe6;
@@ -97,14 +96,15 @@ impl UserTsc {
             return Ok(());
         }
         let sregs = vcpu.special_registers()?;
-        let Some(handler) = gp_handler(vcpu, ram, &sregs)? else { return Ok(()) };
+        let handler = vcpu.handler(ram, &sregs, GP_VECTOR)?.filter(|handler| handler & KERNEL_HALF != 0);
+        let Some(handler) = handler else { return Ok(()) };
         if sregs.cr4 & CR4_TSD == 0 {
             return Err(MachineError::UserTsc(
                 "the kernel has cleared CR4.TSD, which makes RDTSC trap".into(),
             ));
         }
         let mut code = [0; 16];
-        read_linear(vcpu, ram, handler, &mut code)?;
+        read(vcpu, ram, handler, &mut code)?;
         let padding = padding_len(&code).ok_or_else(|| {
             MachineError::UserTsc(format!(
                 "its #GP handler at {handler:#x} begins with {:02x?}, no padding to hook",
@@ -113,7 +113,9 @@ impl UserTsc {
         })?;
         let mut hook = [NOP; PADDING_BYTES];
         hook[..2].copy_from_slice(&[OUT_IMM8_AL, GP_PORT]);
-        write_linear(vcpu, ram, handler, &hook[..padding])?;
+        if !vcpu.write_linear(ram, handler, &hook[..padding])? {
+            return Err(not_ram(handler));
+        }
         self.hook = Some(Hook { resume_at: handler + padding as u64 });
         tracing::debug!(handler = format_args!("{handler:#x}"), padding, anchors, "hooked the #GP handler");
         Ok(())
@@ -129,7 +131,7 @@ impl UserTsc {
         let mut known = 0;
         for (offset, byte) in code.iter_mut().enumerate() {
             let mut one = [0];
-            if read_linear(vcpu, ram, frame.rip.wrapping_add(offset as u64), &mut one).is_err() {
+            if !vcpu.read_linear(ram, frame.rip.wrapping_add(offset as u64), &mut one)? {
                 break;
             }
             *byte = one[0];
@@ -173,7 +175,7 @@ impl Frame {
     fn read(vcpu: &Vcpu, ram: &GuestRam) -> Result<Self, MachineError> {
         let mut bytes = [0; 48];
         let rsp = vcpu.registers()?.rsp;
-        read_linear(vcpu, ram, rsp, &mut bytes)?;
+        read(vcpu, ram, rsp, &mut bytes)?;
         let word = |index: usize| {
             let mut word = [0; 8];
             word.copy_from_slice(&bytes[index * 8..index * 8 + 8]);
@@ -223,18 +225,6 @@ fn user_stack_segment(selector: u16) -> kvm_segment {
     }
 }
 
-/// IDT[13]'s handler, if it is a kernel address (AMD64 APM vol. 2, 4.8.4, 64-bit interrupt gate).
-fn gp_handler(vcpu: &Vcpu, ram: &GuestRam, sregs: &kvm_sregs) -> Result<Option<u64>, MachineError> {
-    let mut gate = [0; 16];
-    if read_linear(vcpu, ram, sregs.idt.base + GP_VECTOR * 16, &mut gate).is_err() {
-        return Ok(None);
-    }
-    let gate = u128::from_le_bytes(gate);
-    let handler = (gate & 0xffff) | (gate >> 32 & 0xffff_0000) | (gate >> 32 & (0xffff_ffff << 32));
-    let handler = handler as u64;
-    Ok((handler & KERNEL_HALF != 0).then_some(handler))
-}
-
 /// How many of the first bytes are padding: `endbr64`, or at least two bytes of NOPs.
 fn padding_len(code: &[u8]) -> Option<usize> {
     let mut decoder = Decoder::new(64, code, DecoderOptions::NONE);
@@ -249,45 +239,12 @@ fn padding_len(code: &[u8]) -> Option<usize> {
     (len <= PADDING_BYTES).then_some(len)
 }
 
-fn read_linear(vcpu: &Vcpu, ram: &GuestRam, linear: u64, out: &mut [u8]) -> Result<(), MachineError> {
-    for (piece, at) in pages(linear, out.len()) {
-        let gpa = mapped(vcpu, at)?;
-        ram.read_slice(&mut out[piece], GuestAddress(gpa)).map_err(|_| not_ram(gpa))?;
-    }
-    Ok(())
+fn read(vcpu: &Vcpu, ram: &GuestRam, linear: u64, out: &mut [u8]) -> Result<(), MachineError> {
+    if vcpu.read_linear(ram, linear, out)? { Ok(()) } else { Err(not_ram(linear)) }
 }
 
-fn write_linear(vcpu: &Vcpu, ram: &GuestRam, linear: u64, bytes: &[u8]) -> Result<(), MachineError> {
-    for (piece, at) in pages(linear, bytes.len()) {
-        let gpa = mapped(vcpu, at)?;
-        ram.write_slice(&bytes[piece], GuestAddress(gpa)).map_err(|_| not_ram(gpa))?;
-    }
-    Ok(())
-}
-
-fn mapped(vcpu: &Vcpu, linear: u64) -> Result<u64, MachineError> {
-    vcpu.translate(linear)?
-        .ok_or_else(|| MachineError::UserTsc(format!("linear address {linear:#x} is not mapped")))
-}
-
-fn not_ram(gpa: u64) -> MachineError {
-    MachineError::UserTsc(format!("guest-physical address {gpa:#x} is no RAM"))
-}
-
-/// Splits a linear range at page boundaries.
-fn pages(linear: u64, len: usize) -> impl Iterator<Item = (std::ops::Range<usize>, u64)> {
-    const PAGE: u64 = 4096;
-    let mut done = 0;
-    std::iter::from_fn(move || {
-        if done == len {
-            return None;
-        }
-        let at = linear.wrapping_add(done as u64);
-        let take = ((PAGE - at % PAGE) as usize).min(len - done);
-        let piece = done..done + take;
-        done += take;
-        Some((piece, at))
-    })
+fn not_ram(linear: u64) -> MachineError {
+    MachineError::UserTsc(format!("linear address {linear:#x} is not mapped to RAM"))
 }
 
 #[cfg(test)]
@@ -300,11 +257,5 @@ mod tests {
         assert_eq!(padding_len(&[0x0f, 0x1f, 0x00, 0xfc, 0, 0, 0]), Some(3));
         assert_eq!(padding_len(&[0x90, 0x90, 0x90, 0xfc]), Some(2));
         assert_eq!(padding_len(&[0x0f, 0x01, 0xca, 0xfc]), None);
-    }
-
-    #[test]
-    fn ranges_are_split_at_pages() {
-        let pieces: Vec<_> = pages(0xffe, 4).collect();
-        assert_eq!(pieces, [(0..2, 0xffe), (2..4, 0x1000)]);
     }
 }

@@ -58,6 +58,14 @@ impl Counter {
         Ok(Self { perf })
     }
 
+    /// The next signal comes after `branches` more, and then after as many again.
+    pub fn set_period(&self, branches: u64) -> io::Result<()> {
+        /// `PERF_EVENT_IOC_PERIOD`: `_IOW('$', 4, __u64)`.
+        const IOC_PERIOD: libc::c_ulong = 0x4008_2404;
+        // SAFETY: the descriptor is open, and the kernel only reads the number that it is given.
+        check(unsafe { libc::ioctl(self.perf.as_raw_fd(), IOC_PERIOD, &raw const branches) })
+    }
+
     /// Starts counting.
     pub fn start(&mut self) -> io::Result<()> {
         self.perf.enable()

@@ -39,7 +39,7 @@ impl LogSink for NoLog {
         Ok(false)
     }
 
-    fn stopped(&mut self, _: &mut Machine) -> Result<u64, RunError> {
+    fn stopped(&mut self, _: &mut Machine, _: Position) -> Result<u64, RunError> {
         Ok(0)
     }
 
@@ -59,6 +59,7 @@ pub struct FileLog {
     encoder: Encoder,
     checkpoints: CheckpointEncoder,
     stops: u64,
+    checkpointed: u64,
     pages: u64,
     seq: u64,
     checked: u64,
@@ -74,6 +75,7 @@ impl FileLog {
             encoder,
             checkpoints: CheckpointEncoder::default(),
             stops: 0,
+            checkpointed: 0,
             pages: 0,
             seq: 0,
             checked,
@@ -118,14 +120,17 @@ impl LogSink for FileLog {
         Ok(false)
     }
 
-    fn stopped(&mut self, machine: &mut Machine) -> Result<u64, RunError> {
-        let checkpoint = machine.checkpoint()?;
-        if let Some(writer) = &mut self.writer {
-            self.checkpoints.encode(&checkpoint, |piece| writer.checkpoint(piece))?;
+    fn stopped(&mut self, machine: &mut Machine, position: Position) -> Result<u64, RunError> {
+        let mut pages = 0;
+        if position == Position::Checkpoint {
+            let checkpoint = machine.checkpoint()?;
+            if let Some(writer) = &mut self.writer {
+                self.checkpoints.encode(&checkpoint, |piece| writer.checkpoint(piece))?;
+            }
+            pages = checkpoint.pages.len() as u64;
+            self.checkpointed += 1;
         }
-        let position = Position::Checkpoint;
         self.encoder.push(&Entry::Stop { anchor: machine.anchors(), position })?;
-        let pages = checkpoint.pages.len() as u64;
         self.stops += 1;
         self.pages += pages;
         Ok(pages)
@@ -140,6 +145,7 @@ impl LogSink for FileLog {
                 tracing::info!(
                     anchors = machine.anchors(),
                     forced_stops = self.stops,
+                    checkpoints = self.checkpointed,
                     checkpoint_pages = self.pages,
                     "the recording is whole"
                 );

@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 
-use ft_log::{Entry, Event};
+use ft_log::{Entry, Event, Position};
 
 use crate::machine::Machine;
 
@@ -39,7 +39,12 @@ impl Brief {
         let (what, anchor, number) = match entry {
             Entry::Clock { now, .. } => ("clock read, ticks", None, now.0),
             Entry::Check { anchor, digest } => ("register digest", Some(*anchor), u64::from(*digest)),
-            Entry::Stop { anchor, .. } => ("forced stop, checkpoint", Some(*anchor), 0),
+            Entry::Stop { anchor, position: Position::Checkpoint } => {
+                ("forced stop, checkpoint", Some(*anchor), 0)
+            }
+            Entry::Stop { anchor, position: Position::Counted(counted) } => {
+                ("forced stop, branches", Some(*anchor), counted.branches)
+            }
             Entry::End { anchor, digest } => ("end, register digest", Some(*anchor), digest.registers),
             Entry::Event { anchor, event } => {
                 let (what, number) = match event {

@@ -2,20 +2,21 @@
 //!
 //! Owns: the reading position in the log and what the primary is not known to have let out.
 //! Must never: go beyond what the log allows. The guest leaves boundary k only when the log is complete up to exit
-//! k+1 (`reached`), and does not run at all where that is a forced stop: it loads the checkpoint. So a follower never
-//! guesses and never rolls back.
+//! k+1 (`reached`). Where that is a forced stop it runs to the position that the log names, or does not run at all and
+//! loads a checkpoint. So a follower never guesses and never rolls back.
 
 use std::collections::VecDeque;
 
 use devices::BoardConfig;
 use devices::Effect;
 use ft_log::{
-    Checkpoint, CheckpointDecoder, ClockModel, Cursor, Decoder, Entry, Event, GuestTime, LogPart, Position,
+    Checkpoint, CheckpointDecoder, ClockModel, Counted, Cursor, Decoder, Entry, Event, GuestTime, LogPart,
+    Position,
 };
 
 use super::divergence::{Recent, describe};
 use super::{Door, Next, RunError, Stopped};
-use crate::machine::{Clock, GuestEnd, Machine};
+use crate::machine::{Clock, GuestEnd, Kicked, Machine, Missed};
 
 /// Where the log comes from: a file, or the connection to the primary.
 pub trait PartSource {
@@ -27,6 +28,16 @@ pub trait PartSource {
     fn stopped(&self) -> bool {
         false
     }
+}
+
+/// What the log has next.
+enum Ahead {
+    /// An exit of the guest's own.
+    Exit,
+    /// A forced stop to run to.
+    Stop(Box<Counted>),
+    /// A checkpoint, which has been loaded.
+    Behind,
 }
 
 /// Most effects that are kept for a takeover; the primary reports what it let out far more often.
@@ -48,6 +59,8 @@ pub struct Follow<S> {
     unreleased: VecDeque<(u64, Effect)>,
     recent: Recent,
     watcher: Option<Watcher>,
+    /// Forced stops until one counts as missed.
+    until_missed: Option<u64>,
     equal: bool,
 }
 
@@ -73,8 +86,14 @@ impl<S: PartSource> Follow<S> {
             unreleased: VecDeque::new(),
             recent: Recent::default(),
             watcher: None,
+            until_missed: None,
             equal: false,
         }
+    }
+
+    /// The `number`-th forced stop from here shall count as missed: a fault to be injected.
+    pub fn miss_stop(&mut self, number: Option<u64>) {
+        self.until_missed = number;
     }
 
     /// Shows `watcher` every effect. Nothing is performed.
@@ -187,18 +206,28 @@ impl<S: PartSource> Follow<S> {
         }
     }
 
-    /// If the guest goes on from here to a forced stop: takes it there.
-    fn follow_stop(&mut self, machine: &mut Machine) -> Result<bool, RunError> {
+    /// If the guest goes on from here to a forced stop that is a checkpoint: takes it there. If to another: says which.
+    fn follow_stop(&mut self, machine: &mut Machine) -> Result<Ahead, RunError> {
         let next = machine.anchors() + 1;
         match self.peek()? {
-            Some(Entry::Stop { anchor, position: Position::Checkpoint }) if *anchor == next => {}
-            _ => return Ok(false),
+            Some(Entry::Stop { anchor, position }) if *anchor == next => {
+                if let Position::Counted(target) = position {
+                    return Ok(Ahead::Stop(target.clone()));
+                }
+            }
+            _ => return Ok(Ahead::Exit),
+        }
+        if let Some(left) = &mut self.until_missed {
+            *left = left.saturating_sub(1);
+            if *left == 0 {
+                return Err(RunError::Missed(machine.injected_miss()));
+            }
         }
         let checkpoint = self.checkpoints.pop_front().ok_or(RunError::NoCheckpoint { anchor: next })?;
         machine.load_checkpoint(&self.board, &checkpoint)?;
         if let Some(entry) = self.ahead.take_if(|_| machine.anchors() == next) {
             self.recent.note(&entry);
-            return Ok(true);
+            return Ok(Ahead::Behind);
         }
         let found = "another position in the checkpoint".to_owned();
         Err(self.diverged(machine, format!("forced stop at anchor {next}"), found))
@@ -227,8 +256,8 @@ impl<S: PartSource> Clock for Follow<S> {
         }
     }
 
-    fn kicked(&mut self, _: &Machine) -> Result<bool, RunError> {
-        if self.source.stopped() { Err(RunError::StopRequested) } else { Ok(false) }
+    fn kicked(&mut self, _: &Machine) -> Result<Kicked, RunError> {
+        if self.source.stopped() { Err(RunError::StopRequested) } else { Ok(Kicked::GoOn) }
     }
 }
 
@@ -243,15 +272,19 @@ impl<S: PartSource> Door for Follow<S> {
                 self.publish(machine, effects)?;
             }
             if self.reached > machine.anchors() {
-                if self.follow_stop(machine)? {
-                    self.source.executed(machine.anchors(), machine.now());
-                    continue;
-                }
+                let next = match self.follow_stop(machine)? {
+                    Ahead::Behind => {
+                        self.source.executed(machine.anchors(), machine.now());
+                        continue;
+                    }
+                    Ahead::Stop(target) => Next::EnterTo(target),
+                    Ahead::Exit => Next::Enter,
+                };
                 if machine.waiting() {
                     let expected = "a guest that runs on".to_owned();
                     return Err(self.diverged(machine, expected, "a halted guest with no interrupt".into()));
                 }
-                return Ok(Next::Enter);
+                return Ok(next);
             }
             // Everything up to here has been executed, so nothing may be left of what was logged up to here.
             if let Some(entry) = self.ahead.take() {
@@ -266,9 +299,18 @@ impl<S: PartSource> Door for Follow<S> {
 
     fn entering(&mut self, _: &Machine) {}
 
-    fn stopped(&mut self, _: &mut Machine) -> Result<(), RunError> {
-        // `kicked` forces none.
+    fn stopped(&mut self, _: &mut Machine, _: Position) -> Result<(), RunError> {
+        if let Some(entry) = self.ahead.take() {
+            self.recent.note(&entry);
+        }
         Ok(())
+    }
+
+    fn missed(&self, machine: &Machine, missed: Box<Missed>) -> RunError {
+        if missed.is_divergence() {
+            return self.diverged(machine, missed.expected(), missed.found());
+        }
+        RunError::Missed(missed)
     }
 
     fn publish(&mut self, _: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {

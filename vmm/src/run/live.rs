@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, at, select};
 use devices::Effect;
-use ft_log::{CLOCK_TOLERANCE, ClockModel, Entry, Event, GuestTime};
+use ft_log::{CLOCK_TOLERANCE, ClockModel, Entry, Event, GuestTime, Position};
 
 use super::{Door, Next, RunError, Stopped};
 use crate::host::deferral::Deferral;
-use crate::machine::{Clock, GuestEnd, Machine};
+use crate::machine::{Clock, GuestEnd, Kicked, Machine};
 
 /// Most events that are applied at one boundary, so that a flood of frames cannot keep the guest from running.
 const EVENTS_PER_BOUNDARY: usize = 64;
@@ -33,12 +33,12 @@ pub trait LogSink {
     fn record(&mut self, entry: &Entry) -> Result<(), RunError>;
     /// The log is complete up to the machine's boundary; `effects` may go once that is safe.
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError>;
-    /// May the guest be stopped between two of its exits now? If not, it is asked again later.
-    fn may_stop(&self) -> bool {
+    /// May the guest be stopped with a checkpoint now? If not, it is asked again later.
+    fn may_checkpoint(&self) -> bool {
         true
     }
     /// The guest stands at a forced stop, which a follower has to find. Answers how many pages that took.
-    fn stopped(&mut self, machine: &mut Machine) -> Result<u64, RunError>;
+    fn stopped(&mut self, machine: &mut Machine, position: Position) -> Result<u64, RunError>;
     /// A chance to look after the log's other end. The machine stands at a boundary. True: a snapshot was
     /// taken here and the log starts anew.
     fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError>;
@@ -189,18 +189,21 @@ impl<L: LogSink> Clock for Live<L> {
         Ok(now)
     }
 
-    fn kicked(&mut self, machine: &Machine) -> Result<bool, RunError> {
+    fn kicked(&mut self, machine: &Machine) -> Result<Kicked, RunError> {
         if self.stop.load(Ordering::Relaxed) && self.log.may_break_off() {
             return Err(RunError::StopRequested);
         }
         if !self.deferral.is_due() {
-            return Ok(false);
+            return Ok(Kicked::GoOn);
         }
-        if !self.log.may_stop() {
+        let may_checkpoint = self.log.may_checkpoint();
+        if !may_checkpoint {
             self.deferral.hold();
-            return Ok(false);
         }
-        Ok(self.deferral.is_worth(machine.written_pages()?))
+        if may_checkpoint && self.deferral.is_worth(machine.written_pages()?) {
+            return Ok(Kicked::Stop);
+        }
+        Ok(if machine.counts_branches() { Kicked::StopIfCounted } else { Kicked::GoOn })
     }
 }
 
@@ -233,9 +236,9 @@ impl<L: LogSink> Door for Live<L> {
         }
     }
 
-    fn stopped(&mut self, machine: &mut Machine) -> Result<(), RunError> {
+    fn stopped(&mut self, machine: &mut Machine, position: Position) -> Result<(), RunError> {
         let since = Instant::now();
-        let pages = self.log.stopped(machine)?;
+        let pages = self.log.stopped(machine, position)?;
         self.deferral.paused(since.elapsed(), pages);
         Ok(())
     }

@@ -18,9 +18,10 @@ mod follow;
 mod live;
 
 use devices::Effect;
+use ft_log::{Counted, Position};
 use thiserror::Error;
 
-use crate::machine::{Clock, GuestEnd, Machine, MachineError, Reached};
+use crate::machine::{Clock, GuestEnd, Machine, MachineError, Missed, Reached};
 
 pub use alone::{FileLog, NoLog};
 pub use divergence::Divergence;
@@ -34,7 +35,11 @@ pub trait Door: Clock<Error = RunError> {
     /// The guest leaves the boundary now.
     fn entering(&mut self, machine: &Machine);
     /// The guest stands at a forced stop.
-    fn stopped(&mut self, machine: &mut Machine) -> Result<(), RunError>;
+    fn stopped(&mut self, machine: &mut Machine, position: Position) -> Result<(), RunError>;
+    /// The guest did not come to a forced stop.
+    fn missed(&self, _: &Machine, missed: Box<Missed>) -> RunError {
+        RunError::Missed(missed)
+    }
     /// The machine stands at a boundary with its last exit handled: takes what it produced.
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError>;
     /// The guest was broken off between two anchors, on request.
@@ -44,10 +49,12 @@ pub trait Door: Clock<Error = RunError> {
 }
 
 /// What follows a boundary.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Next {
     /// Let the guest run.
     Enter,
+    /// Let it run to this forced stop.
+    EnterTo(Box<Counted>),
     /// Leave the loop.
     Stop(Stopped),
 }
@@ -71,6 +78,9 @@ pub enum RunError {
     /// The machine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// The guest could not be taken to a forced stop; it is not known to differ from the log.
+    #[error("{0}")]
+    Missed(Box<Missed>),
     /// The log cannot be read or written.
     #[error(transparent)]
     Log(#[from] ft_log::LogError),
@@ -117,17 +127,23 @@ pub fn run<D: Door>(machine: &mut Machine, door: &mut D) -> Result<Stopped, RunE
             door.ended(machine, end)?;
             return Ok(Stopped::GuestEnded(end));
         }
-        match door.boundary(machine, &mut effects)? {
+        let target = match door.boundary(machine, &mut effects)? {
             Next::Stop(stopped) => return Ok(stopped),
-            Next::Enter => {}
-        }
+            Next::Enter => None,
+            Next::EnterTo(target) => Some(target),
+        };
         if !effects.is_empty() {
             door.publish(machine, &mut effects)?;
         }
         door.entering(machine);
-        match machine.run_to_anchor(door, &mut effects) {
+        let reached = match target {
+            None => machine.run_to_anchor(door, &mut effects),
+            Some(target) => machine.run_to_position(door, &target),
+        };
+        match reached {
             Ok(Reached::Exit) => {}
-            Ok(Reached::ForcedStop) => door.stopped(machine)?,
+            Ok(Reached::ForcedStop(position)) => door.stopped(machine, position)?,
+            Ok(Reached::Missed(missed)) => return Err(door.missed(machine, missed)),
             Err(RunError::StopRequested) => {
                 // Between two anchors: the log is complete up to the last one, and ends there.
                 door.broken_off(machine)?;
