@@ -35,4 +35,4 @@ pub use layout::{VirtioKind, VirtioWindow, virtio_windows};
 pub use schema::Payload;
 
 /// The guest's physical memory.
-pub type GuestRam = vm_memory::GuestMemoryMmap;
+pub type GuestRam = vm_memory::GuestMemoryMmap<vm_memory::bitmap::AtomicBitmap>;

@@ -11,7 +11,6 @@ use crate::fields::{
     check_len, get_array, get_text, get_u8, get_u16, get_u32, get_u64, get_varint, put_bytes, put_varint,
 };
 use crate::position::PositionSource;
-use crate::record::Cursor;
 use crate::session::{CpuIdentity, Hello, Welcome};
 
 /// Longest payload of one message.
@@ -312,8 +311,6 @@ fn put_welcome(out: &mut Vec<u8>, welcome: &Welcome) -> Result<(), LogError> {
     out.extend_from_slice(&welcome.config_digest.to_le_bytes());
     out.extend_from_slice(&welcome.cpuid_digest.to_le_bytes());
     put_bytes(out, "host name", welcome.host_name.as_bytes(), MAX_NAME_BYTES)?;
-    out.extend_from_slice(&welcome.start.time.0.to_le_bytes());
-    out.extend_from_slice(&welcome.start.anchor.to_le_bytes());
     Ok(())
 }
 
@@ -325,10 +322,6 @@ fn get_welcome(input: &mut &[u8]) -> Result<Welcome, LogError> {
         config_digest: get_u64(input, "configuration digest")?,
         cpuid_digest: get_u64(input, "CPUID digest")?,
         host_name: get_text(input, "host name", MAX_NAME_BYTES)?,
-        start: Cursor {
-            time: GuestTime(get_u64(input, "start time")?),
-            anchor: get_u64(input, "start anchor")?,
-        },
     })
 }
 

@@ -18,7 +18,6 @@ use thiserror::Error;
 
 use crate::message::{Ack, Batch};
 use crate::position::PositionSource;
-use crate::record::Cursor;
 
 /// The CPU that a host's guest runs on (CPUID leaves 0 and 1, family and model with their extensions).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -78,8 +77,6 @@ pub struct Welcome {
     pub cpuid_digest: u64,
     /// The name of the primary's host.
     pub host_name: String,
-    /// What the first entry behind the snapshot is relative to.
-    pub start: Cursor,
 }
 
 /// What a primary demands of a backup.

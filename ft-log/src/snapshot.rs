@@ -10,7 +10,8 @@
 //! 3 End      tag u8 | crc32 u32 of all bytes before the crc32; nothing follows
 //! ```
 //!
-//! A page that no part holds is all zero. States: parts in any order, until `End`.
+//! A page that no part holds is all zero; of one that several hold, the last counts. States: parts in any order, until
+//! `End`.
 
 use std::io::{self, Read, Write};
 
@@ -165,6 +166,20 @@ impl<W: Write> SnapshotWriter<W> {
         }
         if !run.is_empty() {
             self.pages(gpa + run.start as u64, &bytes[run])?;
+        }
+        Ok(())
+    }
+
+    /// Adds memory that may be in the container already, whole pages, those of zeros too: the last content counts.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Range`].
+    pub fn memory_again(&mut self, gpa: u64, bytes: &[u8]) -> Result<(), SnapshotError> {
+        check_range(gpa, bytes.len())?;
+        let mut at = gpa;
+        for run in bytes.chunks(MAX_RUN_PAGES * PAGE_BYTES) {
+            self.pages(at, run)?;
+            at += run.len() as u64;
         }
         Ok(())
     }

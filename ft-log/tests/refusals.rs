@@ -299,7 +299,7 @@ fn a_snapshot_that_the_peer_breaks_off_says_why() {
 #[test]
 fn a_peer_of_another_version_is_refused_by_name() {
     let refused = read_preamble(&mut &b"VMFTLINK\x07\0\0\0"[..]).unwrap_err();
-    assert_eq!(refused.to_string(), "The peer speaks protocol version 7, this monitor speaks 4");
+    assert_eq!(refused.to_string(), "The peer speaks protocol version 7, this monitor speaks 5");
     let refused = read_preamble(&mut &b"GET / HT\x01\0\0\0"[..]).unwrap_err();
     assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
     assert!(matches!(read_preamble(&mut &b"VMFTLINK\x01\0\0"[..]), Err(StreamError::Io(_))));

@@ -65,7 +65,7 @@ const LONG_COPY: &str = "rep-movs";
 /// A stepped guest is interrupted once where others are so often.
 const STEP_INTERRUPTS: u32 = 3;
 /// Longest that an interrupt of a small guest may take, with a copy of 16 MiB between two of them.
-const INTERRUPT_MAX: Duration = Duration::from_millis(500);
+const INTERRUPT_MAX: Duration = Duration::from_secs(2);
 /// Exit status of `small_guests`.
 const MISSED: i32 = 5;
 

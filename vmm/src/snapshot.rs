@@ -7,13 +7,13 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 
-use devices::Payload;
-use ft_log::{Cursor, PAGE_BYTES, SnapshotPart, SnapshotReader, SnapshotWriter};
+use devices::{GuestRam, Payload};
+use ft_log::{Cursor, MAX_RUN_PAGES, PAGE_BYTES, Pages, SnapshotPart, SnapshotReader, SnapshotWriter};
 use thiserror::Error;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::guest::{GuestConfig, GuestError};
-use crate::kvm::{Kvm, KvmError};
+use crate::kvm::{Kvm, KvmError, page_numbers};
 use crate::machine::{Machine, MachineError};
 
 /// What can go wrong with a snapshot.
@@ -60,11 +60,21 @@ pub fn save<W: Write>(
     for payload in machine.save()? {
         writer.payload(&payload.kind, payload.version, &payload.bytes)?;
     }
-    let total_bytes: u64 = machine.ram().iter().map(GuestMemoryRegion::len).sum();
+    memory(machine.ram(), &mut writer, &mut progress)?;
+    Ok(writer.finish()?)
+}
+
+/// Writes all memory that may be other than zero; the guest may run meanwhile. Progress: bytes done, and in all.
+pub fn memory<W: Write>(
+    ram: &GuestRam,
+    writer: &mut SnapshotWriter<W>,
+    mut progress: impl FnMut(u64, u64),
+) -> Result<(), SnapshotError> {
+    let total_bytes: u64 = ram.iter().map(GuestMemoryRegion::len).sum();
     let mut done_bytes = 0;
     let mut chunk = vec![0; CHUNK_BYTES];
     let touched = Touched::open();
-    for region in machine.ram().iter() {
+    for region in ram.iter() {
         let mut offset = 0;
         while offset < region.len() {
             let take = (region.len() - offset).min(CHUNK_BYTES as u64);
@@ -75,10 +85,7 @@ pub fn save<W: Write>(
                 .map_err(|error| unreachable(error.to_string()))?;
             if touched.any(address as u64, take) {
                 let piece = &mut chunk[..take as usize];
-                machine
-                    .ram()
-                    .read_slice(piece, GuestAddress(gpa))
-                    .map_err(|error| unreachable(error.to_string()))?;
+                ram.read_slice(piece, GuestAddress(gpa)).map_err(|error| unreachable(error.to_string()))?;
                 writer.memory(gpa, piece)?;
             }
             offset += take;
@@ -86,7 +93,64 @@ pub fn save<W: Write>(
             progress(done_bytes, total_bytes);
         }
     }
-    Ok(writer.finish()?)
+    Ok(())
+}
+
+/// Writes these pages, whatever was written of them before; the guest may run meanwhile.
+pub fn pages_again<W: Write>(
+    ram: &GuestRam,
+    bitmaps: &[(u64, Vec<u64>)],
+    writer: &mut SnapshotWriter<W>,
+) -> Result<(), SnapshotError> {
+    let mut page = [0; PAGE_BYTES];
+    let mut runs = Runs::new(writer);
+    for number in page_numbers(bitmaps) {
+        let gpa = number * PAGE_BYTES as u64;
+        ram.read_slice(&mut page, GuestAddress(gpa))
+            .map_err(|error| SnapshotError::Memory { gpa, reason: error.to_string() })?;
+        runs.push(number, &page)?;
+    }
+    runs.finish()
+}
+
+/// As [`pages_again`], with pages that were copied.
+pub fn copies_again<W: Write>(pages: &Pages, writer: &mut SnapshotWriter<W>) -> Result<(), SnapshotError> {
+    let mut runs = Runs::new(writer);
+    pages.iter().try_for_each(|(number, page)| runs.push(number, page))?;
+    runs.finish()
+}
+
+/// Puts pages that follow each other together, which compresses better and faster.
+struct Runs<'a, W> {
+    writer: &'a mut SnapshotWriter<W>,
+    next: u64,
+    bytes: Vec<u8>,
+}
+
+impl<'a, W: Write> Runs<'a, W> {
+    fn new(writer: &'a mut SnapshotWriter<W>) -> Self {
+        Self { writer, next: 0, bytes: Vec::with_capacity(MAX_RUN_PAGES * PAGE_BYTES) }
+    }
+
+    fn push(&mut self, number: u64, page: &[u8; PAGE_BYTES]) -> Result<(), SnapshotError> {
+        if number != self.next || self.bytes.len() == self.bytes.capacity() {
+            self.flush()?;
+        }
+        self.bytes.extend_from_slice(page);
+        self.next = number + 1;
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), SnapshotError> {
+        let pages = (self.bytes.len() / PAGE_BYTES) as u64;
+        self.writer.memory_again((self.next - pages) * PAGE_BYTES as u64, &self.bytes)?;
+        self.bytes.clear();
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<(), SnapshotError> {
+        self.flush()
+    }
 }
 
 /// Knows which memory of this process has ever been touched. What has not is all zero, and reading it would cost

@@ -52,7 +52,6 @@ pub fn messages() -> Vec<Message> {
             config_digest: 0x1111_2222_3333_4444,
             cpuid_digest: 0x5555_6666_7777_8888,
             host_name: "alpha".into(),
-            start: START,
         }),
         Message::Refuse { reason: "No".into() },
         Message::Snapshot(b"piece".to_vec()),

@@ -236,6 +236,13 @@ impl LiveSide {
             joins,
             events,
             view: Arc::clone(&shared.view),
+            ask: {
+                let stop = stop.clone();
+                Arc::new(move || {
+                    stop.wake();
+                    stop.kick();
+                })
+            },
         });
         let supervisor = supervisor(&side, &shared, heartbeats, Arc::clone(&deferral), &stop);
         spawn("supervisor", move || supervisor.run(&event_queue))?;

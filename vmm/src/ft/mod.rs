@@ -20,3 +20,4 @@ pub mod link;
 pub mod output_gate;
 pub mod primary;
 pub mod supervise;
+pub mod transfer;

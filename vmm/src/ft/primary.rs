@@ -3,8 +3,8 @@
 //! Owns: the encoder, and the threads of one backup's connection. Must never: let an effect past the output
 //! gate, or wait for the backup except to slow the guest down.
 //!
-//! A backup joins at a boundary: the guest stands still while its snapshot is sent, and the log goes on from
-//! exactly that position, so that every event is either before or after the snapshot.
+//! A backup joins while the guest runs (`transfer.rs`): when little is left to be sent, the guest stops at a boundary for
+//! that, and the log goes on from exactly this position, so that every event is either before or after the snapshot.
 
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use ft_log::{
 use super::link::{Counted, Link, Mood, Outgoing, Phase};
 use super::output_gate::{OutputGate, Room};
 use super::supervise::LinkEvent;
+use super::transfer::{self, Copied, Transfer};
 use crate::guest::GuestConfig;
 use crate::machine::Machine;
 use crate::outlet::Outlet;
@@ -37,6 +38,8 @@ const PACE_FULL: Duration = Duration::from_millis(120);
 /// the one; more than the other would not be smooth.
 const PACE_PAUSE_MIN: Duration = Duration::from_millis(1);
 const PACE_PAUSE_MAX: Duration = Duration::from_millis(5);
+/// Longest pause at one boundary of a guest that writes as fast as it can be sent.
+const TRANSFER_PAUSE_MAX: Duration = Duration::from_millis(50);
 /// A backup that takes no bytes for this long while it is being fed is given up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one wait for room in the gate takes before it is repeated.
@@ -61,7 +64,8 @@ pub struct PairLog {
     link: Arc<Link>,
     gate: Arc<OutputGate<Outlet>>,
     joins: Receiver<Join>,
-    waiting_join: Option<Join>,
+    joining: Option<Joining>,
+    ask: Arc<dyn Fn() + Send + Sync>,
     events: Sender<LinkEvent>,
     view: Arc<AtomicU64>,
     encoder: Option<Encoder>,
@@ -70,6 +74,13 @@ pub struct PairLog {
     pause_due: Duration,
     sender: Option<JoinHandle<()>>,
     had_backup: bool,
+}
+
+/// A backup that is being given the guest.
+struct Joining {
+    join: Join,
+    transfer: Transfer,
+    started: Instant,
 }
 
 /// What [`PairLog::new`] needs.
@@ -88,19 +99,22 @@ pub struct PairParts {
     pub events: Sender<LinkEvent>,
     /// The present view.
     pub view: Arc<AtomicU64>,
+    /// Gets the vCPU's thread to a boundary.
+    pub ask: Arc<dyn Fn() + Send + Sync>,
 }
 
 impl PairLog {
     /// A log without a backup yet.
     pub fn new(parts: PairParts) -> Self {
-        let PairParts { config, host, link, gate, joins, events, view } = parts;
+        let PairParts { config, host, link, gate, joins, events, view, ask } = parts;
         Self {
             config,
             host,
             link,
             gate,
             joins,
-            waiting_join: None,
+            joining: None,
+            ask,
             events,
             view,
             encoder: None,
@@ -117,77 +131,102 @@ impl PairLog {
         self.had_backup
     }
 
-    /// Sends the guest to the backup and starts the log behind it. The machine has been settled.
-    fn pair_with(&mut self, machine: &mut Machine, join: Join) -> Result<(), RunError> {
-        let started = Instant::now();
-        let cursor = snapshot::cursor(machine);
-        let stream = &join.stream;
-        stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(StreamError::Io)?;
-        // From here on heartbeats tell whether the backup lives, however long it takes to load.
-        stream.set_read_timeout(None).map_err(StreamError::Io)?;
-        let mut frames = FrameWriter::new(stream);
-        frames.send(&Message::Welcome(Welcome {
+    /// Starts to send the guest to a backup.
+    fn begin_transfer(&mut self, machine: &mut Machine, join: Join) -> Result<(), RunError> {
+        let log = machine.start_transfer()?;
+        let (transfer, copying) = transfer::begin(log.clone());
+        let welcome = Welcome {
             view: self.view.load(Ordering::SeqCst),
             guest_name: self.config.name.clone(),
             memory_bytes: self.config.memory_bytes,
             config_digest: self.config.digest(),
             cpuid_digest: self.config.cpuid_digest(),
             host_name: self.host.clone(),
-            start: cursor,
-        }))?;
-        let mut percent = 0;
-        let sink = snapshot::save(machine, &self.config, frames.snapshot(), |done, total| {
-            let now = done * 100 / total.max(1);
-            if now / 25 > percent / 25 {
-                tracing::info!(percent = now, "sending the guest to {}", join.host);
+        };
+        let stream = join.stream.try_clone().map_err(StreamError::Io)?;
+        stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(StreamError::Io)?;
+        // From here on heartbeats tell whether the backup lives, however long it takes to load.
+        stream.set_read_timeout(None).map_err(StreamError::Io)?;
+        let (config, ask, link) = (self.config.to_payload(), Arc::clone(&self.ask), Arc::clone(&self.link));
+        let (events, backup) = (self.events.clone(), join.host.clone());
+        let send = move || {
+            let copied = Copied { stream: &stream, welcome, backup: &backup, config, log: &log, ask: &*ask };
+            if let Err(error) = copying.run(&copied) {
+                let why = format!("it could not be given the guest: {}", with_causes(&error));
+                tracing::warn!(%backup, "{why}");
+                let _ = stream.shutdown(Shutdown::Both);
+                // Of interest if the guest's log follows already.
+                let _ = events.send(LinkEvent::Down(why));
+                return;
             }
-            percent = now;
-        })?;
-        sink.finish()?;
-        machine.start_checkpoints()?;
+            send_batches(&link, stream, &events);
+        };
+        self.sender = Some(spawn("log-sender", send)?);
+        self.joining = Some(Joining { join, transfer, started: Instant::now() });
+        Ok(())
+    }
+
+    /// Hands over what is left of the guest, and starts the log behind it. The machine has been settled.
+    fn finish_transfer(&mut self, machine: &mut Machine, joining: Joining) -> Result<(), RunError> {
+        let Joining { join, transfer, started } = joining;
+        let stopped = Instant::now();
+        let (input, stream) = match (join.stream.try_clone(), join.stream.try_clone()) {
+            (Ok(input), Ok(stream)) => (input, stream),
+            (Err(error), _) | (_, Err(error)) => return Err(StreamError::Io(error).into()),
+        };
+        let last = machine.last_part(&transfer.log)?;
+        let (rounds, pages) = transfer.figures();
+        let last_pages = last.1.len();
         self.link.attach(machine.anchors());
         self.gate.protect();
-        self.encoder = Some(Encoder::new(cursor));
+        self.encoder = Some(Encoder::new(snapshot::cursor(machine)));
         self.checked = machine.anchors();
-        self.start_threads(&join)?;
-        let _ = self.events.send(LinkEvent::Paired {
-            stream: join.stream.try_clone().map_err(StreamError::Io)?,
-            address: join.address,
-        });
+        let (link, gate, events) = (Arc::clone(&self.link), Arc::clone(&self.gate), self.events.clone());
+        spawn("log-acks", move || receive_acks(&link, &gate, input, &events))?;
+        let _ = self.events.send(LinkEvent::Paired { stream, address: join.address });
+        transfer.finish(last);
         tracing::info!(
             backup = %join.host,
             anchor = machine.anchors(),
-            pause_ms = started.elapsed().as_millis() as u64,
-            "the backup has the guest's snapshot; output now waits for its acknowledgement"
+            took_ms = started.elapsed().as_millis() as u64,
+            rounds,
+            pages_again = pages,
+            last_pages,
+            pause_ms = stopped.elapsed().as_millis() as u64,
+            "the backup gets the rest of the guest; output now waits for its acknowledgement"
         );
         Ok(())
     }
 
-    fn start_threads(&mut self, join: &Join) -> Result<(), RunError> {
-        let clone = || join.stream.try_clone().map_err(StreamError::Io);
-        let (out, input) = (clone()?, clone()?);
-        let (link, events) = (Arc::clone(&self.link), self.events.clone());
-        let spawn = |name: &str, body: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new().name(name.into()).spawn(body).map_err(StreamError::Io)
-        };
-        self.sender = Some(spawn("log-sender", Box::new(move || send_batches(&link, out, &events)))?);
-        let (link, gate, events) = (Arc::clone(&self.link), Arc::clone(&self.gate), self.events.clone());
-        spawn("log-acks", Box::new(move || receive_acks(&link, &gate, input, &events)))?;
-        Ok(())
+    /// Tells a backup that it cannot join.
+    fn turn_away(join: &Join, reason: &str) {
+        tracing::warn!(backup = %join.host, "a backup is turned away: {reason}");
+        // It may be gone already.
+        let _ = FrameWriter::new(&join.stream).send(&Message::Refuse { reason: reason.into() });
     }
 
-    /// Slows the guest while the backup's execution lags, the more the further it is behind.
+    /// Slows the guest while the backup's execution lags, the more the further it is behind; or while it writes as fast
+    /// as it can be sent.
     fn pace(&mut self) {
-        let lag = self.link.lag();
-        if lag > PACE_FROM {
-            let over = (lag - PACE_FROM).as_secs_f64() / (PACE_FULL - PACE_FROM).as_secs_f64();
-            self.pause_due += self.paced_at.elapsed().mul_f64(4.0 * over.min(1.0));
+        let (pause_per_run, longest) = match &self.joining {
+            Some(joining) => {
+                let percent = f64::from(joining.transfer.slower_percent());
+                (percent / (100.0 - percent), TRANSFER_PAUSE_MAX)
+            }
+            None => {
+                let over = self.link.lag().saturating_sub(PACE_FROM).as_secs_f64()
+                    / (PACE_FULL - PACE_FROM).as_secs_f64();
+                (4.0 * over.min(1.0), PACE_PAUSE_MAX)
+            }
+        };
+        if pause_per_run > 0.0 {
+            self.pause_due += self.paced_at.elapsed().mul_f64(pause_per_run);
         } else {
             self.pause_due = Duration::ZERO;
         }
         if self.pause_due >= PACE_PAUSE_MIN {
             let started = Instant::now();
-            std::thread::sleep(self.pause_due.min(PACE_PAUSE_MAX));
+            std::thread::sleep(self.pause_due.min(longest));
             let paused = started.elapsed();
             self.pause_due = self.pause_due.saturating_sub(paused);
             self.link.paced(paused);
@@ -237,7 +276,7 @@ impl LogSink for PairLog {
                 room = self.gate.wait_for_room(GATE_WAIT);
             }
         }
-        if seq.is_some() {
+        if seq.is_some() || self.joining.is_some() {
             self.pace();
         }
         Ok(())
@@ -260,40 +299,42 @@ impl LogSink for PairLog {
         Ok(pages)
     }
 
+    fn wants_boundary(&self) -> bool {
+        self.joining.as_ref().is_some_and(|joining| joining.transfer.is_ready())
+    }
+
     fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError> {
         if self.encoder.is_some() {
             machine.renew_base()?;
-        } else {
+        } else if self.joining.as_ref().is_none_or(|joining| joining.transfer.has_failed()) {
+            self.joining = None;
             machine.end_checkpoints()?;
         }
-        if self.waiting_join.is_none() && self.joins.is_empty() {
-            return Ok(false);
+        if let Ok(join) = self.joins.try_recv() {
+            if self.link.phase() != Phase::Alone {
+                Self::turn_away(&join, "this guest has a backup already");
+            } else if self.joining.is_some() {
+                Self::turn_away(&join, "another backup is joining at this moment");
+            } else if let Err(error) = self.begin_transfer(machine, join) {
+                tracing::warn!(error = %with_causes(&error), "a backup cannot be given the guest; it goes on without");
+            } else {
+                // What an earlier backup left.
+                self.encoder = None;
+            }
         }
-        let Some(join) = self.waiting_join.take().or_else(|| self.joins.try_recv().ok()) else {
-            return Ok(false);
-        };
-        if self.link.phase() != Phase::Alone {
-            tracing::warn!(backup = %join.host, "a backup came while there was one; it is turned away");
-            // It may be gone already.
-            let _ = FrameWriter::new(&join.stream)
-                .send(&Message::Refuse { reason: "this guest has a backup already".into() });
-            return Ok(false);
+        if self.wants_boundary() && machine.settle()? {
+            let Some(joining) = self.joining.take() else { return Ok(false) };
+            self.finish_transfer(machine, joining)?;
+            return Ok(true);
         }
-        self.encoder = None;
-        if !machine.settle()? {
-            self.waiting_join = Some(join);
-            return Ok(false);
-        }
-        let host = join.host.clone();
-        if let Err(error) = self.pair_with(machine, join) {
-            tracing::warn!(backup = %host, error = %with_causes(&error), "the backup could not be given the guest; it goes on without");
-            return Ok(false);
-        }
-        Ok(true)
+        Ok(false)
     }
 
     fn finish(&mut self, machine: &Machine) -> Result<(), RunError> {
         let ended = machine.end().is_some();
+        if let Some(joining) = self.joining.take() {
+            let _ = joining.join.stream.shutdown(Shutdown::Both);
+        }
         self.had_backup = self.link.phase() != Phase::Alone;
         if let Some(mut encoder) = self.encoder.take() {
             if ended {
@@ -318,6 +359,10 @@ impl LogSink for PairLog {
     fn may_break_off(&self) -> bool {
         true
     }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StreamError> {
+    std::thread::Builder::new().name(name.into()).spawn(body).map_err(StreamError::Io)
 }
 
 fn send_batches(link: &Link, stream: TcpStream, events: &Sender<LinkEvent>) {

@@ -1,7 +1,7 @@
-//! Which pages of guest memory the guest itself has written: KVM's dirty log.
+//! Which pages of guest memory were written: by the guest itself, KVM's dirty log; by its devices, the memory's own.
 //!
-//! Owns: the memory slots' tracking. Must never: take part in anything else than finding out what differs; what the
-//! devices write is not in it.
+//! Owns: the memory slots' tracking. Must never: take part in anything else than finding out what differs. Followers'
+//! devices write what the primary's do, so only a guest on its way to a follower ([`DirtyLog`]) needs theirs.
 //! States: off -> on, everything counts as written -> pages marked clean count again once they are written.
 //!
 //! A clean page costs the guest a fault at its next write, one that is left as written costs nothing.
@@ -11,7 +11,11 @@ use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
     kvm_userspace_memory_region,
 };
+use std::sync::Arc;
+
+use devices::GuestRam;
 use kvm_ioctls::VmFd;
+use vm_memory::GuestMemoryBackend;
 
 use super::{KvmError, enable_cap};
 
@@ -41,7 +45,7 @@ pub fn page_numbers(bitmaps: &[(u64, Vec<u64>)]) -> impl Iterator<Item = u64> {
 }
 
 /// Guest memory as KVM has it, with or without tracking.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Slots {
     slots: Vec<kvm_userspace_memory_region>,
     tracked: bool,
@@ -105,6 +109,11 @@ impl Slots {
         bitmaps.try_for_each(|(index, (_, mut bits))| self.mark_clean(vm, index, &mut bits))
     }
 
+    /// For other threads: this guest's log.
+    pub(super) fn log(&self, vm: &Arc<VmFd>, ram: &GuestRam) -> DirtyLog {
+        DirtyLog { vm: Arc::clone(vm), slots: self.clone(), ram: ram.clone() }
+    }
+
     /// Makes the vCPU forget address translations. KVM does that for itself whenever it protects a page, so one page
     /// that counts as written is marked clean. Only for a guest whose log nobody else reads.
     pub(super) fn flush_translations(&mut self, vm: &VmFd) -> Result<(), KvmError> {
@@ -123,6 +132,37 @@ impl Slots {
         bits.fill(0);
         bits[word] = lowest;
         self.mark_clean(vm, 0, &mut bits).map(|()| true)
+    }
+}
+
+/// What is written to the memory of a tracked guest, by itself and by its devices. Any thread may look, also while the
+/// guest runs.
+#[derive(Clone)]
+pub struct DirtyLog {
+    vm: Arc<VmFd>,
+    slots: Slots,
+    ram: GuestRam,
+}
+
+impl DirtyLog {
+    /// Whose memory it is.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// The pages written since the last call, as [`page_numbers`] takes them. From now on they count as clean: whoever
+    /// copies them afterwards and looks here again misses nothing.
+    pub fn take(&self) -> Result<Vec<(u64, Vec<u64>)>, KvmError> {
+        let mut written = self.slots.written(&self.vm)?;
+        for (index, (_, bits)) in written.iter().enumerate() {
+            self.slots.mark_clean(&self.vm, index, &mut bits.clone())?;
+        }
+        // The memory's regions are the slots, in their order.
+        for ((_, bits), region) in written.iter_mut().zip(self.ram.iter()) {
+            let by_devices = (**region).bitmap().get_and_reset();
+            bits.iter_mut().zip(by_devices).for_each(|(bits, more)| *bits |= more);
+        }
+        Ok(written)
     }
 }
 

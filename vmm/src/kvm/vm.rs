@@ -3,6 +3,8 @@
 //! Owns: the KVM system and VM handles. Must never: create an in-kernel interrupt controller, timer or
 //! eventfd binding; each would reach the guest past the log.
 
+use std::sync::Arc;
+
 use devices::GuestRam;
 use kvm_bindings::{
     CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_EXCEPTION_PAYLOAD, KVM_MAX_CPUID_ENTRIES,
@@ -11,7 +13,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::dirty::{self, Slots};
+use super::dirty::{self, DirtyLog, Slots};
 use super::fitness::{self, Unfit, host_flavour};
 use super::{KvmError, Vcpu, enable_cap, msr};
 
@@ -89,14 +91,14 @@ impl Kvm {
                 .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
             slots.push(region);
         }
-        Ok(Vm { fd, _ram: ram, slots: Slots::new(slots) })
+        Ok(Vm { fd: Arc::new(fd), ram, slots: Slots::new(slots) })
     }
 }
 
 /// One virtual machine.
 pub struct Vm {
-    fd: VmFd,
-    _ram: GuestRam,
+    fd: Arc<VmFd>,
+    ram: GuestRam,
     slots: Slots,
 }
 
@@ -119,6 +121,11 @@ impl Vm {
     /// Marks all pages as clean.
     pub fn mark_all_clean(&self) -> Result<(), KvmError> {
         self.slots.mark_all_clean(&self.fd)
+    }
+
+    /// For other threads: what is written from now on. Writes are tracked.
+    pub fn dirty_log(&self) -> DirtyLog {
+        self.slots.log(&self.fd, &self.ram)
     }
 
     /// Makes the vCPU forget what it remembers of the guest's page tables; memory may have changed below it. What

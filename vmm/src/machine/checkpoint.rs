@@ -20,7 +20,7 @@ use ft_log::{Checkpoint, PAGE_BYTES, Pages, SnapshotPart, SnapshotReader, Snapsh
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Machine, MachineError};
-use crate::kvm::page_numbers;
+use crate::kvm::{DirtyLog, page_numbers};
 
 /// Written pages from which the base is renewed, 16 MiB.
 const RENEW_PAGES: u64 = 4_096;
@@ -90,7 +90,15 @@ impl Machine {
         self.mark_all_clean()
     }
 
-    /// Nobody needs checkpoints any more.
+    /// What is written from now on, for a thread that copies the guest while it runs.
+    pub fn start_transfer(&mut self) -> Result<DirtyLog, MachineError> {
+        self.vm.track_writes(true)?;
+        let log = self.vm.dirty_log();
+        log.take()?;
+        Ok(log)
+    }
+
+    /// Nobody needs checkpoints or a transfer any more.
     pub fn end_checkpoints(&mut self) -> Result<(), MachineError> {
         self.written = None;
         Ok(self.vm.track_writes(false)?)
@@ -127,22 +135,36 @@ impl Machine {
     pub fn checkpoint(&mut self) -> Result<Checkpoint, MachineError> {
         let state = state_bytes(&self.save()?).map_err(bad_state)?;
         let bitmaps = self.vm.written_pages()?;
+        let pages = self.copy(&bitmaps)?;
         let Some(written) = &mut self.written else {
             return Err(MachineError::BadState("nobody has asked for checkpoints of it".into()));
         };
-        let mut pages = Pages::default();
-        let mut page = [0; PAGE_BYTES];
-        for number in page_numbers(&bitmaps) {
-            self.ram
-                .read_slice(&mut page, GuestAddress(number * PAGE_BYTES as u64))
-                .map_err(|error| MachineError::BadState(format!("page {number:#x}: {error}")))?;
-            pages.push(number, &page);
-        }
         for (index, mut bits) in written.next_part(&bitmaps).into_iter().enumerate() {
             self.vm.mark_clean(index, &mut bits)?;
         }
         written.base_at = Instant::now();
         Ok(Checkpoint { state, pages })
+    }
+
+    /// The rest of a guest of which everything but what is new in `log` was copied while it ran. It has been settled.
+    /// From here on checkpoints can be taken for whoever has all of that.
+    pub fn last_part(&mut self, log: &DirtyLog) -> Result<(Vec<Payload>, Pages), MachineError> {
+        let state = self.save()?;
+        let pages = self.copy(&log.take()?)?;
+        self.written = Some(Written::new());
+        Ok((state, pages))
+    }
+
+    fn copy(&self, bitmaps: &[(u64, Vec<u64>)]) -> Result<Pages, MachineError> {
+        let mut pages = Pages::default();
+        let mut page = [0; PAGE_BYTES];
+        for number in page_numbers(bitmaps) {
+            self.ram
+                .read_slice(&mut page, GuestAddress(number * PAGE_BYTES as u64))
+                .map_err(|error| MachineError::BadState(format!("page {number:#x}: {error}")))?;
+            pages.push(number, &page);
+        }
+        Ok(pages)
     }
 
     /// Makes this guest the one of `checkpoint`. It stands at the boundary before the stop.

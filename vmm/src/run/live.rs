@@ -39,6 +39,10 @@ pub trait LogSink {
     }
     /// The guest stands at a forced stop, which a follower has to find. Answers how many pages that took.
     fn stopped(&mut self, machine: &mut Machine, position: Position) -> Result<u64, RunError>;
+    /// Is [`Self::at_boundary`] to be called soon, even if the guest makes no exits? It has no follower then.
+    fn wants_boundary(&self) -> bool {
+        false
+    }
     /// A chance to look after the log's other end. The machine stands at a boundary. True: a snapshot was
     /// taken here and the log starts anew.
     fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError>;
@@ -192,6 +196,9 @@ impl<L: LogSink> Clock for Live<L> {
     fn kicked(&mut self, machine: &Machine) -> Result<Kicked, RunError> {
         if self.stop.load(Ordering::Relaxed) && self.log.may_break_off() {
             return Err(RunError::StopRequested);
+        }
+        if self.log.wants_boundary() {
+            return Ok(Kicked::Stop);
         }
         if !self.deferral.is_due() {
             return Ok(Kicked::GoOn);

@@ -1,0 +1,215 @@
+//! A guest on its way to a backup while it runs.
+//!
+//! Owns: the thread that copies it, and when the rest is small enough to stop for. Must never: touch the guest; the
+//! vCPU's thread hands over what has to be of one moment.
+//!
+//! ```text
+//!   all memory ── what was written meanwhile ── again ── little is left ──> ready
+//!       │                    └── not getting less: the guest is slowed ──┘     │ the vCPU's thread, at a boundary:
+//!       │                                                                      v  Transfer::finish
+//!       └─ the connection breaks: failed, nothing else happens          the rest, state ── sent ──> log sender
+//! ```
+
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use devices::Payload;
+use ft_log::{FrameWriter, Message, Pages, SnapshotWriter, StreamError, Welcome};
+use thiserror::Error;
+
+use crate::kvm::{DirtyLog, KvmError};
+use crate::snapshot::{self, SnapshotError};
+
+/// Written pages for which the guest may stop: 1 MiB.
+const LAST_PAGES: u64 = 256;
+/// Rounds after which the guest stops for whatever is left.
+const ROUNDS_MAX: u32 = 30;
+/// A round that leaves more than this part of what the one before left does not get anywhere.
+const PROGRESS_NUMERATOR: u64 = 3;
+const PROGRESS_DENOMINATOR: u64 = 4;
+/// How much of its time the guest is kept from running, in percent, one step after the other.
+const SLOWER_PERCENT: [u32; 4] = [0, 50, 75, 90];
+/// Pause between two attempts to get the vCPU's thread to a boundary.
+const ASK_EVERY: Duration = Duration::from_millis(5);
+
+/// Why a guest did not get to a backup.
+#[derive(Debug, Error)]
+pub enum TransferError {
+    /// The connection.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// Reading the guest, or writing it.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// Finding out what it has written.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The vCPU's thread is gone.
+    #[error("the guest has ended")]
+    Ended,
+}
+
+/// What has to be of one moment: state, and the pages that are not sent yet.
+pub type LastPart = (Vec<Payload>, Pages);
+
+/// Where a transfer is. Shared by its thread and the vCPU's.
+#[derive(Debug, Default)]
+struct Progress {
+    ready: AtomicBool,
+    failed: AtomicBool,
+    slower_percent: AtomicU32,
+    rounds: AtomicU32,
+    pages: AtomicU64,
+}
+
+/// The vCPU thread's end of a transfer.
+pub struct Transfer {
+    progress: Arc<Progress>,
+    last_part: Sender<LastPart>,
+    /// What is written to the guest.
+    pub log: DirtyLog,
+}
+
+/// The copying thread's end.
+pub struct Copying {
+    progress: Arc<Progress>,
+    last_part: Receiver<LastPart>,
+}
+
+/// Both ends of a transfer. The copying thread gets a clone of `log`.
+pub fn begin(log: DirtyLog) -> (Transfer, Copying) {
+    let progress = Arc::new(Progress::default());
+    let (sender, last_part) = bounded(1);
+    let copying = Copying { progress: Arc::clone(&progress), last_part };
+    (Transfer { progress, last_part: sender, log }, copying)
+}
+
+impl Transfer {
+    /// Is so little left that the guest should stop for it?
+    pub fn is_ready(&self) -> bool {
+        self.progress.ready.load(Ordering::SeqCst) && !self.has_failed()
+    }
+
+    /// Did it break?
+    pub fn has_failed(&self) -> bool {
+        self.progress.failed.load(Ordering::SeqCst)
+    }
+
+    /// How much of its time the guest must not run, in percent.
+    pub fn slower_percent(&self) -> u32 {
+        self.progress.slower_percent.load(Ordering::Relaxed)
+    }
+
+    /// Rounds of copying so far, and pages in all.
+    pub fn figures(&self) -> (u32, u64) {
+        (self.progress.rounds.load(Ordering::Relaxed), self.progress.pages.load(Ordering::Relaxed))
+    }
+
+    /// Hands over what is left. From here on the guest's log has to follow.
+    pub fn finish(self, last: LastPart) {
+        // A thread that has failed since says so to the supervisor.
+        let _ = self.last_part.send(last);
+    }
+}
+
+/// What the copying thread needs.
+pub struct Copied<'a> {
+    /// Where it goes.
+    pub stream: &'a TcpStream,
+    /// What the backup is told first.
+    pub welcome: Welcome,
+    /// The backup's host.
+    pub backup: &'a str,
+    /// The guest's configuration.
+    pub config: Payload,
+    /// What is written meanwhile.
+    pub log: &'a DirtyLog,
+    /// Gets the vCPU's thread to a boundary.
+    pub ask: &'a dyn Fn(),
+}
+
+impl Copying {
+    /// Sends the guest. Returns when all of it was sent, with the vCPU's thread on its way behind it.
+    pub fn run(&self, copied: &Copied<'_>) -> Result<(), TransferError> {
+        let result = self.copy(copied);
+        if result.is_err() {
+            self.progress.failed.store(true, Ordering::SeqCst);
+            (copied.ask)();
+        }
+        result
+    }
+
+    fn copy(&self, copied: &Copied<'_>) -> Result<(), TransferError> {
+        let mut frames = FrameWriter::new(copied.stream);
+        frames.send(&Message::Welcome(copied.welcome.clone()))?;
+        let container = |error: ft_log::SnapshotError| TransferError::from(SnapshotError::from(error));
+        let mut writer = SnapshotWriter::new(frames.snapshot()).map_err(container)?;
+        let config = &copied.config;
+        writer.payload(&config.kind, config.version, &config.bytes).map_err(container)?;
+        let mut percent = 0;
+        snapshot::memory(copied.log.ram(), &mut writer, |done, total| {
+            let now = done * 100 / total.max(1);
+            if now / 25 > percent / 25 {
+                tracing::info!(percent = now, "sending the guest to {}", copied.backup);
+            }
+            percent = now;
+        })?;
+        self.rounds(copied, &mut writer)?;
+        let (state, pages) = self.wait_for_last_part(copied.ask)?;
+        for payload in state {
+            writer.payload(&payload.kind, payload.version, &payload.bytes).map_err(container)?;
+        }
+        snapshot::copies_again(&pages, &mut writer)?;
+        Ok(writer.finish().map_err(container)?.finish()?)
+    }
+
+    /// Sends what was written meanwhile until little is left.
+    fn rounds<W: std::io::Write>(
+        &self,
+        copied: &Copied<'_>,
+        writer: &mut SnapshotWriter<W>,
+    ) -> Result<(), TransferError> {
+        let (mut before, mut slower) = (u64::MAX, 0);
+        for round in 1..=ROUNDS_MAX {
+            let started = Instant::now();
+            let written = copied.log.take()?;
+            let pages: u64 =
+                written.iter().flat_map(|(_, bits)| bits).map(|word| u64::from(word.count_ones())).sum();
+            snapshot::pages_again(copied.log.ram(), &written, writer)?;
+            self.progress.rounds.store(round, Ordering::Relaxed);
+            self.progress.pages.fetch_add(pages, Ordering::Relaxed);
+            tracing::debug!(round, pages, took_ms = started.elapsed().as_millis() as u64, "sent again");
+            if pages <= LAST_PAGES {
+                return Ok(());
+            }
+            if pages > before / PROGRESS_DENOMINATOR * PROGRESS_NUMERATOR && slower + 1 < SLOWER_PERCENT.len()
+            {
+                slower += 1;
+                let percent = SLOWER_PERCENT[slower];
+                self.progress.slower_percent.store(percent, Ordering::Relaxed);
+                tracing::warn!(
+                    percent,
+                    "the guest writes as fast as it can be sent: it is kept from running for a part of its time"
+                );
+            }
+            before = pages;
+        }
+        tracing::warn!("the guest still writes much: it stops for what is left");
+        Ok(())
+    }
+
+    fn wait_for_last_part(&self, ask: &dyn Fn()) -> Result<LastPart, TransferError> {
+        self.progress.ready.store(true, Ordering::SeqCst);
+        loop {
+            ask();
+            match self.last_part.recv_timeout(ASK_EVERY) {
+                Ok(last) => return Ok(last),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(TransferError::Ended),
+            }
+        }
+    }
+}
