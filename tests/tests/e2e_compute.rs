@@ -39,6 +39,7 @@ fn main() -> ExitCode {
         Case::on_hosts("changing_page_tables_replay_equal", changing_page_tables_replay_equal),
         Case::on_hosts("computing_guest_replays_equal", computing_guest_replays_equal),
         Case::on_hosts("backup_that_misses_a_stop_gets_the_guest_anew", backup_that_misses_a_stop),
+        Case::on_hosts("backup_joins_while_the_guest_runs", backup_joins_while_the_guest_runs),
         Case::on_hosts("computing_guest_outlives_its_primary", computing_guest_outlives_its_primary),
     ]);
     SITE.close();
@@ -267,6 +268,41 @@ fn backup_that_misses_a_stop() -> TestResult {
         primary.kill(Signal::SIGKILL)?;
         println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
         more_replies(&client, 20)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
+
+/// Requests are answered while the guest is sent; a transfer that breaks is as if it had never been.
+fn backup_joins_while_the_guest_runs() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let guest = guest();
+        let primary = site.start_primary(1, &guest, &volume)?;
+        primary.wait_for_line(SERVICE_READY, LONG)?;
+        let client = site.client(Config::default())?;
+        more_replies(&client, 10)?;
+
+        let first = site.start_backup(2, 1, &guest, &volume)?;
+        primary.wait_for_line("percent=25", LONG)?;
+        first.kill(Signal::SIGKILL)?;
+        println!("{}", primary.wait_for_line("it could not be given the guest", LONG)?);
+        more_replies(&client, 10)?;
+        assert_eq!(volume.claims()?, ["guest.view-1"], "nobody was lost, so nobody has to claim anything");
+
+        let second = site.start_backup(2, 1, &guest, &volume)?;
+        second.wait_for_line("receiving the guest", LONG)?;
+        let before = client.answered();
+        println!("{}", primary.wait_for_line("the backup gets the rest of the guest", LONG)?);
+        let meanwhile = client.answered() - before;
+        assert!(meanwhile > 0, "no request was answered while the guest was sent");
+        println!("{meanwhile} requests answered while the guest was sent");
+        primary.wait_for_line(PROTECTED, LONG)?;
+        more_replies(&client, 10)?;
+        primary.kill(Signal::SIGKILL)?;
+        second.wait_for_line(TAKEOVER, SHORT)?;
+        more_replies(&client, 10)?;
         let report = client.stop(SHORT);
         println!("{}", report.summary());
         site.check(&report)
