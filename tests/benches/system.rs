@@ -224,7 +224,8 @@ fn snapshot_row(primary: &Monitor, backup: &Monitor) -> Outcome {
     row(
         "snapshot of a booted guest of 256 MiB",
         &format!(
-            "guest stands still for {} ms; loaded after {} ms",
+            "guest stands still for {} ms, then {} ms; loaded after {} ms",
+            ms(&sent, "first_pause_ms")?,
             ms(&sent, "pause_ms")?,
             ms(&following, "took_ms")?
         ),

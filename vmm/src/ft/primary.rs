@@ -81,6 +81,8 @@ struct Joining {
     join: Join,
     transfer: Transfer,
     started: Instant,
+    /// How long the guest stood still at the start.
+    first_pause: Duration,
 }
 
 /// What [`PairLog::new`] needs.
@@ -133,6 +135,7 @@ impl PairLog {
 
     /// Starts to send the guest to a backup.
     fn begin_transfer(&mut self, machine: &mut Machine, join: Join) -> Result<(), RunError> {
+        let started = Instant::now();
         let log = machine.start_transfer()?;
         let (transfer, copying) = transfer::begin(log.clone());
         let welcome = Welcome {
@@ -162,13 +165,13 @@ impl PairLog {
             send_batches(&link, stream, &events);
         };
         self.sender = Some(spawn("log-sender", send)?);
-        self.joining = Some(Joining { join, transfer, started: Instant::now() });
+        self.joining = Some(Joining { join, transfer, started, first_pause: started.elapsed() });
         Ok(())
     }
 
     /// Hands over what is left of the guest, and starts the log behind it. The machine has been settled.
     fn finish_transfer(&mut self, machine: &mut Machine, joining: Joining) -> Result<(), RunError> {
-        let Joining { join, transfer, started } = joining;
+        let Joining { join, transfer, started, first_pause } = joining;
         let stopped = Instant::now();
         let (input, stream) = match (join.stream.try_clone(), join.stream.try_clone()) {
             (Ok(input), Ok(stream)) => (input, stream),
@@ -192,6 +195,7 @@ impl PairLog {
             rounds,
             pages_again = pages,
             last_pages,
+            first_pause_ms = first_pause.as_millis() as u64,
             pause_ms = stopped.elapsed().as_millis() as u64,
             "the backup gets the rest of the guest; output now waits for its acknowledgement"
         );
