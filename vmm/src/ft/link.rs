@@ -271,9 +271,7 @@ impl Link {
             Mood::Idle => state.busy_since = None,
             Mood::Busy | Mood::Urgent => self.note_busy(&mut state),
         }
-        // While a checkpoint waits, the guest cannot be stopped for another.
-        let eager = state.pending.len() >= EAGER_BYTES || state.checkpoint.waiting.is_some();
-        if (mood == Mood::Urgent || eager) && !state.urgent {
+        if (mood == Mood::Urgent || state.pending.len() >= EAGER_BYTES) && !state.urgent {
             state.urgent = true;
             self.to_send.notify_one();
         }
