@@ -19,6 +19,11 @@ use vmft_tests::pair::{
     UNPROTECTED, Volume, count_from_environment, field,
 };
 
+#[path = "../../vmm/examples/small_guests/behaviours.rs"]
+mod behaviours;
+
+use behaviours::BEHAVIOURS;
+
 static SITE: SharedSite = SharedSite::new(2);
 
 /// Two endless loops in user space, and beside them fork and exec, disk writes with fsync, and frames.
@@ -46,19 +51,6 @@ fn main() -> ExitCode {
     status
 }
 
-/// What the small guests do, each in ring 0 and ring 3: see `vmm/examples/small_guests/code.rs`.
-const BEHAVIOURS: [&str; 10] = [
-    "loop",
-    "store",
-    "rep-movs",
-    "sti",
-    "self-modifying",
-    "fpu-sse",
-    "exception",
-    "page-fault",
-    "system-call",
-    "flags",
-];
 /// The one without any conditional branch that a forced stop could be named by.
 const NAMELESS: &str = "store";
 /// The one whose copy takes 2,097,152 steps.
@@ -247,14 +239,19 @@ fn computing_guest_replays_equal() -> TestResult {
     })
 }
 
+/// A primary without a backup, and a client of its guest.
+fn start_alone(site: &mut Site, guest: &Guest, volume: &Volume) -> Result<(Monitor, Client), Box<dyn Error>> {
+    let primary = site.start_primary(1, guest, volume)?;
+    primary.wait_for_line(SERVICE_READY, LONG)?;
+    Ok((primary, site.client(Config::default())?))
+}
+
 /// It must not take over with the guest that it has, even if the primary dies just then, and be a backup again.
 fn backup_that_misses_a_stop() -> TestResult {
     SITE.run(|site| {
         let volume = site.volume()?;
         let guest = guest();
-        let primary = site.start_primary(1, &guest, &volume)?;
-        primary.wait_for_line(SERVICE_READY, LONG)?;
-        let client = site.client(Config::default())?;
+        let (primary, client) = start_alone(site, &guest, &volume)?;
         let backup = site.start_backup_with(2, 1, &guest, &volume, &["--inject-missed-stop", "20"])?;
         println!("{}", backup.wait_for_line("asks for the guest anew", LONG)?);
         println!("{}", primary.wait_for_line("the backup left: Missed", SHORT)?);
@@ -279,9 +276,7 @@ fn backup_joins_while_the_guest_runs() -> TestResult {
     SITE.run(|site| {
         let volume = site.volume()?;
         let guest = guest();
-        let primary = site.start_primary(1, &guest, &volume)?;
-        primary.wait_for_line(SERVICE_READY, LONG)?;
-        let client = site.client(Config::default())?;
+        let (primary, client) = start_alone(site, &guest, &volume)?;
         more_replies(&client, 10)?;
 
         let first = site.start_backup(2, 1, &guest, &volume)?;

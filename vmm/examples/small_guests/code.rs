@@ -55,20 +55,6 @@ pub const EVERY_MS: u32 = 1_193;
 pub const EVERY_50_MS: u32 = 59_659;
 pub const TIMER_VECTOR: u32 = 0x20;
 
-/// What a guest does.
-pub const BEHAVIOURS: [&str; 10] = [
-    "loop",
-    "store",
-    "rep-movs",
-    "sti",
-    "self-modifying",
-    "fpu-sse",
-    "exception",
-    "page-fault",
-    "system-call",
-    "flags",
-];
-
 /// Exits of the entry code.
 pub const ENTRY_EXITS: usize = 13;
 

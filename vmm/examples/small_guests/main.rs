@@ -6,6 +6,7 @@
 //! RING` runs a guest by itself and step by step, to the same place. For tests on hosts with a KVM; see
 //! `tests/tests/e2e_compute.rs`.
 
+mod behaviours;
 mod code;
 
 use std::error::Error;
@@ -166,7 +167,7 @@ fn record(
     config.positions = source;
     machine.start_checkpoints()?;
     let mut writer = RecordingWriter::create(file)?;
-    snapshot::save(machine, config, writer.snapshot(), |_, _| {})?.finish()?;
+    snapshot::save(machine, config, writer.snapshot())?.finish()?;
     let encoder = Encoder::new(snapshot::cursor(machine));
 
     let (sender, receiver) = bounded(run::INBOX_EVENTS);
@@ -209,7 +210,7 @@ fn guest(
         Pace::Timer(divisor) => (None, divisor),
     };
     let body = code::body(behaviour, pause_turns).ok_or_else(|| {
-        format!("there is no behaviour '{behaviour}', only {}", code::BEHAVIOURS.join(", "))
+        format!("there is no behaviour '{behaviour}', only {}", behaviours::BEHAVIOURS.join(", "))
     })??;
     let kvm = Kvm::open()?;
     let memory_bytes = GuestConfig::memory_bytes(code::MEMORY_MIB)?;

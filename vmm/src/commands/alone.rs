@@ -35,7 +35,7 @@ pub fn record(file: &Path, args: &GuestArgs, positions: Wanted) -> Result<Ending
     prepared.machine.start_checkpoints().map_err(run::RunError::from)?;
     prepared.machine.settle().map_err(run::RunError::from)?;
     let sink = BufWriter::with_capacity(1 << 20, writer.snapshot());
-    let sink = snapshot::save(&prepared.machine, &prepared.config, sink, |_, _| {})?;
+    let sink = snapshot::save(&prepared.machine, &prepared.config, sink)?;
     finish_snapshot(sink)?;
     let encoder = Encoder::new(snapshot::cursor(&prepared.machine));
     play(prepared, stop, args.delivery.budget(), |outlet| FileLog::new(outlet, writer, encoder))

@@ -176,6 +176,7 @@ impl Read for Hurried<'_> {
     }
 }
 
-fn refuse(stream: &TcpStream, reason: String) -> Result<(), StreamError> {
+/// Tells a backup why it cannot join.
+pub(super) fn refuse(stream: &TcpStream, reason: String) -> Result<(), StreamError> {
     FrameWriter::new(stream).send(&Message::Refuse { reason })
 }

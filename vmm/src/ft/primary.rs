@@ -19,6 +19,7 @@ use ft_log::{
     Welcome,
 };
 
+use super::accept::refuse;
 use super::link::{Counted, Link, Mood, Outgoing, Phase};
 use super::output_gate::{OutputGate, Room};
 use super::supervise::LinkEvent;
@@ -171,12 +172,9 @@ impl PairLog {
 
     /// Hands over what is left of the guest, and starts the log behind it. The machine has been settled.
     fn finish_transfer(&mut self, machine: &mut Machine, joining: Joining) -> Result<(), RunError> {
-        let Joining { join, transfer, started, first_pause } = joining;
+        let Joining { join: Join { stream, host, address }, transfer, started, first_pause } = joining;
         let stopped = Instant::now();
-        let (input, stream) = match (join.stream.try_clone(), join.stream.try_clone()) {
-            (Ok(input), Ok(stream)) => (input, stream),
-            (Err(error), _) | (_, Err(error)) => return Err(StreamError::Io(error).into()),
-        };
+        let input = stream.try_clone().map_err(StreamError::Io)?;
         let last = machine.last_part(&transfer.log)?;
         let (rounds, pages) = transfer.figures();
         let last_pages = last.1.len();
@@ -186,10 +184,10 @@ impl PairLog {
         self.checked = machine.anchors();
         let (link, gate, events) = (Arc::clone(&self.link), Arc::clone(&self.gate), self.events.clone());
         spawn("log-acks", move || receive_acks(&link, &gate, input, &events))?;
-        let _ = self.events.send(LinkEvent::Paired { stream, address: join.address });
+        let _ = self.events.send(LinkEvent::Paired { stream, address });
         transfer.finish(last);
         tracing::info!(
-            backup = %join.host,
+            backup = %host,
             anchor = machine.anchors(),
             took_ms = started.elapsed().as_millis() as u64,
             rounds,
@@ -206,7 +204,7 @@ impl PairLog {
     fn turn_away(join: &Join, reason: &str) {
         tracing::warn!(backup = %join.host, "a backup is turned away: {reason}");
         // It may be gone already.
-        let _ = FrameWriter::new(&join.stream).send(&Message::Refuse { reason: reason.into() });
+        let _ = refuse(&join.stream, reason.into());
     }
 
     /// Slows the guest while the backup's execution lags, the more the further it is behind; or while it writes as fast

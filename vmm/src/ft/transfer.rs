@@ -20,7 +20,7 @@ use devices::Payload;
 use ft_log::{FrameWriter, Message, Pages, SnapshotWriter, StreamError, Welcome};
 use thiserror::Error;
 
-use crate::kvm::{DirtyLog, KvmError};
+use crate::kvm::{DirtyLog, KvmError, page_count};
 use crate::snapshot::{self, SnapshotError};
 
 /// Written pages for which the guest may stop: 1 MiB.
@@ -31,7 +31,7 @@ const ROUNDS_MAX: u32 = 30;
 const PROGRESS_NUMERATOR: u64 = 3;
 const PROGRESS_DENOMINATOR: u64 = 4;
 /// How much of its time the guest is kept from running, in percent, one step after the other.
-const SLOWER_PERCENT: [u32; 4] = [0, 50, 75, 90];
+const SLOWER_PERCENT: [u32; 3] = [50, 75, 90];
 /// Pause between two attempts to get the vCPU's thread to a boundary.
 const ASK_EVERY: Duration = Duration::from_millis(5);
 
@@ -172,12 +172,11 @@ impl Copying {
         copied: &Copied<'_>,
         writer: &mut SnapshotWriter<W>,
     ) -> Result<(), TransferError> {
-        let (mut before, mut slower) = (u64::MAX, 0);
+        let (mut before, mut slower) = (u64::MAX, SLOWER_PERCENT.into_iter());
         for round in 1..=ROUNDS_MAX {
             let started = Instant::now();
             let written = copied.log.take()?;
-            let pages: u64 =
-                written.iter().flat_map(|(_, bits)| bits).map(|word| u64::from(word.count_ones())).sum();
+            let pages = page_count(&written);
             snapshot::pages_again(copied.log.ram(), &written, writer)?;
             self.progress.rounds.store(round, Ordering::Relaxed);
             self.progress.pages.fetch_add(pages, Ordering::Relaxed);
@@ -185,10 +184,9 @@ impl Copying {
             if pages <= LAST_PAGES {
                 return Ok(());
             }
-            if pages > before / PROGRESS_DENOMINATOR * PROGRESS_NUMERATOR && slower + 1 < SLOWER_PERCENT.len()
+            if pages > before / PROGRESS_DENOMINATOR * PROGRESS_NUMERATOR
+                && let Some(percent) = slower.next()
             {
-                slower += 1;
-                let percent = SLOWER_PERCENT[slower];
                 self.progress.slower_percent.store(percent, Ordering::Relaxed);
                 tracing::warn!(
                     percent,

@@ -44,6 +44,11 @@ pub fn page_numbers(bitmaps: &[(u64, Vec<u64>)]) -> impl Iterator<Item = u64> {
     })
 }
 
+/// How many pages [`page_numbers`] names.
+pub fn page_count(bitmaps: &[(u64, Vec<u64>)]) -> u64 {
+    bitmaps.iter().flat_map(|(_, bits)| bits).map(|word| u64::from(word.count_ones())).sum()
+}
+
 /// Guest memory as KVM has it, with or without tracking.
 #[derive(Clone, Debug)]
 pub(super) struct Slots {
@@ -103,10 +108,13 @@ impl Slots {
         Ok(())
     }
 
-    /// Marks all pages as clean.
-    pub(super) fn mark_all_clean(&self, vm: &VmFd) -> Result<(), KvmError> {
-        let mut bitmaps = self.written(vm)?.into_iter().enumerate();
-        bitmaps.try_for_each(|(index, (_, mut bits))| self.mark_clean(vm, index, &mut bits))
+    /// As [`Self::written`], and marks all pages as clean.
+    pub(super) fn take(&self, vm: &VmFd) -> Result<Vec<(u64, Vec<u64>)>, KvmError> {
+        let written = self.written(vm)?;
+        for (index, (_, bits)) in written.iter().enumerate() {
+            self.mark_clean(vm, index, &mut bits.clone())?;
+        }
+        Ok(written)
     }
 
     /// For other threads: this guest's log.
@@ -153,10 +161,7 @@ impl DirtyLog {
     /// The pages written since the last call, as [`page_numbers`] takes them. From now on they count as clean: whoever
     /// copies them afterwards and looks here again misses nothing.
     pub fn take(&self) -> Result<Vec<(u64, Vec<u64>)>, KvmError> {
-        let mut written = self.slots.written(&self.vm)?;
-        for (index, (_, bits)) in written.iter().enumerate() {
-            self.slots.mark_clean(&self.vm, index, &mut bits.clone())?;
-        }
+        let mut written = self.slots.take(&self.vm)?;
         // The memory's regions are the slots, in their order.
         for ((_, bits), region) in written.iter_mut().zip(self.ram.iter()) {
             let by_devices = (**region).bitmap().get_and_reset();
@@ -174,6 +179,7 @@ mod tests {
     fn page_numbers_are_those_of_the_bits_from_the_piece_on() {
         let bitmaps = [(0, vec![0b101, 0, 1 << 63]), (0x10_0000, vec![2])];
         assert_eq!(page_numbers(&bitmaps).collect::<Vec<_>>(), [0, 2, 191, 0x10_0001]);
+        assert_eq!(page_count(&bitmaps), 4);
         assert_eq!(page_numbers(&[(7, vec![0])]).count(), 0);
     }
 }

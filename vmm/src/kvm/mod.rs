@@ -11,7 +11,7 @@ pub mod state;
 mod vcpu;
 mod vm;
 
-pub use dirty::{DirtyLog, page_numbers};
+pub use dirty::{DirtyLog, page_count, page_numbers};
 pub use fitness::{Unfit, host_flavour};
 pub use vcpu::{Exit, Vcpu, install_kick_handler, kick, kick_signal};
 pub use vm::{Kvm, Vm};

@@ -20,7 +20,7 @@ use ft_log::{Checkpoint, PAGE_BYTES, Pages, SnapshotPart, SnapshotReader, Snapsh
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Machine, MachineError};
-use crate::kvm::{DirtyLog, page_numbers};
+use crate::kvm::{DirtyLog, page_count, page_numbers};
 
 /// Written pages from which the base is renewed, 16 MiB.
 const RENEW_PAGES: u64 = 4_096;
@@ -128,7 +128,7 @@ impl Machine {
         if self.written.is_none() {
             return Ok(0);
         }
-        Ok(count(&self.vm.written_pages()?))
+        Ok(page_count(&self.vm.written_pages()?))
     }
 
     /// The guest as it is. It stands at a forced stop; [`Self::start_checkpoints`] was called.
@@ -186,10 +186,6 @@ impl Machine {
         self.vm.track_writes(true)?;
         Ok(self.vm.flush_translations()?)
     }
-}
-
-fn count(bitmaps: &[(u64, Vec<u64>)]) -> u64 {
-    bitmaps.iter().flat_map(|(_, bits)| bits).map(|word| ones(*word)).sum()
 }
 
 fn ones(word: u64) -> u64 {

@@ -1,0 +1,15 @@
+//! The names of what small guests do, for the program and for the tests that run it.
+
+/// Each in ring 0 and in ring 3.
+pub const BEHAVIOURS: [&str; 10] = [
+    "loop",
+    "store",
+    "rep-movs",
+    "sti",
+    "self-modifying",
+    "fpu-sse",
+    "exception",
+    "page-fault",
+    "system-call",
+    "flags",
+];
