@@ -1,27 +1,29 @@
 //! The datagram by which the two sides see each other alive.
 //!
-//! Owns: the 44 bytes of a [`Heartbeat`]. Must never: send one, or decide from one that the peer is dead.
+//! Owns: the 56 bytes of a [`Heartbeat`]. Must never: send one, or decide from one that the peer is dead.
 //!
 //! ```text
-//! magic "VMFTBEAT" | version u32 | view u64 | counter u64 | guest u64 | role u8 | reserved [u8; 3] = 0 | crc32 u32
+//! magic "VMFTBEAT" | version u32 | view u64 | counter u64 | guest u64 | role u8 | reserved [u8; 3] = 0 | tag [u8; 16]
 //! ```
 //!
-//! The crc32 (IEEE) covers all bytes before it. It guards against accidents; a datagram proves nothing about
-//! who sent it, so a heartbeat may delay a takeover and never cause one.
+//! The tag seals all bytes before it (`key.rs`) with a key of the pair's present connection, so that a datagram of an
+//! earlier connection, view or run does not open; within one connection the counter tells old from new. Without a
+//! secret the tag guards against accidents only. In any case a heartbeat may delay a takeover and never cause one.
 
 use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::LogError;
 use crate::fields::{get_array, get_u8, get_u32, get_u64};
+use crate::key::{SealKey, TAG_BYTES};
 
 /// Length of a heartbeat.
-pub const HEARTBEAT_BYTES: usize = 44;
+pub const HEARTBEAT_BYTES: usize = SEALED_BYTES + TAG_BYTES;
 /// Version of the heartbeat.
-pub const HEARTBEAT_VERSION: u32 = 1;
+pub const HEARTBEAT_VERSION: u32 = 2;
 
 const MAGIC: [u8; 8] = *b"VMFTBEAT";
-const CHECKED_BYTES: usize = HEARTBEAT_BYTES - 4;
+const SEALED_BYTES: usize = 40;
 
 /// What a side is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,14 +69,9 @@ pub enum HeartbeatError {
         /// The version found.
         found: u32,
     },
-    /// Changed on its way.
-    #[error("The heartbeat is damaged: its checksum is {computed:#010x}, it says {stored:#010x}")]
-    Checksum {
-        /// What the bytes give.
-        computed: u32,
-        /// What the last four bytes say.
-        stored: u32,
-    },
+    /// Changed on its way, of another connection, or made by somebody without the key.
+    #[error("The heartbeat is not sealed with this connection's key")]
+    Seal,
     /// A reserved byte is in use.
     #[error("A reserved byte of the heartbeat is not 0")]
     Reserved,
@@ -89,24 +86,23 @@ pub fn guest_name_hash(name: &str) -> u64 {
 }
 
 impl Heartbeat {
-    /// The datagram.
-    pub fn encode(&self) -> [u8; HEARTBEAT_BYTES] {
-        let mut bytes = [0; HEARTBEAT_BYTES];
-        bytes[..12].copy_from_slice(&crate::stream::header(MAGIC, HEARTBEAT_VERSION));
-        bytes[12..20].copy_from_slice(&self.view.to_le_bytes());
-        bytes[20..28].copy_from_slice(&self.counter.to_le_bytes());
-        bytes[28..36].copy_from_slice(&self.guest.to_le_bytes());
-        bytes[36] = self.role as u8;
-        let crc = crc32fast::hash(&bytes[..CHECKED_BYTES]);
-        bytes[CHECKED_BYTES..].copy_from_slice(&crc.to_le_bytes());
+    /// The datagram, sealed with `key`.
+    pub fn encode(&self, key: &SealKey) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(HEARTBEAT_BYTES);
+        bytes.extend_from_slice(&crate::stream::header(MAGIC, HEARTBEAT_VERSION));
+        for number in [self.view, self.counter, self.guest] {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes.extend_from_slice(&[self.role as u8, 0, 0, 0]);
+        key.seal(&mut bytes);
         bytes
     }
 
-    /// The heartbeat that a datagram holds.
+    /// The heartbeat that a datagram holds, if `key` has sealed it.
     ///
     /// # Errors
     /// Magic and version are judged before the length, so that another version is told by its name.
-    pub fn decode(datagram: &[u8]) -> Result<Self, HeartbeatError> {
+    pub fn decode(datagram: &[u8], key: &SealKey) -> Result<Self, HeartbeatError> {
         let short = |_| HeartbeatError::Length { len_bytes: datagram.len() };
         let input = &mut &*datagram;
         let magic = get_array(input, "magic").map_err(short)?;
@@ -120,11 +116,7 @@ impl Heartbeat {
         if datagram.len() != HEARTBEAT_BYTES {
             return Err(HeartbeatError::Length { len_bytes: datagram.len() });
         }
-        let stored = get_u32(&mut &datagram[CHECKED_BYTES..], "checksum").map_err(short)?;
-        let computed = crc32fast::hash(&datagram[..CHECKED_BYTES]);
-        if computed != stored {
-            return Err(HeartbeatError::Checksum { computed, stored });
-        }
+        key.open(datagram).ok_or(HeartbeatError::Seal)?;
         let heartbeat = Self::get_fields(input).map_err(HeartbeatError::Field)?;
         if get_array(input, "reserved bytes") != Ok([0; 3]) {
             return Err(HeartbeatError::Reserved);

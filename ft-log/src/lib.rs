@@ -3,10 +3,10 @@
 //! No KVM, no threads, no clock: sockets and files come in as `Read` and `Write`.
 //!
 //! ```text
-//! Event ─ record ─ codec ─────┐                      ┌─ TCP connection (session: who, in which order)
+//! Event ─ record ─ codec ─────┐                      ┌─ channel ─ TCP connection (session: who, in which order)
 //! guest at a stop ─ checkpoint ├─ message ─ stream ───┤
 //! machine ─── snapshot ────────┘                      └─ segment: recording file
-//! heartbeat: UDP, on its own
+//! heartbeat: UDP, on its own                       key: the secret for channel and heartbeat
 //! ```
 //!
 //! Every stream, file and datagram starts with a magic and a version that can be read alone. A monitor
@@ -14,6 +14,7 @@
 //! never valid, numbers are little-endian. The layouts are in `docs/log-format.md`; a change to one changes
 //! its version, that document and the change log together.
 
+mod channel;
 mod checkpoint;
 mod clock;
 mod codec;
@@ -22,6 +23,7 @@ mod error;
 mod event;
 mod fields;
 mod heartbeat;
+mod key;
 mod message;
 mod position;
 mod record;
@@ -30,6 +32,7 @@ mod session;
 mod snapshot;
 mod stream;
 
+pub use channel::{ChannelError, ChannelReader, ChannelWriter, OPENING_BYTES, Session};
 pub use checkpoint::{
     Checkpoint, CheckpointDecoder, CheckpointEncoder, CheckpointError, MAX_STATE_BYTES, Pages,
     REMEMBERED_PAGES,
@@ -42,6 +45,7 @@ pub use event::{
     DiskStatus, Event, GuestTime, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES,
 };
 pub use heartbeat::{HEARTBEAT_BYTES, HEARTBEAT_VERSION, Heartbeat, HeartbeatError, Role, guest_name_hash};
+pub use key::{KEY_BYTES, Key, KeyError, MAX_KEY_FILE_BYTES, SealKey, TAG_BYTES};
 pub use message::{
     Ack, Batch, ByeReason, LogPart, MAX_BATCH_ENTRIES_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES,
     MAX_TEXT_BYTES, Message, MessageKind,
@@ -58,5 +62,5 @@ pub use snapshot::{
 };
 pub use stream::{
     FRAME_HEADER_BYTES, FrameDecoder, FrameReader, FrameWriter, LINK_MAGIC, PROTOCOL_VERSION, SnapshotSink,
-    SnapshotSource, StreamError, read_preamble, write_preamble,
+    SnapshotSource, StreamError,
 };

@@ -1,11 +1,11 @@
 //! Framing of messages over any byte stream, writer and reader together.
 //!
-//! Owns: the connection preamble, the frame header, and snapshot bytes as a run of messages. Must never:
+//! Owns: a connection's magic and version, the frame header, and snapshot bytes as a run of messages. Must never:
 //! open a socket or a file, wait on a clock, or hand out a message whose checksum does not hold.
 //!
 //! ```text
-//! connection:  preamble from each side, then frames        recording: see segment.rs
-//! preamble:    magic "VMFTLINK" | version u32              (readable alone, whatever the version)
+//! connection:  see channel.rs, then frames                 recording: see segment.rs
+//! it starts:   magic "VMFTLINK" | version u32              (readable alone, whatever the version)
 //! frame:       kind u8 | version u8 | reserved u16 = 0 | payload length u32 | crc32 u32 | payload
 //!              crc32 (IEEE) covers the first 8 header bytes and the payload
 //! ```
@@ -20,9 +20,11 @@ use crate::error::LogError;
 use crate::message::{ByeReason, MAX_MESSAGE_BYTES, Message, MessageKind};
 
 /// Version of the connection protocol: of the messages, the entries and the snapshot that it carries.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 6;
 /// First bytes of a connection, from each side.
 pub const LINK_MAGIC: [u8; 8] = *b"VMFTLINK";
+/// Bytes of magic and version.
+pub(crate) const PREAMBLE_BYTES: usize = 12;
 /// Bytes of a frame before its payload.
 pub const FRAME_HEADER_BYTES: usize = 12;
 
@@ -121,20 +123,14 @@ impl StreamError {
     }
 }
 
-/// Sends this side's preamble.
-///
-/// # Errors
-/// [`StreamError::Io`].
-pub fn write_preamble(out: &mut impl Write) -> Result<(), StreamError> {
-    out.write_all(&header(LINK_MAGIC, PROTOCOL_VERSION)).map_err(StreamError::Io)
+/// Magic and version of a connection; what follows them is in `channel.rs`.
+pub(crate) fn preamble() -> [u8; PREAMBLE_BYTES] {
+    header(LINK_MAGIC, PROTOCOL_VERSION)
 }
 
-/// Reads the peer's preamble and checks that the peer speaks this version.
-///
-/// # Errors
-/// [`StreamError::Magic`], [`StreamError::Version`], or [`StreamError::Io`] if the bytes do not come.
-pub fn read_preamble(input: &mut impl Read) -> Result<(), StreamError> {
-    let (magic, version) = read_header(input).map_err(StreamError::Io)?;
+/// Checks that the peer speaks this version.
+pub(crate) fn check_preamble(mut bytes: &[u8]) -> Result<(), StreamError> {
+    let (magic, version) = read_header(&mut bytes).map_err(StreamError::Io)?;
     if magic != LINK_MAGIC {
         return Err(StreamError::Magic { found: magic });
     }
@@ -145,8 +141,8 @@ pub fn read_preamble(input: &mut impl Read) -> Result<(), StreamError> {
 }
 
 /// Magic and version, as every stream and file starts.
-pub(crate) fn header(magic: [u8; 8], version: u32) -> [u8; 12] {
-    let mut bytes = [0; 12];
+pub(crate) fn header(magic: [u8; 8], version: u32) -> [u8; PREAMBLE_BYTES] {
+    let mut bytes = [0; PREAMBLE_BYTES];
     bytes[..8].copy_from_slice(&magic);
     bytes[8..].copy_from_slice(&version.to_le_bytes());
     bytes
@@ -342,6 +338,11 @@ impl<R: Read> FrameReader<R> {
     /// The stream.
     pub fn get_ref(&self) -> &R {
         &self.input
+    }
+
+    /// The stream.
+    pub fn get_mut(&mut self) -> &mut R {
+        &mut self.input
     }
 }
 

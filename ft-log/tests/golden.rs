@@ -9,8 +9,8 @@ use std::io::{Read, Write};
 
 use ft_log::{
     Batch, Checkpoint, CheckpointDecoder, CheckpointEncoder, Decoder, Encoder, FrameReader, FrameWriter,
-    Heartbeat, LogPart, PAGE_BYTES, Pages, RecordingReader, RecordingWriter, SnapshotPart, SnapshotReader,
-    SnapshotWriter, guest_name_hash, read_preamble, write_preamble,
+    Heartbeat, Key, LogPart, OPENING_BYTES, PAGE_BYTES, Pages, RecordingReader, RecordingWriter, Session,
+    SnapshotPart, SnapshotReader, SnapshotWriter, guest_name_hash,
 };
 
 /// Relative to [`common::START`], one line for each of [`common::entries`].
@@ -113,19 +113,28 @@ const FRAMES: &[&[u8]] = &[
     ],
 ];
 
-/// The first bytes of a connection.
+/// The first bytes of a connection, without and with a key.
 #[rustfmt::skip]
-const PREAMBLE: &[u8] = &[
-    0x56, 0x4d, 0x46, 0x54, 0x4c, 0x49, 0x4e, 0x4b, 0x05, 0x00, 0x00, 0x00,
+const OPENINGS: [&[u8]; 2] = [
+    &[
+        0x56, 0x4d, 0x46, 0x54, 0x4c, 0x49, 0x4e, 0x4b, 0x06, 0x00, 0x00, 0x00, 0x01, 0x00, 0x00, 0x00,
+    ],
+    &[
+        0x56, 0x4d, 0x46, 0x54, 0x4c, 0x49, 0x4e, 0x4b, 0x06, 0x00, 0x00, 0x00, 0x02, 0x00, 0x00, 0x00,
+    ],
 ];
 
-/// [`common::HEARTBEAT`].
+/// [`common::HEARTBEAT`], sealed with [`common::seal_key`]. The tag is what Python's hashlib makes of it.
 #[rustfmt::skip]
 const HEARTBEAT: &[u8] = &[
-    0x56, 0x4d, 0x46, 0x54, 0x42, 0x45, 0x41, 0x54, 0x01, 0x00, 0x00, 0x00, 0x07, 0x00, 0x00, 0x00,
+    0x56, 0x4d, 0x46, 0x54, 0x42, 0x45, 0x41, 0x54, 0x02, 0x00, 0x00, 0x00, 0x07, 0x00, 0x00, 0x00,
     0x00, 0x00, 0x00, 0x00, 0x01, 0x02, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x08, 0x07, 0x06, 0x05,
-    0x04, 0x03, 0x02, 0x01, 0x02, 0x00, 0x00, 0x00, 0xc8, 0xe8, 0x75, 0xc9,
+    0x04, 0x03, 0x02, 0x01, 0x02, 0x00, 0x00, 0x00, 0x1c, 0x74, 0xbc, 0x72, 0xa6, 0x99, 0x03, 0xa7,
+    0x9a, 0x78, 0xd3, 0xdf, 0x20, 0x3a, 0x53, 0x4a,
 ];
+
+/// The file of [`common::key`].
+const KEY_FILE: &str = "vmft-key 1\nkey 000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f\ncheck 91267e8a\n";
 
 /// A container with one payload.
 #[rustfmt::skip]
@@ -187,17 +196,27 @@ fn frames_have_their_committed_bytes() {
 }
 
 #[test]
-fn preamble_has_its_committed_bytes() {
-    let mut bytes = Vec::new();
-    write_preamble(&mut bytes).unwrap();
-    assert_eq!(bytes, PREAMBLE);
-    read_preamble(&mut &*PREAMBLE).unwrap();
+fn openings_have_their_committed_bytes() {
+    for (opening, key) in OPENINGS.into_iter().zip([None, Some(common::key())]) {
+        let mut sent = Vec::new();
+        // With a key, the handshake would follow: the peer is gone then.
+        let session = Session::initiate(&mut &*opening, &mut sent, key.as_ref(), "web");
+        assert_eq!(session.is_ok(), key.is_none());
+        assert_eq!(sent[..OPENING_BYTES], *opening);
+    }
 }
 
 #[test]
 fn heartbeat_has_its_committed_bytes() {
-    assert_eq!(common::HEARTBEAT.encode(), HEARTBEAT);
-    assert_eq!(Heartbeat::decode(HEARTBEAT).unwrap(), common::HEARTBEAT);
+    let key = common::seal_key();
+    assert_eq!(common::HEARTBEAT.encode(&key), HEARTBEAT);
+    assert_eq!(Heartbeat::decode(HEARTBEAT, &key).unwrap(), common::HEARTBEAT);
+}
+
+#[test]
+fn key_file_has_its_committed_text() {
+    assert_eq!(common::key().to_text(), KEY_FILE);
+    assert_eq!(Key::from_text(KEY_FILE.as_bytes()), Ok(common::key()));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::path::Path;
 use ft_log::{
     Ack, Batch, ByeReason, CLOCK_TOLERANCE, Checkpoint, CheckpointDecoder, CheckpointEncoder, ClockModel,
     Counted, Cursor, Decoder, DiskStatus, Encoder, Entry, Event, FrameDecoder, FrameReader, FrameWriter,
-    GuestTime, Heartbeat, LogError, Message, PAGE_BYTES, Pages, Position, RECORDING_MAGIC, RECORDING_VERSION,
+    GuestTime, Heartbeat, Key, LogError, Message, PAGE_BYTES, Pages, Position, RECORDING_MAGIC, RECORDING_VERSION,
     REGISTERS, RecordingReader, Role, SNAPSHOT_MAGIC, SnapshotPart, SnapshotReader, SnapshotWriter,
     StateDigest,
 };
@@ -252,14 +252,28 @@ proptest! {
     fn heartbeats_are_read_back(view: u64, counter: u64, guest: u64, primary: bool) {
         let role = if primary { Role::Primary } else { Role::Backup };
         let heartbeat = Heartbeat { view, counter, guest, role };
-        prop_assert_eq!(Heartbeat::decode(&heartbeat.encode()), Ok(heartbeat));
+        let key = common::seal_key();
+        prop_assert_eq!(Heartbeat::decode(&heartbeat.encode(&key), &key), Ok(heartbeat));
     }
 
     #[test]
     fn random_datagrams_are_no_heartbeats(bytes in vec(any::<u8>(), 0..60), behind_header: bool) {
-        let mut datagram = common::HEARTBEAT.encode()[..if behind_header { 12 } else { 0 }].to_vec();
+        let key = common::seal_key();
+        let mut datagram = common::HEARTBEAT.encode(&key)[..if behind_header { 12 } else { 0 }].to_vec();
         datagram.extend(bytes);
-        prop_assert!(Heartbeat::decode(&datagram).is_err());
+        prop_assert!(Heartbeat::decode(&datagram, &key).is_err());
+    }
+
+    #[test]
+    fn keys_are_read_back(bytes: [u8; 32]) {
+        let key = Key::new(bytes);
+        prop_assert_eq!(Key::from_text(key.to_text().as_bytes()), Ok(key));
+    }
+
+    #[test]
+    fn random_texts_are_no_keys(bytes in vec(any::<u8>(), 0..120), behind_magic: bool) {
+        let text = [if behind_magic { &b"vmft-key 1\nkey "[..] } else { b"" }, &bytes].concat();
+        prop_assert!(Key::from_text(&text).is_err());
     }
 
     #[test]

@@ -8,10 +8,11 @@ use std::error::Error;
 use std::io::{Cursor as Bytes, Read, Write};
 
 use ft_log::{
-    Batch, ByeReason, CheckpointDecoder, Cursor, Decoder, Encoder, Entry, Event, FrameReader, FrameWriter,
-    GuestTime, Heartbeat, HeartbeatError, LogError, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES,
-    MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message, PAGE_BYTES, PositionSource, SnapshotError,
-    SnapshotReader, SnapshotWriter, StateDigest, StreamError, read_preamble,
+    Batch, ByeReason, ChannelError, CheckpointDecoder, Cursor, Decoder, Encoder, Entry, Event, FrameReader,
+    FrameWriter, GuestTime, Heartbeat, HeartbeatError, Key, KeyError, LogError, MAX_CONSOLE_BYTES,
+    MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message, PAGE_BYTES,
+    PositionSource, SealKey, Session, SnapshotError, SnapshotReader, SnapshotWriter, StateDigest, StreamError,
+    TAG_BYTES,
 };
 
 fn encoded(entries: &[Entry]) -> Vec<u8> {
@@ -296,42 +297,116 @@ fn a_snapshot_that_the_peer_breaks_off_says_why() {
     assert_eq!(error.to_string(), "Expected a piece of the snapshot, found the end of the stream");
 }
 
+/// What a side that is greeted with `opening` says.
+fn greeted(opening: &[u8], key: Option<&Key>) -> ChannelError {
+    let initiated = Session::initiate(&mut &*opening, &mut Vec::new(), key, "web").unwrap_err();
+    let responded = Session::respond(&mut &*opening, &mut Vec::new(), key, "web").unwrap_err();
+    assert_eq!(initiated.to_string(), responded.to_string());
+    responded
+}
+
 #[test]
 fn a_peer_of_another_version_is_refused_by_name() {
-    let refused = read_preamble(&mut &b"VMFTLINK\x07\0\0\0"[..]).unwrap_err();
-    assert_eq!(refused.to_string(), "The peer speaks protocol version 7, this monitor speaks 5");
-    let refused = read_preamble(&mut &b"GET / HT\x01\0\0\0"[..]).unwrap_err();
-    assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
-    assert!(matches!(read_preamble(&mut &b"VMFTLINK\x01\0\0"[..]), Err(StreamError::Io(_))));
+    for key in [None, Some(&common::key())] {
+        // Another version may have nothing behind it.
+        let refused = greeted(b"VMFTLINK\x07\0\0\0", key);
+        assert_eq!(refused.to_string(), "The peer speaks protocol version 7, this monitor speaks 6");
+        let refused = greeted(b"GET / HT\x01\0\0\0", key);
+        assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
+        let cut = greeted(b"VMFTLINK\x01\0\0", key);
+        assert!(matches!(cut, ChannelError::Stream(StreamError::Io(_))), "{cut}");
+    }
+}
+
+#[test]
+fn a_key_on_one_side_only_is_refused_by_both() {
+    let opening = |security: u8| [&b"VMFTLINK\x06\0\0\0"[..], &[security, 0, 0, 0]].concat();
+    let refused = greeted(&opening(1), Some(&common::key()));
+    assert!(matches!(refused, ChannelError::OnlyHere), "{refused}");
+    let refused = greeted(&opening(2), None);
+    assert!(matches!(refused, ChannelError::OnlyThere), "{refused}");
+    for security in [0, 3] {
+        let refused = greeted(&opening(security), None);
+        assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
+    }
+    let refused = greeted(b"VMFTLINK\x06\0\0\0\x01\0\0\x01", None);
+    assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
 }
 
 #[test]
 fn heartbeats_are_refused_when_cut_longer_or_changed() {
-    let bytes = common::HEARTBEAT.encode();
+    let key = common::seal_key();
+    let bytes = common::HEARTBEAT.encode(&key);
     for cut in 0..bytes.len() {
-        let refused = Heartbeat::decode(&bytes[..cut]);
+        let refused = Heartbeat::decode(&bytes[..cut], &key);
         assert_eq!(refused, Err(HeartbeatError::Length { len_bytes: cut }));
     }
-    assert!(Heartbeat::decode(&[&bytes[..], &[0]].concat()).is_err());
+    assert!(Heartbeat::decode(&[&bytes[..], &[0]].concat(), &key).is_err());
     for bit in 0..bytes.len() * 8 {
-        let mut damaged = bytes;
+        let mut damaged = bytes.clone();
         damaged[bit / 8] ^= 1 << (bit % 8);
-        assert!(Heartbeat::decode(&damaged).is_err(), "bit {bit}");
+        assert!(Heartbeat::decode(&damaged, &key).is_err(), "bit {bit}");
     }
 }
 
 #[test]
-fn heartbeat_fields_are_refused_even_with_a_right_checksum() {
+fn heartbeats_of_another_key_are_refused() {
+    let (key, other) = (common::key(), Key::new([7; 32]));
+    let bytes = common::HEARTBEAT.encode(&common::seal_key());
+    for wrong in [
+        other.seal_key("heartbeat", &[b"connection", b"web"]),
+        key.seal_key("invitation", &[b"connection", b"web"]),
+        key.seal_key("heartbeat", &[b"other connection", b"web"]),
+        key.seal_key("heartbeat", &[b"connection", b"mail"]),
+        // The same bytes in other parts.
+        key.seal_key("heartbeat", &[b"connectionweb"]),
+        key.seal_key("heartbeat", &[b"connectio", b"nweb"]),
+        SealKey::without_secret("heartbeat", &[b"connection", b"web"]),
+    ] {
+        assert_eq!(Heartbeat::decode(&bytes, &wrong), Err(HeartbeatError::Seal));
+    }
+}
+
+#[test]
+fn heartbeat_fields_are_refused_even_with_a_right_seal() {
+    let key = common::seal_key();
     let forged = |at: usize, value: u8| {
-        let mut bytes = common::HEARTBEAT.encode();
+        let mut bytes = common::HEARTBEAT.encode(&key);
+        bytes.truncate(bytes.len() - TAG_BYTES);
         bytes[at] = value;
-        let crc = crc32fast::hash(&bytes[..40]);
-        bytes[40..].copy_from_slice(&crc.to_le_bytes());
-        Heartbeat::decode(&bytes)
+        key.seal(&mut bytes);
+        Heartbeat::decode(&bytes, &key)
     };
-    assert_eq!(forged(8, 2), Err(HeartbeatError::Version { found: 2 }));
+    assert_eq!(forged(8, 1), Err(HeartbeatError::Version { found: 1 }));
     assert_eq!(forged(36, 3), Err(HeartbeatError::Field(LogError::UnknownTag { what: "role", tag: 3 })));
     assert_eq!(forged(39, 1), Err(HeartbeatError::Reserved));
+}
+
+#[test]
+fn key_files_are_refused_when_cut_longer_or_changed() {
+    let text = common::key().to_text().into_bytes();
+    for cut in 0..text.len() {
+        let refused = Key::from_text(&text[..cut]).unwrap_err();
+        let magic = cut < b"vmft-key ".len();
+        assert_eq!(matches!(refused, KeyError::Magic), magic, "cut at {cut}: {refused}");
+        assert!(magic || matches!(refused, KeyError::Damaged { .. }), "cut at {cut}: {refused}");
+    }
+    assert!(Key::from_text(&[&text[..], b"\n"].concat()).is_err());
+    for bit in 0..text.len() * 8 {
+        let mut damaged = text.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        assert!(Key::from_text(&damaged).is_err(), "bit {bit}");
+    }
+    let newer = Key::from_text(b"vmft-key 2\nsomething else").unwrap_err();
+    assert_eq!(newer.to_string(), "it is a key file of version 2, this monitor knows 1");
+    // One form for each key.
+    let upper = String::from_utf8(text).unwrap().replace("0a0b", "0A0B");
+    assert!(matches!(Key::from_text(upper.as_bytes()), Err(KeyError::Damaged { .. })));
+}
+
+#[test]
+fn secrets_are_not_shown() {
+    assert_eq!(format!("{:?} {:?}", common::key(), common::seal_key()), "Key(..) SealKey(..)");
 }
 
 fn container() -> Vec<u8> {

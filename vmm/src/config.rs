@@ -50,6 +50,11 @@ pub enum Command {
     Primary(Box<PrimaryArgs>),
     /// Follow a primary and take over when it fails.
     Backup(BackupArgs),
+    /// Make a key for a pair: both hosts need a copy.
+    Keygen {
+        /// The key file. Must not exist.
+        file: PathBuf,
+    },
     /// Measure whether this host can run guests, and how well.
     Doctor(DoctorArgs),
 }
@@ -141,6 +146,13 @@ pub struct PairArgs {
     /// Time between two heartbeats; at most a third of the timeout.
     #[arg(long, value_name = "MS", default_value_t = 25, value_parser = clap::value_parser!(u64).range(1..=20_000))]
     pub heartbeat_ms: u64,
+    /// The key that both hosts have a copy of (`vmft keygen`): log, transfer and heartbeats are encrypted and
+    /// authenticated with it. Needed unless all addresses are loopback.
+    #[arg(long, value_name = "FILE", conflicts_with = "insecure")]
+    pub key_file: Option<PathBuf>,
+    /// Do without a key although others may reach the log link, and could read and change the guest.
+    #[arg(long)]
+    pub insecure: bool,
 }
 
 /// `vmft primary`.

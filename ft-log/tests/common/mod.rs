@@ -3,7 +3,7 @@
 
 use ft_log::{
     Ack, Batch, ByeReason, Counted, CpuIdentity, Cursor, DiskStatus, Entry, Event, GuestTime, Heartbeat,
-    Hello, Message, Position, PositionSource, REGISTERS, Role, StateDigest, Welcome,
+    Hello, Key, Message, Position, PositionSource, REGISTERS, Role, SealKey, StateDigest, Welcome,
 };
 
 /// A cursor that is not at zero, so that a codec that forgets it is noticed.
@@ -79,6 +79,16 @@ pub fn hello() -> Hello {
 
 pub const HEARTBEAT: Heartbeat =
     Heartbeat { view: 7, counter: 513, guest: 0x0102_0304_0506_0708, role: Role::Backup };
+
+/// The secret whose bytes are 0 to 31.
+pub fn key() -> Key {
+    Key::new(std::array::from_fn(|index| index as u8))
+}
+
+/// A key of its.
+pub fn seal_key() -> SealKey {
+    key().seal_key("heartbeat", &[b"connection", b"web"])
+}
 
 /// Bytes without a pattern that a compressor could use (xorshift64).
 pub fn incompressible(len_bytes: usize) -> Vec<u8> {

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
-use ft_log::{ByeReason, GuestTime, Hello, Role, StreamError};
+use ft_log::{ByeReason, GuestTime, Hello, Key, Role, StreamError};
 
 use super::pair::{LiveSide, PairError, Side, spawn};
 use super::stop::Stop;
@@ -24,6 +24,7 @@ use crate::boot;
 use crate::config::BackupArgs;
 use crate::ft::accept::Listener;
 use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, connect};
+use crate::ft::channel::Receiving;
 use crate::ft::claim::{ClaimRole, Claims, Owner};
 use crate::ft::heartbeat::Heartbeats;
 use crate::ft::supervise::claim_until_known;
@@ -56,7 +57,9 @@ struct Ready {
 pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
     let mut counter = position::choose(args.position.position)?;
-    let side = Side::new(&args.pair, args.delivery, &args.name, ClaimRole::Backup)?;
+    let addresses: Vec<_> =
+        [("--connect", args.connect)].into_iter().chain(args.listen.map(|listen| ("--listen", listen))).collect();
+    let side = Side::new(&args.pair, &addresses, args.delivery, &args.name, ClaimRole::Backup)?;
     let kvm = Kvm::open()?;
     let listener = args.listen.map(Listener::bind).transpose().map_err(PairError::from)?;
     let (table, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?).map_err(GuestError::from)?;
@@ -80,7 +83,9 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
         positions: position::source_of(counter.as_deref()),
     };
     let timeout = Duration::from_millis(args.connect_timeout_ms);
-    let mut connection = connect(args.connect, hello.clone(), timeout).map_err(PairError::from)?;
+    let key = side.key.clone();
+    let mut connection =
+        connect(args.connect, key.as_ref(), hello.clone(), timeout).map_err(PairError::from)?;
     let any_port = SocketAddr::new(connection.local_address().map_err(PairError::from)?.ip(), 0);
     let heartbeats = Arc::new(
         Heartbeats::start(args.listen.unwrap_or(any_port), &args.name, Role::Backup, side.heartbeat)
@@ -90,7 +95,7 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
     let mut ready = Ready { side, resources, heartbeats, listener, stop, missed_stop };
     loop {
         ready.heartbeats.set_view(connection.welcome.view, Role::Backup);
-        ready.heartbeats.set_peer(Some(args.connect));
+        ready.heartbeats.set_peer(Some((args.connect, connection.heartbeat_key().clone())));
         if GuestConfig::digest_of(&table) != connection.welcome.cpuid_digest {
             return Err(PairError::WelcomeMismatch { what: "CPUID table" }.into());
         }
@@ -103,15 +108,20 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
                 counter = machine.into_counter();
             }
         }
-        connection = join_again(args.connect, &hello, timeout)?;
+        connection = join_again(args.connect, key.as_ref(), &hello, timeout)?;
     }
 }
 
 /// Joins a primary that may still be about to give this backup up.
-fn join_again(address: SocketAddr, hello: &Hello, timeout: Duration) -> Result<Connection, PairError> {
+fn join_again(
+    address: SocketAddr,
+    key: Option<&Key>,
+    hello: &Hello,
+    timeout: Duration,
+) -> Result<Connection, PairError> {
     let deadline = Instant::now() + timeout;
     loop {
-        match connect(address, hello.clone(), timeout) {
+        match connect(address, key, hello.clone(), timeout) {
             Err(BackupError::Refused { .. }) if Instant::now() < deadline => std::thread::sleep(JOIN_AGAIN),
             other => return Ok(other?),
         }
@@ -125,7 +135,7 @@ fn receive_guest(kvm: &Kvm, connection: &mut Connection) -> Result<(GuestConfig,
     let mut quarter = 0;
     let total_bytes = connection.welcome.memory_bytes.max(1);
     let address = connection.address;
-    let (config, machine) = snapshot::load(kvm, connection.frames.snapshot(), |gpa| {
+    let (config, machine) = snapshot::load(kvm, connection.frames().snapshot(), |gpa| {
         let now = gpa.min(total_bytes) * 4 / total_bytes;
         if now > quarter {
             quarter = now;
@@ -221,7 +231,7 @@ fn receiver(
     ready: &Ready,
     inflow: &Arc<Inflow>,
     view: u64,
-) -> impl FnOnce(ft_log::FrameReader<std::net::TcpStream>) -> (Verdict, Instant) + Send + 'static {
+) -> impl FnOnce(Receiving) -> (Verdict, Instant) + Send + 'static {
     let (inflow, heartbeats, stop) = (Arc::clone(inflow), Arc::clone(&ready.heartbeats), ready.stop.0.flag());
     let (claims, owner, timeout) = (ready.side.claims.clone(), ready.side.owner.clone(), ready.side.timeout);
     move |frames| {

@@ -6,6 +6,7 @@
 mod alone;
 mod backup;
 mod doctor;
+mod keygen;
 mod pair;
 pub mod replay;
 mod stop;
@@ -117,6 +118,7 @@ pub fn execute(cli: Cli) -> Result<Ending, CommandError> {
         Command::Replay { file, console } => replay::replay(&file, console),
         Command::Primary(args) => pair::primary(&args),
         Command::Backup(args) => backup::backup(&args),
+        Command::Keygen { file } => keygen::keygen(&file),
         Command::Doctor(args) => doctor::doctor(&args),
     }
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use devices::Effect;
-use ft_log::{Expected, GuestTime, Role};
+use ft_log::{Expected, GuestTime, Key, Role};
 use thiserror::Error;
 
 use super::stop::Stop;
@@ -25,6 +25,7 @@ use crate::ft::accept::{AcceptError, Listener, Reception};
 use crate::ft::backup::BackupError;
 use crate::ft::claim::{ClaimError, ClaimRole, Claims, Outcome, Owner, random_id};
 use crate::ft::heartbeat::{HeartbeatError, Heartbeats};
+use crate::ft::key_file::{self, KeyFileError};
 use crate::ft::link::{Link, Phase};
 use crate::ft::output_gate::{Limits, Mode, OutputGate};
 use crate::ft::primary::{Join, PairLog, PairParts};
@@ -56,6 +57,8 @@ pub enum PairError {
     Claim(#[from] ClaimError),
     #[error(transparent)]
     Heartbeat(#[from] HeartbeatError),
+    #[error(transparent)]
+    KeyFile(#[from] KeyFileError),
     /// The guest's name is taken.
     #[error(
         "guest '{name}' is already run by {} (process {}): it holds view {view} in {directory}. \
@@ -89,11 +92,15 @@ pub(super) struct Side {
     pub(super) heartbeat: Duration,
     pub(super) defer: Duration,
     pub(super) version: String,
+    /// What both hosts know; `None` if they talk in the open.
+    pub(super) key: Option<Key>,
 }
 
 impl Side {
+    /// `addresses` are those of the log link, each with its option.
     pub(super) fn new(
         args: &PairArgs,
+        addresses: &[(&'static str, SocketAddr)],
         delivery: DeliveryArgs,
         name: &str,
         role: ClaimRole,
@@ -102,6 +109,8 @@ impl Side {
             let PairArgs { heartbeat_ms, timeout_ms, .. } = *args;
             return Err(PairError::Heartbeats { heartbeat_ms, timeout_ms }.into());
         }
+        let key =
+            key_file::for_pair(args.key_file.as_deref(), args.insecure, addresses).map_err(PairError::from)?;
         let uuid = random_id().map_err(CommandError::host("give random bytes"))?;
         Ok(Self {
             claims: Claims::open(&args.shared, name).map_err(PairError::from)?,
@@ -110,6 +119,7 @@ impl Side {
             timeout: Duration::from_millis(args.timeout_ms),
             heartbeat: Duration::from_millis(args.heartbeat_ms),
             defer: delivery.budget(),
+            key,
         })
     }
 
@@ -133,7 +143,9 @@ fn host_name() -> String {
 pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
     let counter = position::choose(args.position.position)?;
-    let side = Side::new(&args.pair, args.guest.delivery, &args.guest.name, ClaimRole::Primary)?;
+    let addresses = [("--listen", args.listen)];
+    let side =
+        Side::new(&args.pair, &addresses, args.guest.delivery, &args.guest.name, ClaimRole::Primary)?;
     let view = first_view(&side.claims, &args.guest.name, &args.pair.shared)?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
     let heartbeats = Arc::new(
@@ -324,7 +336,8 @@ fn reception(
         positions: config.positions,
     };
     let stop = stop.clone();
-    Ok(Reception { expected, link: Arc::clone(link), joins, wake: Box::new(move || stop.wake()) })
+    let (link, key) = (Arc::clone(link), side.key.clone());
+    Ok(Reception { expected, key, link, joins, wake: Box::new(move || stop.wake()) })
 }
 
 fn supervisor(

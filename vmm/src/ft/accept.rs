@@ -3,18 +3,17 @@
 //! Owns: the listening socket. Must never: disturb the guest. Whoever connects has a bounded time and a
 //! bounded number of bytes to say who it is; random bytes, silence and wrong peers end here.
 
-use std::io::{self, Read};
+use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError};
-use ft_log::{
-    Expected, FrameReader, FrameWriter, Message, StreamError, check_hello, read_preamble, write_preamble,
-};
+use ft_log::{ChannelError, Expected, FrameWriter, Key, Message, StreamError, check_hello};
 use thiserror::Error;
 
+use super::channel::{Channel, Sending};
 use super::link::{Link, Phase};
 use super::primary::Join;
 use crate::with_causes;
@@ -52,6 +51,8 @@ pub struct Listener {
 pub struct Reception {
     /// What a backup must be.
     pub expected: Expected,
+    /// What it must know, or `None` if the two talk in the open.
+    pub key: Option<Key>,
     /// Whether there is one already.
     pub link: Arc<Link>,
     /// Where accepted backups go.
@@ -126,57 +127,37 @@ impl Drop for Place {
 
 /// `_place` comes last, so it is free before the connection closes: who sees that can come again at once.
 fn greet(
-    mut stream: TcpStream,
+    stream: TcpStream,
     address: SocketAddr,
     reception: &Reception,
     _place: Place,
-) -> Result<(), StreamError> {
-    stream.set_nodelay(true).map_err(StreamError::Io)?;
-    stream.set_write_timeout(Some(GREETING_TIMEOUT)).map_err(StreamError::Io)?;
-    write_preamble(&mut stream)?;
-    let mut input = Hurried { stream: &stream, deadline: Instant::now() + GREETING_TIMEOUT };
-    read_preamble(&mut input)?;
-    let hello = match FrameReader::new(input).receive()? {
+) -> Result<(), ChannelError> {
+    let Reception { expected, key, .. } = reception;
+    let mut channel = Channel::accept(stream, key.as_ref(), &expected.guest_name, GREETING_TIMEOUT)?;
+    let refused = |channel: &mut Channel, reason| Ok(refuse(&mut channel.out, reason)?);
+    let hello = match channel.frames.receive()? {
         Some(Message::Hello(hello)) => hello,
-        Some(other) => return refuse(&stream, format!("expected hello, got {}", other.kind().name())),
+        Some(other) => return refused(&mut channel, format!("expected hello, got {}", other.kind().name())),
         None => return Ok(()),
     };
-    if let Err(mismatch) = check_hello(&hello, &reception.expected) {
+    if let Err(mismatch) = check_hello(&hello, expected) {
         tracing::warn!(%address, "a backup was refused: {mismatch}");
-        return refuse(&stream, mismatch.to_string());
+        return refused(&mut channel, mismatch.to_string());
     }
     if reception.link.phase() != Phase::Alone {
-        return refuse(&stream, "this guest has a backup already".into());
+        return refused(&mut channel, "this guest has a backup already".into());
     }
-    let join = Join { stream, host: hello.host_name, address };
+    let join = Join { channel, host: hello.host_name, address };
     match reception.joins.try_send(join) {
         Ok(()) => (reception.wake)(),
-        Err(TrySendError::Full(join) | TrySendError::Disconnected(join)) => {
-            return refuse(&join.stream, "another backup is joining at this moment".into());
+        Err(TrySendError::Full(mut join) | TrySendError::Disconnected(mut join)) => {
+            return refused(&mut join.channel, "another backup is joining at this moment".into());
         }
     }
     Ok(())
 }
 
-/// Reads until a deadline, however little comes at a time.
-struct Hurried<'a> {
-    stream: &'a TcpStream,
-    deadline: Instant,
-}
-
-impl Read for Hurried<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "the greeting took too long"));
-        }
-        self.stream.set_read_timeout(Some(left))?;
-        let mut stream = self.stream;
-        stream.read(buffer)
-    }
-}
-
 /// Tells a backup why it cannot join.
-pub(super) fn refuse(stream: &TcpStream, reason: String) -> Result<(), StreamError> {
-    FrameWriter::new(stream).send(&Message::Refuse { reason })
+pub(super) fn refuse(out: &mut Sending, reason: String) -> Result<(), StreamError> {
+    FrameWriter::new(out).send(&Message::Refuse { reason })
 }

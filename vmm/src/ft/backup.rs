@@ -17,11 +17,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ft_log::{
-    Ack, BatchReceiver, ByeReason, FrameReader, FrameWriter, GuestTime, Hello, LogPart, Message, StreamError,
-    Welcome, read_preamble, write_preamble,
+    Ack, BatchReceiver, ByeReason, ChannelError, FrameWriter, GuestTime, Hello, Key, LogPart, Message, SealKey,
+    StreamError, Welcome,
 };
 use thiserror::Error;
 
+use super::channel::{Channel, Receiving, Sending};
 use crate::run::{PartSource, RunError};
 use crate::with_causes;
 
@@ -64,6 +65,15 @@ pub enum BackupError {
         #[source]
         source: StreamError,
     },
+    /// The two do not trust each other.
+    #[error("the primary at {address} cannot be followed: {source}")]
+    Channel {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: ChannelError,
+    },
     /// Something else than the greeting came.
     #[error("the primary at {address} sent {found} where its welcome belongs")]
     Unexpected {
@@ -76,17 +86,20 @@ pub enum BackupError {
 
 /// A connection to a primary that has accepted this backup.
 pub struct Connection {
-    /// Reads the snapshot, then batches.
-    pub frames: FrameReader<TcpStream>,
     /// The primary's address.
     pub address: SocketAddr,
     /// What the primary said.
     pub welcome: Welcome,
-    stream: TcpStream,
+    channel: Channel,
 }
 
-/// Connects to the primary at `address` and introduces this backup.
-pub fn connect(address: SocketAddr, hello: Hello, timeout: Duration) -> Result<Connection, BackupError> {
+/// Connects to the primary at `address` and introduces this backup. `key` is the pair's, or `None` to talk in the open.
+pub fn connect(
+    address: SocketAddr,
+    key: Option<&Key>,
+    hello: Hello,
+    timeout: Duration,
+) -> Result<Connection, BackupError> {
     let deadline = Instant::now() + timeout;
     let stream = loop {
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
@@ -99,28 +112,21 @@ pub fn connect(address: SocketAddr, hello: Hello, timeout: Duration) -> Result<C
         }
     };
     let broken = |source| BackupError::Stream { address, source };
-    greet(stream, hello).map_err(broken).and_then(|(stream, mut frames)| {
-        match frames.receive().map_err(broken)? {
-            Some(Message::Welcome(welcome)) => Ok(Connection { frames, address, welcome, stream }),
-            Some(Message::Refuse { reason }) => Err(BackupError::Refused { address, reason }),
-            Some(other) => {
-                Err(BackupError::Unexpected { address, found: format!("a {} message", other.kind().name()) })
-            }
-            None => Err(BackupError::Unexpected { address, found: "nothing".into() }),
+    let mut channel = Channel::connect(stream, key, &hello.guest_name, READ_TIMEOUT).map_err(|error| {
+        match error {
+            ChannelError::Stream(source) => broken(source),
+            source => BackupError::Channel { address, source },
         }
-    })
-}
-
-fn greet(stream: TcpStream, hello: Hello) -> Result<(TcpStream, FrameReader<TcpStream>), StreamError> {
-    let io = StreamError::Io;
-    stream.set_nodelay(true).map_err(io)?;
-    stream.set_read_timeout(Some(READ_TIMEOUT)).map_err(io)?;
-    stream.set_write_timeout(Some(READ_TIMEOUT)).map_err(io)?;
-    let mut input = stream.try_clone().map_err(io)?;
-    write_preamble(&mut &stream)?;
-    read_preamble(&mut input)?;
-    FrameWriter::new(&stream).send(&Message::Hello(hello))?;
-    Ok((stream, FrameReader::new(input)))
+    })?;
+    FrameWriter::new(&mut channel.out).send(&Message::Hello(hello)).map_err(broken)?;
+    match channel.frames.receive().map_err(broken)? {
+        Some(Message::Welcome(welcome)) => Ok(Connection { address, welcome, channel }),
+        Some(Message::Refuse { reason }) => Err(BackupError::Refused { address, reason }),
+        Some(other) => {
+            Err(BackupError::Unexpected { address, found: format!("a {} message", other.kind().name()) })
+        }
+        None => Err(BackupError::Unexpected { address, found: "nothing".into() }),
+    }
 }
 
 /// Why there will be no more batches.
@@ -147,7 +153,11 @@ impl LinkEnd {
         let by_peer = match error {
             StreamError::Truncated { .. } => true,
             StreamError::Io(error) => {
-                matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+                // The second is what a monitor that is killed leaves of a record.
+                matches!(
+                    error.kind(),
+                    io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe
+                )
             }
             _ => false,
         };
@@ -166,7 +176,7 @@ struct Queue {
 pub struct Inflow {
     queue: Mutex<Queue>,
     changed: Condvar,
-    acks: Mutex<FrameWriter<TcpStream>>,
+    acks: Mutex<FrameWriter<Sending>>,
     received: AtomicU64,
     executed: AtomicU64,
     executed_time: AtomicU64,
@@ -176,30 +186,41 @@ pub struct Inflow {
 }
 
 impl Connection {
+    /// Reads the snapshot, then batches.
+    pub fn frames(&mut self) -> &mut Receiving {
+        &mut self.channel.frames
+    }
+
+    /// Seals the heartbeats that go with this connection.
+    pub fn heartbeat_key(&self) -> &SealKey {
+        &self.channel.heartbeat_key
+    }
+
     /// This host's address on the way to the primary.
     pub fn local_address(&self) -> Result<SocketAddr, BackupError> {
-        self.stream
+        self.channel
+            .stream
             .local_addr()
             .map_err(|error| BackupError::Stream { address: self.address, source: StreamError::Io(error) })
     }
 
     /// Splits the connection, with the snapshot read, into the receiver's end and the shared inflow.
-    pub fn follow(self, start: ft_log::Cursor) -> Result<(Arc<Inflow>, FrameReader<TcpStream>), StreamError> {
-        self.stream.set_read_timeout(None).map_err(StreamError::Io)?;
-        let acks = FrameWriter::new(self.stream.try_clone().map_err(StreamError::Io)?);
+    pub fn follow(mut self, start: ft_log::Cursor) -> Result<(Arc<Inflow>, Receiving), StreamError> {
+        self.channel.unhurried()?;
+        let Channel { frames, out, stream, .. } = self.channel;
         let inflow = Inflow {
             queue: Mutex::default(),
             changed: Condvar::new(),
-            acks: Mutex::new(acks),
+            acks: Mutex::new(FrameWriter::new(out)),
             received: AtomicU64::new(0),
             executed: AtomicU64::new(start.anchor),
             executed_time: AtomicU64::new(start.time.0),
             gave_up: AtomicBool::new(false),
             retired: AtomicBool::new(false),
-            stream: self.stream,
+            stream,
         };
         inflow.acknowledge()?;
-        Ok((Arc::new(inflow), self.frames))
+        Ok((Arc::new(inflow), frames))
     }
 }
 
@@ -230,7 +251,7 @@ impl Inflow {
     }
 
     /// Receives until the link ends. `heard` is called for every message.
-    pub fn receive(&self, mut frames: FrameReader<TcpStream>, heard: impl Fn()) -> LinkEnd {
+    pub fn receive(&self, mut frames: Receiving, heard: impl Fn()) -> LinkEnd {
         let mut order = BatchReceiver::default();
         let end = loop {
             match frames.receive() {

@@ -14,9 +14,13 @@
 //! the primary dead before that time plus its timeout. This is what a lease can be built on; that the backup
 //! is heard is not enough, since it may not hear the primary.
 //!
-//! Only heartbeats of this guest, this view and the other role count. A backup's come from a port that its
-//! log connection does not tell, so a primary learns the port, of the peer's own IP address only.
-//! Everything else is counted and ignored. A heartbeat proves nothing about who sent it.
+//! Only heartbeats of this guest, this view and the other role count, and only if they are sealed with the key of the
+//! present log connection: what was recorded of an earlier one is worth nothing, and what was recorded of this one has an
+//! old counter. Everything else is counted and ignored. A backup's come from a port that its log connection does not tell,
+//! so a primary learns the port, of the peer's own IP address only.
+//!
+//! Not covered: somebody in the path who holds heartbeats back and lets them through later. They count when they come,
+//! as those that a slow network brings do; so he can delay a takeover, and cause none.
 //!
 //! Time is `CLOCK_BOOTTIME`, which goes on while the host is suspended. It does not go on while a host that
 //! is itself a virtual machine is paused.
@@ -28,7 +32,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ft_log::{HEARTBEAT_BYTES, Heartbeat, Role, guest_name_hash};
+use ft_log::{HEARTBEAT_BYTES, Heartbeat, Role, SealKey, guest_name_hash};
 
 use crate::host::{StopToken, Wait, Worker};
 
@@ -65,9 +69,10 @@ pub struct HeartbeatStats {
     pub send_failed: u64,
     /// Heartbeats of the peer that counted.
     pub heard: u64,
-    /// Datagrams that were not heartbeats.
+    /// Datagrams that were not heartbeats, or not sealed with this connection's key.
     pub damaged: u64,
-    /// Heartbeats of another guest, view or role, or that tell nothing new.
+    /// Heartbeats of another guest, view or role, or that tell nothing new; and whatever came while there was no
+    /// connection.
     pub ignored: u64,
 }
 
@@ -78,6 +83,8 @@ struct Exchange {
     view: u64,
     role: Role,
     peer: Option<SocketAddr>,
+    /// That of the connection with the peer.
+    key: Option<SealKey>,
     /// A primary's: of the last heartbeat sent. A backup's: of the newest heard.
     counter: u64,
     /// A primary's heartbeats without an answer: counter and time of sending.
@@ -97,6 +104,7 @@ impl Exchange {
             view: 1,
             role,
             peer: None,
+            key: None,
             counter: 0,
             unanswered: VecDeque::new(),
             answered_sent_at: None,
@@ -106,8 +114,8 @@ impl Exchange {
         }
     }
 
-    fn set_peer(&mut self, peer: Option<SocketAddr>, now: Duration) {
-        self.peer = peer;
+    fn set_peer(&mut self, peer: Option<(SocketAddr, SealKey)>, now: Duration) {
+        (self.peer, self.key) = peer.unzip();
         self.heard_at = now;
         self.silence_max = Duration::ZERO;
         self.forget_answers();
@@ -128,9 +136,9 @@ impl Exchange {
         }
     }
 
-    /// The next heartbeat and where it goes.
-    fn next_heartbeat(&mut self, now: Duration) -> Option<(Heartbeat, SocketAddr)> {
-        let peer = self.peer?;
+    /// The next heartbeat, sealed, and where it goes.
+    fn next_heartbeat(&mut self, now: Duration) -> Option<(Vec<u8>, SocketAddr)> {
+        let (peer, key) = self.peer.zip(self.key.clone())?;
         if self.role == Role::Primary {
             self.counter += 1;
             self.unanswered.push_back((self.counter, now));
@@ -139,12 +147,16 @@ impl Exchange {
             }
         }
         let (view, guest, role) = (self.view, self.guest, self.role);
-        Some((Heartbeat { view, counter: self.counter, guest, role }, peer))
+        Some((Heartbeat { view, counter: self.counter, guest, role }.encode(&key), peer))
     }
 
     /// Takes in a datagram. True: it is to be answered at once.
     fn received(&mut self, datagram: &[u8], from: SocketAddr, now: Duration) -> bool {
-        let Ok(heartbeat) = Heartbeat::decode(datagram) else {
+        let Some(key) = &self.key else {
+            self.stats.ignored += 1;
+            return false;
+        };
+        let Ok(heartbeat) = Heartbeat::decode(datagram, key) else {
             self.stats.damaged += 1;
             return false;
         };
@@ -247,9 +259,9 @@ impl Heartbeats {
         lock(&self.exchange).heard_at = boot_time();
     }
 
-    /// Sends heartbeats to `peer` from now on, or to nobody. A primary needs no more than the right IP
-    /// address. Whoever is there now has the full time to be heard, and has answered nothing yet.
-    pub fn set_peer(&self, peer: Option<SocketAddr>) {
+    /// Sends heartbeats to `peer` from now on, sealed with its connection's key, or to nobody. A primary needs no more
+    /// than the right IP address. Whoever is there now has the full time to be heard, and has answered nothing yet.
+    pub fn set_peer(&self, peer: Option<(SocketAddr, SealKey)>) {
         lock(&self.exchange).set_peer(peer, boot_time());
     }
 
@@ -306,7 +318,7 @@ fn run(
 
 fn send(socket: &UdpSocket, exchange: &Mutex<Exchange>) {
     let Some((heartbeat, peer)) = lock(exchange).next_heartbeat(boot_time()) else { return };
-    let sent = socket.send_to(&heartbeat.encode(), peer);
+    let sent = socket.send_to(&heartbeat, peer);
     let stats = &mut lock(exchange).stats;
     match sent {
         Ok(_) => stats.sent += 1,

@@ -14,8 +14,10 @@
 
 pub mod accept;
 pub mod backup;
+pub mod channel;
 pub mod claim;
 pub mod heartbeat;
+pub mod key_file;
 pub mod link;
 pub mod output_gate;
 pub mod primary;

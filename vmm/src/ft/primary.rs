@@ -15,11 +15,11 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use devices::Effect;
 use ft_log::{
-    ByeReason, CheckpointEncoder, Encoder, Entry, FrameReader, FrameWriter, Message, Position, StreamError,
-    Welcome,
+    ByeReason, CheckpointEncoder, Encoder, Entry, FrameWriter, Message, Position, SealKey, StreamError, Welcome,
 };
 
 use super::accept::refuse;
+use super::channel::{Channel, Receiving, Sending};
 use super::link::{Counted, Link, Mood, Outgoing, Phase};
 use super::output_gate::{OutputGate, Room};
 use super::supervise::LinkEvent;
@@ -50,8 +50,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A backup whose greeting was accepted, waiting for its snapshot.
 pub struct Join {
-    /// The connection, with the handshake up to Hello done.
-    pub stream: TcpStream,
+    /// The connection, with the greeting up to Hello done.
+    pub channel: Channel,
     /// Who it is, for messages.
     pub host: String,
     /// Where it connected from.
@@ -79,7 +79,11 @@ pub struct PairLog {
 
 /// A backup that is being given the guest.
 struct Joining {
-    join: Join,
+    frames: Receiving,
+    heartbeat_key: SealKey,
+    stream: TcpStream,
+    host: String,
+    address: SocketAddr,
     transfer: Transfer,
     started: Instant,
     /// How long the guest stood still at the start.
@@ -135,7 +139,7 @@ impl PairLog {
     }
 
     /// Starts to send the guest to a backup.
-    fn begin_transfer(&mut self, machine: &mut Machine, join: Join) -> Result<(), RunError> {
+    fn begin_transfer(&mut self, machine: &mut Machine, mut join: Join) -> Result<(), RunError> {
         let started = Instant::now();
         let log = machine.start_transfer()?;
         let (transfer, copying) = transfer::begin(log.clone());
@@ -147,34 +151,36 @@ impl PairLog {
             cpuid_digest: self.config.cpuid_digest(),
             host_name: self.host.clone(),
         };
-        let stream = join.stream.try_clone().map_err(StreamError::Io)?;
-        stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(StreamError::Io)?;
         // From here on heartbeats tell whether the backup lives, however long it takes to load.
-        stream.set_read_timeout(None).map_err(StreamError::Io)?;
+        join.channel.unhurried()?;
+        let Join { channel: Channel { frames, mut out, heartbeat_key, stream }, host, address } = join;
+        stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(StreamError::Io)?;
+        let to_close = stream.try_clone().map_err(StreamError::Io)?;
         let (config, ask, link) = (self.config.to_payload(), Arc::clone(&self.ask), Arc::clone(&self.link));
-        let (events, backup) = (self.events.clone(), join.host.clone());
+        let (events, backup) = (self.events.clone(), host.clone());
         let send = move || {
-            let copied = Copied { stream: &stream, welcome, backup: &backup, config, log: &log, ask: &*ask };
-            if let Err(error) = copying.run(&copied) {
+            let copied = Copied { welcome, backup: &backup, config, log: &log, ask: &*ask };
+            if let Err(error) = copying.run(&copied, &mut out) {
                 let why = format!("it could not be given the guest: {}", with_causes(&error));
                 tracing::warn!(%backup, "{why}");
-                let _ = stream.shutdown(Shutdown::Both);
+                let _ = to_close.shutdown(Shutdown::Both);
                 // Of interest if the guest's log follows already.
                 let _ = events.send(LinkEvent::Down(why));
                 return;
             }
-            send_batches(&link, stream, &events);
+            send_batches(&link, out, &to_close, &events);
         };
         self.sender = Some(spawn("log-sender", send)?);
-        self.joining = Some(Joining { join, transfer, started, first_pause: started.elapsed() });
+        let first_pause = started.elapsed();
+        let joining = Joining { frames, heartbeat_key, stream, host, address, transfer, started, first_pause };
+        self.joining = Some(joining);
         Ok(())
     }
 
     /// Hands over what is left of the guest, and starts the log behind it. The machine has been settled.
     fn finish_transfer(&mut self, machine: &mut Machine, joining: Joining) -> Result<(), RunError> {
-        let Joining { join: Join { stream, host, address }, transfer, started, first_pause } = joining;
+        let Joining { frames, heartbeat_key, stream, host, address, transfer, started, first_pause } = joining;
         let stopped = Instant::now();
-        let input = stream.try_clone().map_err(StreamError::Io)?;
         let last = machine.last_part(&transfer.log)?;
         let (rounds, pages) = transfer.figures();
         let last_pages = last.1.len();
@@ -183,8 +189,8 @@ impl PairLog {
         self.encoder = Some(Encoder::new(snapshot::cursor(machine)));
         self.checked = machine.anchors();
         let (link, gate, events) = (Arc::clone(&self.link), Arc::clone(&self.gate), self.events.clone());
-        spawn("log-acks", move || receive_acks(&link, &gate, input, &events))?;
-        let _ = self.events.send(LinkEvent::Paired { stream, address });
+        spawn("log-acks", move || receive_acks(&link, &gate, frames, &events))?;
+        let _ = self.events.send(LinkEvent::Paired { stream, address, heartbeat_key });
         transfer.finish(last);
         tracing::info!(
             backup = %host,
@@ -201,10 +207,10 @@ impl PairLog {
     }
 
     /// Tells a backup that it cannot join.
-    fn turn_away(join: &Join, reason: &str) {
+    fn turn_away(mut join: Join, reason: &str) {
         tracing::warn!(backup = %join.host, "a backup is turned away: {reason}");
         // It may be gone already.
-        let _ = refuse(&join.stream, reason.into());
+        let _ = refuse(&mut join.channel.out, reason.into());
     }
 
     /// Slows the guest while the backup's execution lags, the more the further it is behind; or while it writes as fast
@@ -314,9 +320,9 @@ impl LogSink for PairLog {
         }
         if let Ok(join) = self.joins.try_recv() {
             if self.link.phase() != Phase::Alone {
-                Self::turn_away(&join, "this guest has a backup already");
+                Self::turn_away(join, "this guest has a backup already");
             } else if self.joining.is_some() {
-                Self::turn_away(&join, "another backup is joining at this moment");
+                Self::turn_away(join, "another backup is joining at this moment");
             } else if let Err(error) = self.begin_transfer(machine, join) {
                 tracing::warn!(error = %with_causes(&error), "a backup cannot be given the guest; it goes on without");
             } else {
@@ -335,7 +341,7 @@ impl LogSink for PairLog {
     fn finish(&mut self, machine: &Machine) -> Result<(), RunError> {
         let ended = machine.end().is_some();
         if let Some(joining) = self.joining.take() {
-            let _ = joining.join.stream.shutdown(Shutdown::Both);
+            let _ = joining.stream.shutdown(Shutdown::Both);
         }
         self.had_backup = self.link.phase() != Phase::Alone;
         if let Some(mut encoder) = self.encoder.take() {
@@ -367,8 +373,9 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
     std::thread::Builder::new().name(name.into()).spawn(body).map_err(StreamError::Io)
 }
 
-fn send_batches(link: &Link, stream: TcpStream, events: &Sender<LinkEvent>) {
-    let mut frames = FrameWriter::new(Counted { out: stream, link });
+fn send_batches(link: &Link, out: Sending, stream: &TcpStream, events: &Sender<LinkEvent>) {
+    // What is counted is what the link carries.
+    let mut frames = FrameWriter::new(out.map(|out| Counted { out, link }));
     let mut checkpoints = CheckpointEncoder::default();
     while let Some(Outgoing { checkpoint, batch }) = link.next_batch() {
         let sent = checkpoint.map_or(Ok(()), |checkpoint| {
@@ -385,11 +392,10 @@ fn send_batches(link: &Link, stream: TcpStream, events: &Sender<LinkEvent>) {
         // The backup learns the same from the closed connection, only less exactly.
         let _ = frames.send(&Message::Bye { reason, text: String::new() });
     }
-    let _ = frames.get_ref().out.shutdown(Shutdown::Both);
+    let _ = stream.shutdown(Shutdown::Both);
 }
 
-fn receive_acks(link: &Link, gate: &OutputGate<Outlet>, stream: TcpStream, events: &Sender<LinkEvent>) {
-    let mut frames = FrameReader::new(stream);
+fn receive_acks(link: &Link, gate: &OutputGate<Outlet>, mut frames: Receiving, events: &Sender<LinkEvent>) {
     let mut protected = false;
     let why = loop {
         match frames.receive() {

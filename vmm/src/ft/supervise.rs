@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 
-use ft_log::Role;
+use ft_log::{Role, SealKey};
 
 use super::claim::{Claims, Outcome, Owner};
 use super::heartbeat::Heartbeats;
@@ -45,6 +45,8 @@ pub enum LinkEvent {
         stream: TcpStream,
         /// Where the backup is.
         address: SocketAddr,
+        /// Seals the heartbeats that go with the connection.
+        heartbeat_key: SealKey,
     },
     /// The backup has loaded the snapshot: the guest would survive now.
     Protected,
@@ -85,8 +87,8 @@ impl Supervisor {
         let tick = self.timeout / 10;
         loop {
             let why = match events.recv_timeout(tick) {
-                Ok(LinkEvent::Paired { stream, address }) => {
-                    self.heartbeats.set_peer(Some(address));
+                Ok(LinkEvent::Paired { stream, address, heartbeat_key }) => {
+                    self.heartbeats.set_peer(Some((address, heartbeat_key)));
                     connection = Some(stream);
                     limit = self.timeout.max(LOADING_TIMEOUT);
                     continue;

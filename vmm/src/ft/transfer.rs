@@ -10,7 +10,7 @@
 //!       └─ the connection breaks: failed, nothing else happens          the rest, state ── sent ──> log sender
 //! ```
 
-use std::net::TcpStream;
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -117,8 +117,6 @@ impl Transfer {
 
 /// What the copying thread needs.
 pub struct Copied<'a> {
-    /// Where it goes.
-    pub stream: &'a TcpStream,
     /// What the backup is told first.
     pub welcome: Welcome,
     /// The backup's host.
@@ -132,9 +130,9 @@ pub struct Copied<'a> {
 }
 
 impl Copying {
-    /// Sends the guest. Returns when all of it was sent, with the vCPU's thread on its way behind it.
-    pub fn run(&self, copied: &Copied<'_>) -> Result<(), TransferError> {
-        let result = self.copy(copied);
+    /// Sends the guest to `out`. Returns when all of it was sent, with the vCPU's thread on its way behind it.
+    pub fn run(&self, copied: &Copied<'_>, out: &mut impl Write) -> Result<(), TransferError> {
+        let result = self.copy(copied, out);
         if result.is_err() {
             self.progress.failed.store(true, Ordering::SeqCst);
             (copied.ask)();
@@ -142,8 +140,8 @@ impl Copying {
         result
     }
 
-    fn copy(&self, copied: &Copied<'_>) -> Result<(), TransferError> {
-        let mut frames = FrameWriter::new(copied.stream);
+    fn copy(&self, copied: &Copied<'_>, out: &mut impl Write) -> Result<(), TransferError> {
+        let mut frames = FrameWriter::new(out);
         frames.send(&Message::Welcome(copied.welcome.clone()))?;
         let container = |error: ft_log::SnapshotError| TransferError::from(SnapshotError::from(error));
         let mut writer = SnapshotWriter::new(frames.snapshot()).map_err(container)?;
@@ -167,7 +165,7 @@ impl Copying {
     }
 
     /// Sends what was written meanwhile until little is left.
-    fn rounds<W: std::io::Write>(
+    fn rounds<W: Write>(
         &self,
         copied: &Copied<'_>,
         writer: &mut SnapshotWriter<W>,

@@ -1,0 +1,99 @@
+//! The log connection: a TCP stream on which both sides have shown who they are, in two halves.
+//!
+//! Owns: the time limits of the greeting. Must never: read or write a message; whoever has a half does. What is on
+//! the wire is `ft-log/src/channel.rs`; above this nobody can tell whether there is a key.
+//!
+//! ```text
+//!   accept(deadline for all) ┐
+//!   connect(limit per read)  ┴─> greeted ── unhurried ──> frames: one thread   out: another thread   stream: shut down
+//! ```
+
+use std::io::{self, Read};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use ft_log::{ChannelError, ChannelReader, ChannelWriter, FrameReader, Key, SealKey, Session, StreamError};
+
+/// Messages of the peer.
+pub type Receiving = FrameReader<ChannelReader<Hurried>>;
+/// Bytes for the peer.
+pub type Sending = ChannelWriter<TcpStream>;
+
+/// A greeted connection.
+pub struct Channel {
+    /// What comes from the peer.
+    pub frames: Receiving,
+    /// What goes to it.
+    pub out: Sending,
+    /// Seals the datagrams that belong to this connection.
+    pub heartbeat_key: SealKey,
+    /// The connection itself: to be shut down, and for its addresses.
+    pub stream: TcpStream,
+}
+
+/// Reads until a deadline, however little comes at a time.
+#[derive(Debug)]
+pub struct Hurried {
+    stream: TcpStream,
+    deadline: Option<Instant>,
+}
+
+impl Read for Hurried {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(deadline) = self.deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "the greeting took too long"));
+            }
+            self.stream.set_read_timeout(Some(left))?;
+        }
+        self.stream.read(buffer)
+    }
+}
+
+impl Channel {
+    /// Greets whoever has connected: it has `limit` in all, until [`Channel::unhurried`].
+    pub fn accept(
+        stream: TcpStream,
+        key: Option<&Key>,
+        guest: &str,
+        limit: Duration,
+    ) -> Result<Self, ChannelError> {
+        stream.set_write_timeout(Some(limit)).map_err(StreamError::Io)?;
+        Self::greet(stream, Some(Instant::now() + limit), |input, out| {
+            Session::respond(input, out, key, guest)
+        })
+    }
+
+    /// Greets the primary at the other end of `stream`; each read and write has `limit`.
+    pub fn connect(
+        stream: TcpStream,
+        key: Option<&Key>,
+        guest: &str,
+        limit: Duration,
+    ) -> Result<Self, ChannelError> {
+        stream.set_read_timeout(Some(limit)).map_err(StreamError::Io)?;
+        stream.set_write_timeout(Some(limit)).map_err(StreamError::Io)?;
+        Self::greet(stream, None, |input, out| Session::initiate(input, out, key, guest))
+    }
+
+    fn greet(
+        stream: TcpStream,
+        deadline: Option<Instant>,
+        greeting: impl FnOnce(&mut Hurried, &mut TcpStream) -> Result<Session, ChannelError>,
+    ) -> Result<Self, ChannelError> {
+        stream.set_nodelay(true).map_err(StreamError::Io)?;
+        let clone = || stream.try_clone().map_err(StreamError::Io);
+        let (mut input, mut out) = (Hurried { stream: clone()?, deadline }, clone()?);
+        let session = greeting(&mut input, &mut out)?;
+        let heartbeat_key = session.heartbeat_key().clone();
+        let (reader, out) = session.split(input, out);
+        Ok(Self { frames: FrameReader::new(reader), out, heartbeat_key, stream })
+    }
+
+    /// From here on reads wait as long as it takes.
+    pub fn unhurried(&mut self) -> Result<(), StreamError> {
+        self.frames.get_mut().get_mut().deadline = None;
+        self.stream.set_read_timeout(None).map_err(StreamError::Io)
+    }
+}
