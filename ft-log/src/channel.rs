@@ -345,10 +345,9 @@ impl Opening {
             return Err(invalid(format!("record {} is not valid: it has {len_bytes} bytes", self.next)));
         }
         let Some(record) = rest.get(..len_bytes) else { return Ok(false) };
-        self.len = self
-            .keys
-            .read_message(self.next, record, &mut self.content)
-            .map_err(|_| invalid(format!("record {} was changed on its way, or is not the next", self.next)))?;
+        self.len = self.keys.read_message(self.next, record, &mut self.content).map_err(|_| {
+            invalid(format!("record {} was changed on its way, or is not the next", self.next))
+        })?;
         self.next += 1;
         self.taken = 0;
         self.start += LEN_BYTES + len_bytes;
@@ -418,7 +417,12 @@ mod tests {
             writer.write_all(content).unwrap();
             writer.out
         };
-        [question.to_vec(), answer.to_vec(), record(initiator, b"from backup"), record(responder, b"from primary")]
+        [
+            question.to_vec(),
+            answer.to_vec(),
+            record(initiator, b"from backup"),
+            record(responder, b"from primary"),
+        ]
     }
 
     /// A failure here means that the format changed: then its version, `docs/log-format.md` and the change log change

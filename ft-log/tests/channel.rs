@@ -10,7 +10,8 @@ use std::net::{TcpListener, TcpStream};
 use std::thread;
 
 use ft_log::{
-    ChannelError, ChannelReader, ChannelWriter, FrameReader, FrameWriter, Key, Message, OPENING_BYTES, Session,
+    ChannelError, ChannelReader, ChannelWriter, FrameReader, FrameWriter, Key, Message, OPENING_BYTES,
+    Session,
 };
 
 type Side = (ChannelReader<TcpStream>, ChannelWriter<TcpStream>);
@@ -53,7 +54,9 @@ fn pair(key: Option<Key>) -> (Side, Side) {
 }
 
 /// A writer into memory and a reader of what was made of it. The backup's, so that the reader is the primary's.
-fn records(contents: &[&[u8]]) -> (Vec<Vec<u8>>, impl Fn(Vec<u8>) -> ChannelReader<std::io::Cursor<Vec<u8>>>) {
+fn records(
+    contents: &[&[u8]],
+) -> (Vec<Vec<u8>>, impl Fn(Vec<u8>) -> ChannelReader<std::io::Cursor<Vec<u8>>>) {
     let key = common::key();
     let (backup, primary, _, _) = greet(Some(key.clone()), Some(&key));
     let (_, mut writer) = backup.unwrap().split(&b""[..], Vec::new());

@@ -134,7 +134,8 @@ const HEARTBEAT: &[u8] = &[
 ];
 
 /// The file of [`common::key`].
-const KEY_FILE: &str = "vmft-key 1\nkey 000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f\ncheck 91267e8a\n";
+const KEY_FILE: &str =
+    "vmft-key 1\nkey 000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f\ncheck 91267e8a\n";
 
 /// A container with one payload.
 #[rustfmt::skip]

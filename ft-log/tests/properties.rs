@@ -11,9 +11,9 @@ use std::path::Path;
 use ft_log::{
     Ack, Batch, ByeReason, CLOCK_TOLERANCE, Checkpoint, CheckpointDecoder, CheckpointEncoder, ClockModel,
     Counted, Cursor, Decoder, DiskStatus, Encoder, Entry, Event, FrameDecoder, FrameReader, FrameWriter,
-    GuestTime, Heartbeat, Key, LogError, Message, PAGE_BYTES, Pages, Position, RECORDING_MAGIC, RECORDING_VERSION,
-    REGISTERS, RecordingReader, Role, SNAPSHOT_MAGIC, SnapshotPart, SnapshotReader, SnapshotWriter,
-    StateDigest,
+    GuestTime, Heartbeat, Key, LogError, Message, PAGE_BYTES, Pages, Position, RECORDING_MAGIC,
+    RECORDING_VERSION, REGISTERS, RecordingReader, Role, SNAPSHOT_MAGIC, SnapshotPart, SnapshotReader,
+    SnapshotWriter, StateDigest,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;

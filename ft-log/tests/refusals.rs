@@ -10,9 +10,9 @@ use std::io::{Cursor as Bytes, Read, Write};
 use ft_log::{
     Batch, ByeReason, ChannelError, CheckpointDecoder, Cursor, Decoder, Encoder, Entry, Event, FrameReader,
     FrameWriter, GuestTime, Heartbeat, HeartbeatError, Key, KeyError, LogError, MAX_CONSOLE_BYTES,
-    MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message, PAGE_BYTES,
-    PositionSource, SealKey, Session, SnapshotError, SnapshotReader, SnapshotWriter, StateDigest, StreamError,
-    TAG_BYTES,
+    MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message,
+    PAGE_BYTES, PositionSource, SealKey, Session, SnapshotError, SnapshotReader, SnapshotWriter, StateDigest,
+    StreamError, TAG_BYTES,
 };
 
 fn encoded(entries: &[Entry]) -> Vec<u8> {

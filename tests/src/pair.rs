@@ -25,6 +25,7 @@ use crate::client::{Client, Config, Report, dump};
 use crate::harness::TestResult;
 use crate::hosts::{
     HostConfig, HostError, HostKind, HostProcess, Images, Link, Net, TestHost, build_vmft, make_disk,
+    make_key,
 };
 
 /// Limit for what takes milliseconds when nothing is wrong.
@@ -49,6 +50,7 @@ pub const LOG_PORT: u16 = 7000;
 pub const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x77, 0x00, 0x02];
 
 const DISK_MIB: u32 = 64;
+const KEY_FILE: &str = "pair.key";
 
 /// Test hosts with the monitor and the guest's images on them.
 #[derive(Debug)]
@@ -58,6 +60,7 @@ pub struct Site {
     started: Vec<Started>,
     net: Arc<Net>,
     config: HostConfig,
+    monitor: PathBuf,
     kernel: String,
     volumes: u32,
 }
@@ -84,13 +87,15 @@ impl Deref for Monitor {
     }
 }
 
-/// A fresh directory on the storage that all hosts share, with a fresh disk for the guest.
+/// A fresh directory on the storage that all hosts share, with a fresh disk for the guest and a fresh key for its pair.
 #[derive(Debug, Clone)]
 pub struct Volume {
     /// As this machine sees it.
     pub local: PathBuf,
     /// As the hosts see it.
     pub path: String,
+    /// The pair's key file as the hosts see it. `None`: its monitors talk in the open.
+    pub key: Option<String>,
 }
 
 impl Volume {
@@ -99,7 +104,12 @@ impl Volume {
         format!("{}/disk.img", self.path)
     }
 
-    /// The names of all files in it but the disk, the directory's id and what `vmft` never looks at again.
+    /// The option for [`Volume::key`].
+    pub fn security(&self) -> Vec<&str> {
+        self.key.as_deref().map_or_else(|| vec!["--insecure"], |key| vec!["--key-file", key])
+    }
+
+    /// The names of all files in it but the disk, the key, the directory's id and what `vmft` never looks at again.
     pub fn claims(&self) -> Result<Vec<String>, HostError> {
         let failed = |source| HostError::File { path: self.local.clone(), source };
         let mut names = Vec::new();
@@ -143,7 +153,8 @@ impl Site {
         let images = Images::ensure()?;
         let kernel = std::env::var_os("VMFT_GUEST_KERNEL").map_or_else(|| images.kernel(), PathBuf::from);
         let name = kernel.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let mut files = vec![build_vmft()?];
+        let monitor = build_vmft()?;
+        let mut files = vec![monitor.clone()];
         if name != "vmlinuz" {
             files.push(kernel);
         }
@@ -151,7 +162,7 @@ impl Site {
         let config = HostConfig { kind: HostKind::Qemu, ..HostConfig::new(1, &shared, &staged) };
         let hosts = TestHost::boot_all(&net, count, &config)?;
         hosts.iter().try_for_each(give_name)?;
-        Ok(Site { hosts, started: Vec::new(), net, config, kernel: name, volumes: 0 })
+        Ok(Site { hosts, started: Vec::new(), net, config, monitor, kernel: name, volumes: 0 })
     }
 
     /// The network that the hosts are in.
@@ -215,15 +226,17 @@ impl Site {
         text
     }
 
-    /// A fresh directory and disk.
+    /// A fresh directory, disk and key.
     pub fn volume(&mut self) -> Result<Volume, HostError> {
         self.volumes += 1;
         let name = format!("volume{}", self.volumes);
         let local = self.config.shared.join(&name);
         fs::create_dir(&local).map_err(|source| HostError::File { path: local.clone(), source })?;
         make_disk(&local.join("disk.img"), DISK_MIB)?;
+        make_key(&self.monitor, &local.join(KEY_FILE))?;
         let path = self.host(1).shared_dir().join(&name).display().to_string();
-        Ok(Volume { local, path })
+        let key = Some(format!("{path}/{KEY_FILE}"));
+        Ok(Volume { local, path, key })
     }
 
     /// Path on the hosts of a file among their images.
@@ -275,8 +288,10 @@ impl Site {
         let timeout = guest.timeout_ms.to_string();
         // The details are for the log of a failed test.
         ["-v", "--shared", &volume.path, "--listen", &listen, "--timeout-ms", &timeout]
+            .into_iter()
+            .chain(volume.security())
             .map(String::from)
-            .into()
+            .collect()
     }
 
     /// Starts a primary on host `number`.

@@ -1,9 +1,10 @@
 //! What the monitor does when it is given something wrong: one sentence that names it, a status other than 0, and
 //! nothing left behind; and what strangers on the log port can do: nothing.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::thread;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use vmft_tests::client::{Config, Sample};
 use vmft_tests::harness::{self, Case, TestResult};
-use vmft_tests::hosts::{Ending, Link, Output, build_vmft, make_disk};
+use vmft_tests::hosts::{Capture, Ending, Link, Output, build_vmft, make_disk};
 use vmft_tests::pair::{
     Guest, LOG_PORT, LONG, Monitor, PROTECTED, Random, SERVICE_READY, SHORT, SharedSite, Site, Volume,
 };
@@ -26,8 +27,11 @@ fn main() -> ExitCode {
         Case::on_hosts("wrong_command_lines_are_refused", wrong_command_lines_are_refused),
         Case::on_hosts("unusable_files_are_refused", unusable_files_are_refused),
         Case::on_hosts("unusable_networks_and_directories_are_refused", unusable_networks_are_refused),
+        Case::on_hosts("unusable_keys_are_refused", unusable_keys_are_refused),
         Case::on_hosts("unfit_hosts_are_refused", unfit_hosts_are_refused),
         Case::on_hosts("what_another_monitor_has_is_refused", what_another_monitor_has_is_refused),
+        Case::on_hosts("backups_with_another_key_or_none_are_refused", other_keys_are_refused),
+        Case::on_hosts("log_link_shows_nothing_of_the_guest", log_link_shows_nothing),
         Case::on_hosts("strangers_on_the_log_port_disturb_nothing", strangers_disturb_nothing),
     ]);
     SITE.close();
@@ -42,7 +46,9 @@ fn words(line: &str) -> Vec<String> {
 /// Fails unless `output` is a refusal in one sentence that holds all of `says`.
 fn assert_refusal(line: &str, output: &Output, status: i32, says: &[&str]) {
     assert_eq!(output.ending, Ending::Exited(status), "`{line}`: {:?}", output.stderr);
-    let mut sentences = output.stderr.iter().filter(|line| !line.contains(" INFO "));
+    // What is said on the way is not the refusal.
+    let is_news = |line: &&String| line.contains(" INFO ") || line.contains(" WARN ");
+    let mut sentences = output.stderr.iter().filter(|line| !is_news(line));
     let sentence = sentences.next().unwrap_or_else(|| panic!("`{line}` says nothing"));
     println!("{sentence}");
     let start = if status == 2 { "error: " } else { "vmft: " };
@@ -76,7 +82,8 @@ fn wrong_command_lines_are_refused() -> TestResult {
         let volume = site.volume()?;
         let path = &volume.path;
         let run = format!("run --kernel {} --memory-mib", site.kernel());
-        let pair = format!("--shared {path} --listen 10.78.0.101:7000 --kernel {}", site.kernel());
+        let security = volume.security().join(" ");
+        let pair = format!("--shared {path} --listen 10.78.0.101:7000 --kernel {} {security}", site.kernel());
         for (line, status, says) in [
             ("walk", 2, &["walk"][..]),
             ("run --kernel /images/vmlinuz --frobnicate", 2, &["--frobnicate"]),
@@ -175,8 +182,9 @@ fn unusable_networks_are_refused() -> TestResult {
         fs::write(volume.local.join("file"), "")?;
         let kernel = site.kernel();
         let own = site.host(1).address(Link::Log);
-        let primary = format!("primary --kernel {kernel} --shared {path} --listen");
-        let backup = format!("backup --shared {path} --connect-timeout-ms 300 --connect");
+        let security = volume.security().join(" ");
+        let primary = format!("primary --kernel {kernel} {security} --shared {path} --listen");
+        let backup = format!("backup {security} --shared {path} --connect-timeout-ms 300 --connect");
         // Something else on the ports that are to be used.
         let _silent = site.host(1).spawn(&["nc", "-l", "-p", "7001"])?;
         let _talking = site.host(1).spawn(&["sh", "-c", "yes | nc -l -p 7002"])?;
@@ -195,22 +203,67 @@ fn unusable_networks_are_refused() -> TestResult {
             (format!("{backup} 10.78.0.250:7000"), &["no primary answers at 10.78.0.250:7000"]),
             (format!("{backup} {own}:7002"), &["primary at", ":7002"]),
             (
-                format!("primary --kernel {kernel} --listen {own}:7000 --shared {path}/none"),
+                format!("primary --kernel {kernel} {security} --listen {own}:7000 --shared {path}/none"),
                 &["none' does not exist", "create it"],
             ),
             (
-                format!("primary --kernel {kernel} --listen {own}:7000 --shared {path}/file"),
+                format!("primary --kernel {kernel} {security} --listen {own}:7000 --shared {path}/file"),
                 &["file' is not a directory"],
             ),
             (
-                format!("primary --kernel {kernel} --listen {own}:7000 --shared /images"),
+                format!("primary --kernel {kernel} {security} --listen {own}:7000 --shared /images"),
                 &["/images' cannot be written", "Read-only"],
             ),
-            (format!("backup --connect {own}:7000 --shared /images"), &["/images' cannot be written"]),
+            (
+                format!("backup --connect {own}:7000 {security} --shared /images"),
+                &["/images' cannot be written"],
+            ),
         ] {
             refused(site, 1, &line, 1, says)?;
         }
         Ok(())
+    })
+}
+
+fn unusable_keys_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let (path, local) = (volume.path.as_str(), &volume.local);
+        fs::write(local.join("text"), "not a key\n")?;
+        fs::write(local.join("read-by-all.key"), "")?;
+        fs::set_permissions(local.join("read-by-all.key"), Permissions::from_mode(0o644))?;
+        fs::write(local.join("cut.key"), "vmft-key 1\nkey 00010203\n")?;
+        fs::set_permissions(local.join("cut.key"), Permissions::from_mode(0o600))?;
+        fs::set_permissions(local.join("text"), Permissions::from_mode(0o600))?;
+        let backup = format!("backup --shared {path} --connect");
+        let primary = format!("primary --kernel {} --shared {path} --listen", site.kernel());
+        let with_key = format!("{backup} 10.78.0.101:7000 --key-file {path}");
+        let open = ["is not a loopback address", "vmft keygen FILE", "--key-file", "--insecure"];
+        for (line, status, says) in [
+            ("keygen".into(), 2, &["FILE"][..]),
+            (format!("keygen {path}/text"), 1, &["text' exists already", "another name"]),
+            (format!("keygen {path}/none/key"), 1, &["none/key' cannot be made", "No such file"]),
+            (format!("{with_key}/none"), 1, &["none' does not exist", "vmft keygen"]),
+            (with_key.clone(), 1, &["is not a regular file"]),
+            (format!("{with_key}/read-by-all.key"), 1, &["read-by-all.key'", "mode 0644", "chmod 600"]),
+            (format!("{with_key}/cut.key"), 1, &["cut.key' cannot be used as a key", "damaged", "Copy it"]),
+            (format!("{with_key}/text"), 1, &["text' cannot be used as a key", "not a key file of vmft"]),
+            (format!("{with_key}/text --insecure"), 2, &["--key-file", "--insecure", "cannot be used with"]),
+            (format!("{primary} 10.78.0.101:7000"), 1, &open),
+            (format!("{primary} 0.0.0.0:7000"), 1, &open),
+            (format!("{backup} 10.78.0.101:7000"), 1, &open),
+            (format!("{backup} 127.0.0.1:7000 --listen 10.78.0.101:7000"), 1, &open),
+            (
+                format!("{backup} 127.0.0.1:7999 --connect-timeout-ms 300"),
+                1,
+                &["no primary answers at 127.0.0.1:7999"],
+            ),
+        ] {
+            refused(site, 1, &line, status, says)?;
+        }
+        let made = site.host(1).run(&["sh", "-c", "/images/vmft keygen /tmp/k && ls -l /tmp/k"], SHORT)?;
+        assert!(made.success() && made.stdout.iter().any(|line| line.starts_with("-rw------- ")), "{made:?}");
+        Ok(site.host(1).run(&["rm", "/tmp/k"], SHORT).map(drop)?)
     })
 }
 
@@ -264,7 +317,8 @@ fn what_another_monitor_has_is_refused() -> TestResult {
 
         let (kernel, path) = (site.kernel(), &volume.path);
         let run = format!("run --kernel {kernel}");
-        let second = format!("primary --kernel {kernel} --shared {path}");
+        let security = volume.security().join(" ");
+        let second = format!("primary --kernel {kernel} {security} --shared {path}");
         for (line, says) in [
             (format!("{run} --disk {path}/disk.img"), &["disk.img' is in use by another monitor"][..]),
             (format!("{run} --tap tap0"), &["Tap 'tap0' is in use", "its own tap"]),
@@ -279,7 +333,7 @@ fn what_another_monitor_has_is_refused() -> TestResult {
         let timeout = Guest::default().timeout_ms;
         let address = "the primary at 10.78.0.101:7000 refuses this backup: ";
         let backup = |shared: &str, disk: &str, rest: &str| {
-            format!("backup --connect 10.78.0.101:7000 --shared {shared} --disk {disk} {rest}")
+            format!("backup --connect 10.78.0.101:7000 {security} --shared {shared} --disk {disk} {rest}")
         };
         let disk = volume.disk();
         let fitting = format!("--tap tap0 --timeout-ms {timeout}");
@@ -307,6 +361,74 @@ fn what_another_monitor_has_is_refused() -> TestResult {
         assert!(client.wait_for_replies(client.answered() + 20, LONG), "the guest does not answer");
         assert_eq!(primary.ending(), None);
         site.check(&client.stop(SHORT))
+    })
+}
+
+fn other_keys_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let (volume, other) = (site.volume()?, site.volume()?);
+        let primary = running_primary(site, &volume)?;
+        let client = site.client(Config { interval: Duration::from_millis(20), ..Config::default() })?;
+        let address = "the primary at 10.78.0.101:7000 cannot be followed: ";
+        let backup = format!(
+            "backup --connect 10.78.0.101:7000 --shared {} --disk {} --tap tap0 --timeout-ms {}",
+            volume.path,
+            volume.disk(),
+            Guest::default().timeout_ms
+        );
+        for (security, says, primary_says) in [
+            (other.security().join(" "), "The peer does not have the key", "The peer does not have the key"),
+            (
+                "--insecure".into(),
+                "The peer has a key and this",
+                "This monitor has a key and the peer has none",
+            ),
+        ] {
+            let heard = primary.output().len();
+            refused(site, 2, &format!("{backup} {security}"), 1, &[address, says, "--key-file"])?;
+            let said = "came to nothing address=10.78.0.102:";
+            let told = |line: &String| line.contains(said) && line.contains(primary_says);
+            let deadline = Instant::now() + SHORT;
+            while !primary.output()[heard..].iter().any(told) {
+                assert!(Instant::now() < deadline, "the primary does not say '{primary_says}'");
+            }
+        }
+        assert!(client.wait_for_replies(client.answered() + 20, LONG), "the guest does not answer");
+        assert_eq!(primary.ending(), None);
+        // The primary has not been disturbed: whoever has the key gets the guest.
+        site.start_backup(2, 1, &Guest::default(), &volume)?;
+        primary.wait_for_line(PROTECTED, LONG)?;
+        assert_eq!(volume.claims()?, ["guest.view-1"], "a refused backup must not change who runs the guest");
+        site.check(&client.stop(SHORT))
+    })
+}
+
+/// The same pair without a key is the proof that the captured frames would show something.
+fn log_link_shows_nothing() -> TestResult {
+    SITE.run(|site| {
+        for (has_key, shows) in [(false, true), (true, false)] {
+            let mut volume = site.volume()?;
+            volume.key = volume.key.filter(|_| has_key);
+            let (primary, _) = site.start_pair(&Guest::default(), &volume)?;
+            let capture = Capture::start(site.net(), 1, Link::Log)?;
+            let mut stream = site.connect()?;
+            stream.write_all(b"PUT 1 account a-secret-of-the-guest\n")?;
+            stream.set_read_timeout(Some(SHORT))?;
+            let mut reply = [0; 5];
+            stream.read_exact(&mut reply)?;
+            assert_eq!(&reply, b"OK 1 ");
+            let frames = capture.frames(2_048)?;
+            let seen =
+                |text: &[u8]| frames.iter().any(|frame| frame.windows(text.len()).any(|part| part == text));
+            println!("with a key: {has_key}; {} frames of the log link", frames.len());
+            assert!(!frames.is_empty(), "nothing was captured");
+            assert_eq!(seen(b"a-secret-of-the-guest"), shows, "with a key: {has_key}");
+            // Heartbeats go along, and say who they are.
+            assert!(seen(b"VMFTBEAT"), "no heartbeat was captured");
+            assert_eq!(primary.ending(), None);
+            site.end_processes()?;
+        }
+        Ok(())
     })
 }
 
@@ -359,7 +481,7 @@ fn strangers_disturb_nothing() -> TestResult {
         let (undisturbed, held) = (client.answered(), holdings(site, &primary)?);
 
         random_bytes(site, &mut random)?;
-        frames_of_nonsense(site, &mut random)?;
+        nonsense_behind_a_right_opening(site, &mut random)?;
         silent_crowd(site)?;
         slow_talker(site)?;
         datagrams(site, &mut random)?;
@@ -398,18 +520,18 @@ fn random_bytes(site: &Site, random: &mut Random) -> TestResult {
     Ok(())
 }
 
-/// A right beginning, which the primary itself shows, and then nonsense.
-fn frames_of_nonsense(site: &Site, random: &mut Random) -> TestResult {
+/// A right opening, which the primary itself shows, and then nonsense where the handshake belongs.
+fn nonsense_behind_a_right_opening(site: &Site, random: &mut Random) -> TestResult {
     for round in 0..10 {
         let mut stream = stranger(site)?;
-        let mut preamble = [0; 12];
-        stream.read_exact(&mut preamble)?;
-        stream.write_all(&preamble)?;
+        let mut opening = [0; 16];
+        stream.read_exact(&mut opening)?;
+        stream.write_all(&opening)?;
         let len = if round == 0 { 12 << 20 } else { random.between(1, 200) };
         let bytes: Vec<u8> = (0..len).map(|_| random.between(0, 255) as u8).collect();
         // As above.
         let _ = stream.write_all(&bytes);
-        wait_for_close("a nonsense frame", &stream)?;
+        wait_for_close("nonsense behind an opening", &stream)?;
     }
     Ok(())
 }

@@ -14,11 +14,13 @@ use super::host::Host;
 use super::options::{Backend, Initrd, Options, Remote};
 use super::ssh::{SshDir, SshHost, quoted};
 use super::{DemoError, say};
-use crate::hosts::{HostConfig, HostKind, Images, Link, Net, TestHost, build_vmft, make_disk};
+use crate::hosts::{HostConfig, HostKind, Images, Link, Net, TestHost, build_vmft, make_disk, make_key};
 use crate::pair::LOG_PORT;
 
 /// Size of the fresh disk.
 const DISK_MIB: u32 = 64;
+/// The pair's key, in the shared directory, where the disk is too: who may read that can read the guest anyway.
+const KEY_FILE: &str = "pair.key";
 /// What an emulated host needs besides the guest.
 const HOST_OWN_MIB: u32 = 768;
 
@@ -52,6 +54,7 @@ pub(super) struct Files {
     pub(super) initrd: Option<String>,
     pub(super) disk: String,
     pub(super) shared: String,
+    pub(super) key: String,
 }
 
 impl Site {
@@ -82,6 +85,7 @@ impl Site {
         fs::create_dir(&shared).map_err(DemoError::file(&shared))?;
         let disk = shared.join("disk.img");
         provide_disk(options, &disk)?;
+        make_key(monitor, &shared.join(KEY_FILE))?;
         let staged = net.stage_images(images, &[monitor.to_owned()])?;
         let mut config = HostConfig { kind, ..HostConfig::new(1, &shared, &staged) };
         config.memory_mib = config.memory_mib.max(options.memory_mib.saturating_add(HOST_OWN_MIB));
@@ -110,6 +114,7 @@ impl Site {
             kernel: on_host(&kernel),
             initrd: initrd.map(|name| on_host(&name)),
             disk: format!("{shared}/disk.img"),
+            key: format!("{shared}/{KEY_FILE}"),
             shared,
         };
         let listen = SocketAddr::from((first.address(Link::Log), LOG_PORT)).to_string();
@@ -153,7 +158,10 @@ impl Site {
             },
             disk: disk?,
             shared: path.clone(),
+            key: format!("{path}/{KEY_FILE}"),
         };
+        // Made where it is used: it does not travel.
+        hosts[0].shell(&format!("{} keygen {}", quoted(&files.monitor), quoted(&files.key)))?;
         let listen = match &remote.listen {
             Some(listen) => listen.clone(),
             None => SocketAddr::new(hosts[0].address()?, LOG_PORT).to_string(),

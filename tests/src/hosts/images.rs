@@ -87,6 +87,11 @@ fn build(kind: &str, name: &str) -> Result<PathBuf, HostError> {
         })
 }
 
+/// Makes `file` the key of a pair, with the monitor `program`.
+pub fn make_key(program: &Path, file: &Path) -> Result<(), HostError> {
+    tool::output(Command::new(program).arg("keygen").arg(file)).map(drop)
+}
+
 /// Makes `file` a raw disk of `size_mib` MiB with a fresh ext4 file system.
 pub fn make_disk(file: &Path, size_mib: u32) -> Result<(), HostError> {
     tool::output(Command::new(build_script()).arg("disk").arg(file).arg(size_mib.to_string()))?;

@@ -27,6 +27,6 @@ mod tool;
 pub use capture::Capture;
 pub use error::HostError;
 pub use host::{HostConfig, HostKind, TestHost};
-pub use images::{Images, build_small_guests, build_vmft, make_disk};
+pub use images::{Images, build_small_guests, build_vmft, make_disk, make_key};
 pub use net::{Link, Net};
 pub use process::{Ending, HostProcess, Output};

@@ -57,8 +57,10 @@ struct Ready {
 pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
     let mut counter = position::choose(args.position.position)?;
-    let addresses: Vec<_> =
-        [("--connect", args.connect)].into_iter().chain(args.listen.map(|listen| ("--listen", listen))).collect();
+    let addresses: Vec<_> = [("--connect", args.connect)]
+        .into_iter()
+        .chain(args.listen.map(|listen| ("--listen", listen)))
+        .collect();
     let side = Side::new(&args.pair, &addresses, args.delivery, &args.name, ClaimRole::Backup)?;
     let kvm = Kvm::open()?;
     let listener = args.listen.map(Listener::bind).transpose().map_err(PairError::from)?;

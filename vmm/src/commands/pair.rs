@@ -109,8 +109,8 @@ impl Side {
             let PairArgs { heartbeat_ms, timeout_ms, .. } = *args;
             return Err(PairError::Heartbeats { heartbeat_ms, timeout_ms }.into());
         }
-        let key =
-            key_file::for_pair(args.key_file.as_deref(), args.insecure, addresses).map_err(PairError::from)?;
+        let key = key_file::for_pair(args.key_file.as_deref(), args.insecure, addresses)
+            .map_err(PairError::from)?;
         let uuid = random_id().map_err(CommandError::host("give random bytes"))?;
         Ok(Self {
             claims: Claims::open(&args.shared, name).map_err(PairError::from)?,
@@ -144,8 +144,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     let stop = Stop::install()?;
     let counter = position::choose(args.position.position)?;
     let addresses = [("--listen", args.listen)];
-    let side =
-        Side::new(&args.pair, &addresses, args.guest.delivery, &args.guest.name, ClaimRole::Primary)?;
+    let side = Side::new(&args.pair, &addresses, args.guest.delivery, &args.guest.name, ClaimRole::Primary)?;
     let view = first_view(&side.claims, &args.guest.name, &args.pair.shared)?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
     let heartbeats = Arc::new(

@@ -17,8 +17,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ft_log::{
-    Ack, BatchReceiver, ByeReason, ChannelError, FrameWriter, GuestTime, Hello, Key, LogPart, Message, SealKey,
-    StreamError, Welcome,
+    Ack, BatchReceiver, ByeReason, ChannelError, FrameWriter, GuestTime, Hello, Key, LogPart, Message,
+    SealKey, StreamError, Welcome,
 };
 use thiserror::Error;
 
@@ -112,12 +112,11 @@ pub fn connect(
         }
     };
     let broken = |source| BackupError::Stream { address, source };
-    let mut channel = Channel::connect(stream, key, &hello.guest_name, READ_TIMEOUT).map_err(|error| {
-        match error {
+    let mut channel =
+        Channel::connect(stream, key, &hello.guest_name, READ_TIMEOUT).map_err(|error| match error {
             ChannelError::Stream(source) => broken(source),
             source => BackupError::Channel { address, source },
-        }
-    })?;
+        })?;
     FrameWriter::new(&mut channel.out).send(&Message::Hello(hello)).map_err(broken)?;
     match channel.frames.receive().map_err(broken)? {
         Some(Message::Welcome(welcome)) => Ok(Connection { address, welcome, channel }),

@@ -97,3 +97,80 @@ impl Channel {
         self.stream.set_read_timeout(None).map_err(StreamError::Io)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::TcpListener;
+    use std::thread;
+
+    use ft_log::{FrameWriter, Message};
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(300);
+
+    fn key() -> Key {
+        Key::new([7; 32])
+    }
+
+    /// Both ends: who connects, and who listens.
+    fn streams() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let first = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (first, listener.accept().unwrap().0)
+    }
+
+    /// Time limits of the greeting are over behind it; shutting the connection down ends a read in another thread.
+    #[test]
+    fn a_greeted_connection_has_no_limit_but_an_end() {
+        let (backup, primary) = streams();
+        let connecting = thread::spawn(move || Channel::connect(backup, Some(&key()), "web", LIMIT));
+        let mut primary = Channel::accept(primary, Some(&key()), "web", LIMIT).unwrap();
+        let mut backup = connecting.join().unwrap().unwrap();
+        assert_eq!(backup.heartbeat_key, primary.heartbeat_key);
+        primary.unhurried().unwrap();
+        backup.unhurried().unwrap();
+        let reading = thread::spawn(move || (primary.frames.receive().unwrap(), primary.frames.receive()));
+        thread::sleep(2 * LIMIT);
+        let bye = Message::SnapshotEnd;
+        FrameWriter::new(&mut backup.out).send(&bye).unwrap();
+        backup.stream.shutdown(std::net::Shutdown::Both).unwrap();
+        let (first, end) = reading.join().unwrap();
+        assert_eq!((first, end.unwrap()), (Some(bye), None));
+    }
+
+    #[test]
+    fn whoever_talks_slowly_has_the_limit_in_all() {
+        for key in [None, Some(key())] {
+            let (mut stranger, primary) = streams();
+            let talking = thread::spawn(move || {
+                // The other side ends it.
+                while stranger.write_all(b"V").is_ok() {
+                    thread::sleep(LIMIT / 10);
+                }
+            });
+            let started = Instant::now();
+            // Eight letters are judged; fewer come in time.
+            let limit = LIMIT / 2;
+            let refused = Channel::accept(primary, key.as_ref(), "web", limit).err().unwrap();
+            let said = crate::with_causes(&refused);
+            assert!(started.elapsed() >= limit && started.elapsed() < 10 * limit, "{said}");
+            let ChannelError::Stream(error) = &refused else { panic!("{said}") };
+            assert!(error.is_timeout(), "{said}");
+            talking.join().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_primary_that_is_killed_leaves_an_end() {
+        let (backup, primary) = streams();
+        let connecting = thread::spawn(move || Channel::connect(backup, Some(&key()), "web", LIMIT));
+        let mut primary = Channel::accept(primary, Some(&key()), "web", LIMIT).unwrap();
+        let mut backup = connecting.join().unwrap().unwrap();
+        primary.out.write_all(&[4, 1, 0, 0, 9]).unwrap();
+        drop(primary);
+        let error = backup.frames.receive().unwrap_err();
+        assert!(matches!(error, StreamError::Truncated { len_bytes: 5 }), "{error}");
+    }
+}

@@ -349,12 +349,26 @@ mod tests {
 
     const GUEST: &str = "web-1";
 
+    /// Of the present connection, or of another one.
+    fn key(connection: &str) -> SealKey {
+        ft_log::Key::new([7; 32]).seal_key("heartbeat", &[connection.as_bytes(), GUEST.as_bytes()])
+    }
+
+    fn now_key() -> SealKey {
+        key("now")
+    }
+
     fn exchange(role: Role) -> Exchange {
         Exchange::new(GUEST, role, Duration::ZERO)
     }
 
     fn heartbeat(role: Role, counter: u64) -> Heartbeat {
         Heartbeat { view: 1, counter, guest: guest_name_hash(GUEST), role }
+    }
+
+    /// What is sent of it in the present connection.
+    fn sealed(heartbeat: Heartbeat) -> Vec<u8> {
+        heartbeat.encode(&now_key())
     }
 
     fn at(seconds: u64) -> Duration {
@@ -369,13 +383,17 @@ mod tests {
         address("192.0.2.1:7000")
     }
 
+    fn connected() -> Option<(SocketAddr, SealKey)> {
+        Some((peer(), now_key()))
+    }
+
     #[test]
     fn a_backup_counts_and_answers_newer_heartbeats_of_its_primary_only() {
         let mut backup = exchange(Role::Backup);
-        backup.set_peer(Some(peer()), at(0));
-        assert!(backup.received(&heartbeat(Role::Primary, 5).encode(), peer(), at(1)));
+        backup.set_peer(connected(), at(0));
+        assert!(backup.received(&sealed(heartbeat(Role::Primary, 5)), peer(), at(1)));
         assert_eq!((backup.heard_at, backup.stats.heard), (at(1), 1));
-        assert_eq!(backup.next_heartbeat(at(1)), Some((heartbeat(Role::Backup, 5), peer())));
+        assert_eq!(backup.next_heartbeat(at(1)), Some((sealed(heartbeat(Role::Backup, 5)), peer())));
         let newer = heartbeat(Role::Primary, 6);
         let refused = [
             heartbeat(Role::Primary, 5),
@@ -386,23 +404,23 @@ mod tests {
             Heartbeat { guest: 1, ..newer },
         ];
         for (count, other) in refused.iter().enumerate() {
-            assert!(!backup.received(&other.encode(), peer(), at(2)), "{other:?}");
+            assert!(!backup.received(&sealed(*other), peer(), at(2)), "{other:?}");
             assert_eq!((backup.heard_at, backup.stats.ignored), (at(1), count as u64 + 1), "{other:?}");
         }
-        assert!(backup.received(&newer.encode(), peer(), at(3)));
+        assert!(backup.received(&sealed(newer), peer(), at(3)));
         assert_eq!(backup.heard_at, at(3));
     }
 
     #[test]
     fn an_answer_counts_from_when_the_question_was_sent() {
         let mut primary = exchange(Role::Primary);
-        primary.set_peer(Some(peer()), at(0));
+        primary.set_peer(connected(), at(0));
         for (counter, seconds) in [(1, 10), (2, 20), (3, 30)] {
             let sent = primary.next_heartbeat(at(seconds));
-            assert_eq!(sent, Some((heartbeat(Role::Primary, counter), peer())));
+            assert_eq!(sent, Some((sealed(heartbeat(Role::Primary, counter)), peer())));
         }
         let mut answer = |counter| {
-            primary.received(&heartbeat(Role::Backup, counter).encode(), peer(), at(100));
+            primary.received(&sealed(heartbeat(Role::Backup, counter)), peer(), at(100));
             (primary.answered_sent_at, primary.stats.heard)
         };
         assert_eq!(answer(0), (None, 0), "nothing heard yet");
@@ -416,25 +434,25 @@ mod tests {
     #[test]
     fn answers_of_another_peer_or_view_do_not_count() {
         let mut primary = exchange(Role::Primary);
-        primary.set_peer(Some(peer()), at(0));
+        primary.set_peer(connected(), at(0));
         let view_2 = |counter| Heartbeat { view: 2, ..heartbeat(Role::Backup, counter) };
         primary.next_heartbeat(at(1));
-        primary.set_peer(Some(peer()), at(2));
-        primary.received(&heartbeat(Role::Backup, 1).encode(), peer(), at(3));
+        primary.set_peer(connected(), at(2));
+        primary.received(&sealed(heartbeat(Role::Backup, 1)), peer(), at(3));
         primary.next_heartbeat(at(4));
         primary.set_view(2, Role::Primary);
-        primary.received(&view_2(2).encode(), peer(), at(5));
+        primary.received(&sealed(view_2(2)), peer(), at(5));
         assert_eq!((primary.answered_sent_at, primary.stats.heard), (None, 0));
         primary.next_heartbeat(at(6));
-        primary.received(&view_2(3).encode(), peer(), at(7));
+        primary.received(&sealed(view_2(3)), peer(), at(7));
         assert_eq!(primary.answered_sent_at, Some(at(6)));
     }
 
     #[test]
     fn a_primary_learns_the_port_of_its_peers_address_only() {
         let mut primary = exchange(Role::Primary);
-        let greeting = heartbeat(Role::Backup, 0).encode();
-        primary.set_peer(Some(peer()), at(0));
+        let greeting = sealed(heartbeat(Role::Backup, 0));
+        primary.set_peer(connected(), at(0));
         primary.received(&greeting, address("192.0.2.9:1"), at(1));
         assert_eq!(primary.peer, Some(peer()));
         primary.received(&greeting, address("192.0.2.1:4242"), at(1));
@@ -447,18 +465,20 @@ mod tests {
     #[test]
     fn a_backup_follows_a_new_primary_from_its_start() {
         let mut backup = exchange(Role::Backup);
-        backup.received(&heartbeat(Role::Primary, 1_000).encode(), peer(), at(1));
-        backup.set_peer(Some(peer()), at(50));
+        backup.set_peer(connected(), at(0));
+        assert!(backup.received(&sealed(heartbeat(Role::Primary, 1_000)), peer(), at(1)));
+        backup.set_peer(connected(), at(50));
         assert_eq!(backup.heard_at, at(50));
-        assert!(backup.received(&heartbeat(Role::Primary, 1).encode(), peer(), at(51)));
+        assert!(backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(51)));
     }
 
     #[test]
     fn damaged_datagrams_are_counted_and_ignored() {
         let mut backup = exchange(Role::Backup);
-        let mut flipped = heartbeat(Role::Primary, 1).encode();
+        backup.set_peer(connected(), at(0));
+        let mut flipped = sealed(heartbeat(Role::Primary, 1));
         flipped[20] ^= 1;
-        let longer = [&heartbeat(Role::Primary, 1).encode()[..], &[0]].concat();
+        let longer = [&sealed(heartbeat(Role::Primary, 1))[..], &[0]].concat();
         for datagram in [&b""[..], b"hello", &flipped, &longer] {
             assert!(!backup.received(datagram, peer(), at(1)));
         }
@@ -467,9 +487,90 @@ mod tests {
     }
 
     #[test]
+    fn what_another_key_has_sealed_is_not_heard() {
+        let mut backup = exchange(Role::Backup);
+        backup.set_peer(connected(), at(0));
+        let forged = [
+            ft_log::Key::new([8; 32]).seal_key("heartbeat", &[b"now", GUEST.as_bytes()]),
+            ft_log::Key::new([7; 32]).seal_key("invitation", &[b"now", GUEST.as_bytes()]),
+            SealKey::without_secret("heartbeat", &[GUEST.as_bytes()]),
+        ];
+        for key in &forged {
+            assert!(!backup.received(&heartbeat(Role::Primary, 1).encode(key), peer(), at(1)));
+        }
+        assert_eq!((backup.stats.damaged, backup.heard_at), (3, at(0)));
+        let mut primary = exchange(Role::Primary);
+        primary.set_peer(connected(), at(0));
+        primary.next_heartbeat(at(1));
+        for key in &forged {
+            primary.received(&heartbeat(Role::Backup, 1).encode(key), address("192.0.2.1:66"), at(2));
+        }
+        assert_eq!((primary.answered_sent_at, primary.peer), (None, Some(peer())), "nor is its port learnt");
+    }
+
+    /// The view is the same, and the counters that were recorded are higher than any in this connection.
+    #[test]
+    fn what_was_recorded_of_an_earlier_connection_is_worth_nothing() {
+        let (mut old_primary, mut old_backup) = (exchange(Role::Primary), exchange(Role::Backup));
+        old_primary.set_peer(Some((peer(), key("earlier"))), at(0));
+        old_backup.set_peer(Some((peer(), key("earlier"))), at(0));
+        let mut recorded = Vec::new();
+        for second in 1..=100 {
+            let (question, _) = old_primary.next_heartbeat(at(second)).unwrap();
+            assert!(old_backup.received(&question, peer(), at(second)));
+            let (answer, _) = old_backup.next_heartbeat(at(second)).unwrap();
+            recorded.push((question, answer));
+        }
+        // Both join anew, and both monitors may have been started anew.
+        let mut backup = exchange(Role::Backup);
+        backup.set_peer(connected(), at(200));
+        let mut primary = exchange(Role::Primary);
+        primary.set_peer(connected(), at(200));
+        for _ in 0..100 {
+            primary.next_heartbeat(at(200));
+        }
+        for (question, answer) in &recorded {
+            assert!(!backup.received(question, peer(), at(300)));
+            primary.received(answer, peer(), at(300));
+        }
+        assert_eq!((backup.heard_at, backup.counter), (at(200), 0));
+        assert_eq!((primary.heard_at, primary.answered_sent_at), (at(200), None));
+        assert_eq!((backup.stats.damaged, primary.stats.damaged), (100, 100));
+    }
+
+    #[test]
+    fn what_was_recorded_of_this_connection_is_heard_once() {
+        let mut backup = exchange(Role::Backup);
+        backup.set_peer(connected(), at(0));
+        let questions: Vec<_> = (1..=3).map(|counter| sealed(heartbeat(Role::Primary, counter))).collect();
+        assert!(questions.iter().all(|question| backup.received(question, peer(), at(1))));
+        assert!(!questions.iter().any(|question| backup.received(question, peer(), at(2))));
+        assert_eq!((backup.heard_at, backup.stats.ignored), (at(1), 3));
+    }
+
+    #[test]
+    fn nothing_is_heard_without_a_connection() {
+        let mut backup = exchange(Role::Backup);
+        assert!(!backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(1)));
+        backup.set_peer(connected(), at(2));
+        backup.set_peer(None, at(3));
+        assert!(!backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(4)));
+        assert_eq!((backup.stats.ignored, backup.heard_at), (2, at(3)));
+    }
+
+    #[test]
+    fn whoever_falls_silent_still_hears() {
+        let mut backup = exchange(Role::Backup);
+        backup.set_peer(connected(), at(0));
+        backup.peer = None;
+        assert!(backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(1)));
+        assert_eq!((backup.heard_at, backup.next_heartbeat(at(1))), (at(1), None));
+    }
+
+    #[test]
     fn what_is_remembered_of_a_silent_peer_is_bounded() {
         let mut primary = exchange(Role::Primary);
-        primary.set_peer(Some(peer()), at(0));
+        primary.set_peer(connected(), at(0));
         for second in 0..2 * MAX_UNANSWERED as u64 {
             primary.next_heartbeat(at(second));
         }
@@ -484,9 +585,9 @@ mod tests {
     fn two_sides_hear_each_other_until_one_ends() {
         let (primary, backup) = (start(Role::Primary), start(Role::Backup));
         assert_eq!(primary.unanswered_for(), Duration::MAX);
-        backup.set_peer(Some(primary.local_address()));
+        backup.set_peer(Some((primary.local_address(), now_key())));
         // The port is wrong, as a log connection's is; the address is right.
-        primary.set_peer(Some(address("127.0.0.1:9")));
+        primary.set_peer(Some((address("127.0.0.1:9"), now_key())));
         while primary.stats().heard < 3 || backup.stats().heard < 3 {
             thread::yield_now();
         }

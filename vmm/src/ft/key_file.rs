@@ -149,7 +149,9 @@ pub fn for_pair(
     match reachable {
         Some(&(option, address)) if !insecure => Err(KeyFileError::NotLoopback { option, address }),
         Some((option, address)) => {
-            tracing::warn!("{option} {address}: the log link is neither encrypted nor authenticated (--insecure)");
+            tracing::warn!(
+                "{option} {address}: the log link is neither encrypted nor authenticated (--insecure)"
+            );
             Ok(None)
         }
         None => Ok(None),

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use devices::Effect;
 use ft_log::{
-    ByeReason, CheckpointEncoder, Encoder, Entry, FrameWriter, Message, Position, SealKey, StreamError, Welcome,
+    ByeReason, CheckpointEncoder, Encoder, Entry, FrameWriter, Message, Position, SealKey, StreamError,
+    Welcome,
 };
 
 use super::accept::refuse;
@@ -172,14 +173,16 @@ impl PairLog {
         };
         self.sender = Some(spawn("log-sender", send)?);
         let first_pause = started.elapsed();
-        let joining = Joining { frames, heartbeat_key, stream, host, address, transfer, started, first_pause };
+        let joining =
+            Joining { frames, heartbeat_key, stream, host, address, transfer, started, first_pause };
         self.joining = Some(joining);
         Ok(())
     }
 
     /// Hands over what is left of the guest, and starts the log behind it. The machine has been settled.
     fn finish_transfer(&mut self, machine: &mut Machine, joining: Joining) -> Result<(), RunError> {
-        let Joining { frames, heartbeat_key, stream, host, address, transfer, started, first_pause } = joining;
+        let Joining { frames, heartbeat_key, stream, host, address, transfer, started, first_pause } =
+            joining;
         let stopped = Instant::now();
         let last = machine.last_part(&transfer.log)?;
         let (rounds, pages) = transfer.figures();
