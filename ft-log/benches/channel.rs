@@ -92,7 +92,7 @@ fn side(
 /// MiB/s from one end to the other.
 fn throughput(key: &Option<Key>) -> f64 {
     let (backup, primary) = connect(key);
-    let chunk = Message::Snapshot((0..CHUNK_BYTES).map(|index| (index * 31 >> 3) as u8).collect());
+    let chunk = Message::Snapshot((0..CHUNK_BYTES).map(|index| ((index * 31) >> 3) as u8).collect());
     let started = Instant::now();
     let sending = thread::spawn(move || {
         let mut writer = primary.1;
@@ -108,7 +108,7 @@ fn throughput(key: &Option<Key>) -> f64 {
     }
     let took = started.elapsed();
     sending.join().expect("all was sent");
-    (CHUNKS * CHUNK_BYTES >> 20) as f64 / took.as_secs_f64()
+    ((CHUNKS * CHUNK_BYTES) >> 20) as f64 / took.as_secs_f64()
 }
 
 /// From the sending of a batch to its acknowledgement.
@@ -162,7 +162,7 @@ fn sealing(key: &Option<Key>) -> f64 {
     for _ in 0..CHUNKS {
         writer.write_all(black_box(&chunk)).expect("a sink takes all");
     }
-    (CHUNKS * CHUNK_BYTES >> 20) as f64 / started.elapsed().as_secs_f64()
+    ((CHUNKS * CHUNK_BYTES) >> 20) as f64 / started.elapsed().as_secs_f64()
 }
 
 fn datagram_us() -> f64 {
