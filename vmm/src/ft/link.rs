@@ -61,7 +61,7 @@ pub enum Mood {
 /// Numbers since the backup was given the guest.
 #[derive(Clone, Copy, Debug)]
 pub struct LinkFigures {
-    /// Bytes written behind the snapshot, framing included.
+    /// Bytes written behind the snapshot, as the link carries them: framing and sealing included.
     pub log_bytes: u64,
     /// Batches sent.
     pub batches: u64,
