@@ -15,6 +15,8 @@ use ft_log::{
 };
 
 type Side = (ChannelReader<TcpStream>, ChannelWriter<TcpStream>);
+type Greeted = Result<Session, ChannelError>;
+type Recorded = std::io::Cursor<Vec<u8>>;
 
 const GUEST: &str = "web";
 /// Bytes of a record that are not content.
@@ -32,10 +34,7 @@ fn halves(stream: TcpStream) -> (TcpStream, TcpStream) {
 }
 
 /// What a backup with the one key and a primary with the other make of each other.
-fn greet(
-    backup_key: Option<Key>,
-    primary_key: Option<&Key>,
-) -> (Result<Session, ChannelError>, Result<Session, ChannelError>, TcpStream, TcpStream) {
+fn greet(backup_key: Option<Key>, primary_key: Option<&Key>) -> (Greeted, Greeted, TcpStream, TcpStream) {
     let (backup, primary) = streams();
     let (mut input, mut out) = halves(backup.try_clone().unwrap());
     let greeting = thread::spawn(move || Session::initiate(&mut input, &mut out, backup_key.as_ref(), GUEST));
@@ -46,7 +45,7 @@ fn greet(
 
 fn pair(key: Option<Key>) -> (Side, Side) {
     let (backup, primary, backup_stream, primary_stream) = greet(key.clone(), key.as_ref());
-    let split = |session: Result<Session, ChannelError>, stream| {
+    let split = |session: Greeted, stream| {
         let (input, out) = halves(stream);
         session.unwrap().split(input, out)
     };
@@ -54,9 +53,7 @@ fn pair(key: Option<Key>) -> (Side, Side) {
 }
 
 /// A writer into memory and a reader of what was made of it. The backup's, so that the reader is the primary's.
-fn records(
-    contents: &[&[u8]],
-) -> (Vec<Vec<u8>>, impl Fn(Vec<u8>) -> ChannelReader<std::io::Cursor<Vec<u8>>>) {
+fn records(contents: &[&[u8]]) -> (Vec<Vec<u8>>, impl Fn(Vec<u8>) -> ChannelReader<Recorded>) {
     let key = common::key();
     let (backup, primary, _, _) = greet(Some(key.clone()), Some(&key));
     let (_, mut writer) = backup.unwrap().split(&b""[..], Vec::new());
