@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! key file ── Key ── derive("log") ────────────────────────────────────────> the connection's handshake (channel.rs)
-//!              └──── derive("heartbeat", handshake's hash, guest's name) ──> SealKey: datagrams beside one connection
+//!              ├──── derive("heartbeat", handshake's hash, guest's name) ──> SealKey: datagrams beside one connection
+//!              └──── derive("invitation") ────────────────────────────────> SealKey: datagrams before any connection
 //! ```
 //!
 //! A key file is text, a field per line, this order, each line ended by a line feed:

@@ -6,7 +6,7 @@
 //! Event ─ record ─ codec ─────┐                      ┌─ channel ─ TCP connection (session: who, in which order)
 //! guest at a stop ─ checkpoint ├─ message ─ stream ───┤
 //! machine ─── snapshot ────────┘                      └─ segment: recording file
-//! heartbeat: UDP, on its own                       key: the secret for channel and heartbeat
+//! heartbeat, invitation: UDP, on their own         key: the secret for channel and datagrams
 //! ```
 //!
 //! Every stream, file and datagram starts with a magic and a version that can be read alone. A monitor
@@ -23,6 +23,7 @@ mod error;
 mod event;
 mod fields;
 mod heartbeat;
+mod invitation;
 mod key;
 mod message;
 mod position;
@@ -45,10 +46,11 @@ pub use event::{
     DiskStatus, Event, GuestTime, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES,
 };
 pub use heartbeat::{HEARTBEAT_BYTES, HEARTBEAT_VERSION, Heartbeat, HeartbeatError, Role, guest_name_hash};
+pub use invitation::{INVITATION_BYTES, INVITATION_VERSION, Invitation, InvitationError};
 pub use key::{KEY_BYTES, Key, KeyError, MAX_KEY_FILE_BYTES, SealKey, TAG_BYTES};
 pub use message::{
     Ack, Batch, ByeReason, LogPart, MAX_BATCH_ENTRIES_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES,
-    MAX_TEXT_BYTES, Message, MessageKind,
+    MAX_TEXT_BYTES, Message, MessageKind, Refusal,
 };
 pub use position::{Counted, Position, PositionSource, REGISTERS, Registers};
 pub use record::{Cursor, Entry};

@@ -31,6 +31,8 @@ pub enum Message {
     Welcome(Welcome),
     /// The primary does not accept, and closes.
     Refuse {
+        /// Why, for the program.
+        refusal: Refusal,
         /// Why, as a sentence for the operator.
         reason: String,
     },
@@ -84,6 +86,20 @@ pub struct Ack {
     pub executed: u64,
     /// The guest time that the backup's guest is at.
     pub executed_time: GuestTime,
+}
+
+/// Why a backup may not join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Refusal {
+    /// It does not fit this primary, and somebody has to change that.
+    Unfit = 1,
+    /// There is a backup, or another one is joining. It may come again.
+    Busy = 2,
+}
+
+impl Refusal {
+    const ALL: [Self; 2] = [Self::Unfit, Self::Busy];
 }
 
 /// Why a log ends.
@@ -199,7 +215,10 @@ impl Message {
         match self {
             Self::Hello(hello) => put_hello(out, hello),
             Self::Welcome(welcome) => put_welcome(out, welcome),
-            Self::Refuse { reason } => put_bytes(out, "reason", reason.as_bytes(), MAX_TEXT_BYTES),
+            Self::Refuse { refusal, reason } => {
+                out.push(*refusal as u8);
+                put_bytes(out, "reason", reason.as_bytes(), MAX_TEXT_BYTES)
+            }
             Self::Snapshot(chunk) | Self::Checkpoint(chunk) => {
                 out.extend_from_slice(chunk);
                 Ok(())
@@ -225,7 +244,14 @@ impl Message {
         let message = match kind {
             MessageKind::Hello => Self::Hello(get_hello(input)?),
             MessageKind::Welcome => Self::Welcome(get_welcome(input)?),
-            MessageKind::Refuse => Self::Refuse { reason: get_text(input, "reason", MAX_TEXT_BYTES)? },
+            MessageKind::Refuse => {
+                let tag = get_u8(input, "refusal")?;
+                let refusal = Refusal::ALL
+                    .into_iter()
+                    .find(|refusal| *refusal as u8 == tag)
+                    .ok_or(LogError::UnknownTag { what: "refusal", tag })?;
+                Self::Refuse { refusal, reason: get_text(input, "reason", MAX_TEXT_BYTES)? }
+            }
             MessageKind::Snapshot => Self::Snapshot(std::mem::take(input).to_vec()),
             MessageKind::Checkpoint => Self::Checkpoint(std::mem::take(input).to_vec()),
             MessageKind::SnapshotEnd => Self::SnapshotEnd,

@@ -11,9 +11,9 @@ use std::path::Path;
 use ft_log::{
     Ack, Batch, ByeReason, CLOCK_TOLERANCE, Checkpoint, CheckpointDecoder, CheckpointEncoder, ClockModel,
     Counted, Cursor, Decoder, DiskStatus, Encoder, Entry, Event, FrameDecoder, FrameReader, FrameWriter,
-    GuestTime, Heartbeat, Key, LogError, Message, PAGE_BYTES, Pages, Position, RECORDING_MAGIC,
-    RECORDING_VERSION, REGISTERS, RecordingReader, Role, SNAPSHOT_MAGIC, SnapshotPart, SnapshotReader,
-    SnapshotWriter, StateDigest,
+    GuestTime, Heartbeat, Invitation, Key, LogError, Message, PAGE_BYTES, Pages, Position, RECORDING_MAGIC,
+    RECORDING_VERSION, REGISTERS, RecordingReader, Refusal, Role, SNAPSHOT_MAGIC, SnapshotPart,
+    SnapshotReader, SnapshotWriter, StateDigest,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -106,7 +106,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         ack.prop_map(Message::Ack),
         vec(any::<u8>(), 0..300).prop_map(Message::Snapshot),
         vec(any::<u8>(), 0..300).prop_map(Message::Checkpoint),
-        any::<String>().prop_map(|reason| Message::Refuse { reason }),
+        any::<String>().prop_map(|reason| Message::Refuse { refusal: Refusal::Unfit, reason }),
         any::<String>().prop_map(|text| Message::Bye { reason: ByeReason::LostClaim, text }),
     ]
 }
@@ -274,6 +274,21 @@ proptest! {
     fn random_texts_are_no_keys(bytes in vec(any::<u8>(), 0..120), behind_magic: bool) {
         let text = [if behind_magic { &b"vmft-key 1\nkey "[..] } else { b"" }, &bytes].concat();
         prop_assert!(Key::from_text(&text).is_err());
+    }
+
+    #[test]
+    fn invitations_are_read_back(view: u64, guest: u64, port in 1u16..) {
+        let invitation = Invitation { view, guest, port };
+        let key = common::invitation_key();
+        prop_assert_eq!(Invitation::decode(&invitation.encode(&key), &key), Ok(invitation));
+    }
+
+    #[test]
+    fn random_datagrams_are_no_invitations(bytes in vec(any::<u8>(), 0..60), behind_header: bool) {
+        let key = common::invitation_key();
+        let mut datagram = common::INVITATION.encode(&key)[..if behind_header { 12 } else { 0 }].to_vec();
+        datagram.extend(bytes);
+        prop_assert!(Invitation::decode(&datagram, &key).is_err());
     }
 
     #[test]

@@ -9,10 +9,10 @@ use std::io::{Cursor as Bytes, Read, Write};
 
 use ft_log::{
     Batch, ByeReason, ChannelError, CheckpointDecoder, Cursor, Decoder, Encoder, Entry, Event, FrameReader,
-    FrameWriter, GuestTime, Heartbeat, HeartbeatError, Key, KeyError, LogError, MAX_CONSOLE_BYTES,
-    MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message,
-    PAGE_BYTES, PositionSource, SealKey, Session, SnapshotError, SnapshotReader, SnapshotWriter, StateDigest,
-    StreamError, TAG_BYTES,
+    FrameWriter, GuestTime, Heartbeat, HeartbeatError, Invitation, InvitationError, Key, KeyError, LogError,
+    MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES,
+    Message, PAGE_BYTES, PositionSource, SealKey, Session, SnapshotError, SnapshotReader, SnapshotWriter,
+    StateDigest, StreamError, TAG_BYTES,
 };
 
 fn encoded(entries: &[Entry]) -> Vec<u8> {
@@ -309,8 +309,8 @@ fn greeted(opening: &[u8], key: Option<&Key>) -> ChannelError {
 fn a_peer_of_another_version_is_refused_by_name() {
     for key in [None, Some(&common::key())] {
         // Another version may have nothing behind it.
-        let refused = greeted(b"VMFTLINK\x07\0\0\0", key);
-        assert_eq!(refused.to_string(), "The peer speaks protocol version 7, this monitor speaks 6");
+        let refused = greeted(b"VMFTLINK\x09\0\0\0", key);
+        assert_eq!(refused.to_string(), "The peer speaks protocol version 9, this monitor speaks 7");
         let refused = greeted(b"GET / HT\x01\0\0\0", key);
         assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
         let cut = greeted(b"VMFTLINK\x01\0\0", key);
@@ -320,7 +320,7 @@ fn a_peer_of_another_version_is_refused_by_name() {
 
 #[test]
 fn a_key_on_one_side_only_is_refused_by_both() {
-    let opening = |security: u8| [&b"VMFTLINK\x06\0\0\0"[..], &[security, 0, 0, 0]].concat();
+    let opening = |security: u8| [&b"VMFTLINK\x07\0\0\0"[..], &[security, 0, 0, 0]].concat();
     let refused = greeted(&opening(1), Some(&common::key()));
     assert!(matches!(refused, ChannelError::OnlyHere), "{refused}");
     let refused = greeted(&opening(2), None);
@@ -329,7 +329,7 @@ fn a_key_on_one_side_only_is_refused_by_both() {
         let refused = greeted(&opening(security), None);
         assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
     }
-    let refused = greeted(b"VMFTLINK\x06\0\0\0\x01\0\0\x01", None);
+    let refused = greeted(b"VMFTLINK\x07\0\0\0\x01\0\0\x01", None);
     assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
 }
 
@@ -407,6 +407,42 @@ fn key_files_are_refused_when_cut_longer_or_changed() {
 #[test]
 fn secrets_are_not_shown() {
     assert_eq!(format!("{:?} {:?}", common::key(), common::seal_key()), "Key(..) SealKey(..)");
+}
+
+#[test]
+fn invitations_are_refused_when_cut_longer_or_changed() {
+    let key = common::invitation_key();
+    let bytes = common::INVITATION.encode(&key);
+    for cut in 0..bytes.len() {
+        let refused = Invitation::decode(&bytes[..cut], &key);
+        assert_eq!(refused, Err(InvitationError::Length { len_bytes: cut }));
+    }
+    assert!(Invitation::decode(&[&bytes[..], &[0]].concat(), &key).is_err());
+    for bit in 0..bytes.len() * 8 {
+        let mut damaged = bytes.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        assert!(Invitation::decode(&damaged, &key).is_err(), "bit {bit}");
+    }
+    let heartbeat = Invitation::decode(&common::HEARTBEAT.encode(&key), &key);
+    assert_eq!(heartbeat, Err(InvitationError::Magic { found: *b"VMFTBEAT" }));
+    for other in [common::seal_key(), SealKey::without_secret("invitation", &[])] {
+        assert_eq!(Invitation::decode(&bytes, &other), Err(InvitationError::Seal));
+    }
+}
+
+#[test]
+fn invitation_fields_are_refused_even_with_a_right_seal() {
+    let key = common::invitation_key();
+    let forged = |at: usize, value: [u8; 2]| {
+        let mut bytes = common::INVITATION.encode(&key);
+        bytes.truncate(bytes.len() - TAG_BYTES);
+        bytes[at..at + 2].copy_from_slice(&value);
+        key.seal(&mut bytes);
+        Invitation::decode(&bytes, &key)
+    };
+    assert_eq!(forged(8, [2, 0]), Err(InvitationError::Version { found: 2 }));
+    assert_eq!(forged(28, [0, 0]), Err(InvitationError::Port));
+    assert_eq!(forged(30, [0, 1]), Err(InvitationError::Reserved));
 }
 
 fn container() -> Vec<u8> {

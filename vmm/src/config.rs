@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::ft::hosts::HostList;
 use crate::position::Wanted;
 
 /// Fault-tolerant hypervisor: a Linux guest that outlives its host.
@@ -50,6 +51,8 @@ pub enum Command {
     Primary(Box<PrimaryArgs>),
     /// Follow a primary and take over when it fails.
     Backup(BackupArgs),
+    /// Wait on this host, and become the backup when a primary needs one.
+    Standby(StandbyArgs),
     /// Make a key for a pair: both hosts need a copy.
     Keygen {
         /// The key file. Must not exist.
@@ -170,6 +173,11 @@ pub struct PrimaryArgs {
     /// Where a backup may connect: log by TCP, heartbeats by UDP on the same port.
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: SocketAddr,
+    /// The --listen addresses of all hosts, this one's own among them or not, separated by commas (port 7700 where
+    /// none is given). Without a backup the primary looks for one there, where `vmft standby` waits. A monitor with
+    /// this option that loses its claim starts over as a standby.
+    #[arg(long, value_name = "ADDR[:PORT],...")]
+    pub hosts: Option<HostList>,
 }
 
 /// `vmft backup`.
@@ -178,6 +186,36 @@ pub struct BackupArgs {
     /// The primary's --listen address.
     #[arg(long, value_name = "ADDR:PORT")]
     pub connect: SocketAddr,
+    /// What a backup is made of.
+    #[command(flatten)]
+    pub follow: FollowArgs,
+    /// After a takeover, where a new backup may connect.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// The --listen addresses of all hosts, as `vmft primary` takes them: after a takeover this host looks for a
+    /// backup there.
+    #[arg(long, value_name = "ADDR[:PORT],...", requires = "listen")]
+    pub hosts: Option<HostList>,
+}
+
+/// `vmft standby`.
+#[derive(Clone, Debug, Args)]
+pub struct StandbyArgs {
+    /// What a backup is made of.
+    #[command(flatten)]
+    pub follow: FollowArgs,
+    /// Where a primary's invitation is awaited, and after a takeover a backup.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: SocketAddr,
+    /// The --listen addresses of all hosts, this one's own among them or not, separated by commas (port 7700 where
+    /// none is given). Only their invitations are followed.
+    #[arg(long, value_name = "ADDR[:PORT],...")]
+    pub hosts: HostList,
+}
+
+/// What a backup is made of, whether it was told its primary or waits for one.
+#[derive(Clone, Debug, Args)]
+pub struct FollowArgs {
     /// What both sides need.
     #[command(flatten)]
     pub pair: PairArgs,
@@ -190,9 +228,6 @@ pub struct BackupArgs {
     /// Existing tap interface that the guest's network card will use here.
     #[arg(long, value_name = "NAME")]
     pub tap: Option<String>,
-    /// After a takeover, where a new backup may connect.
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub listen: Option<SocketAddr>,
     /// How events reach the guest after a takeover.
     #[command(flatten)]
     pub delivery: DeliveryArgs,

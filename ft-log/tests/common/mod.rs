@@ -3,7 +3,8 @@
 
 use ft_log::{
     Ack, Batch, ByeReason, Counted, CpuIdentity, Cursor, DiskStatus, Entry, Event, GuestTime, Heartbeat,
-    Hello, Key, Message, Position, PositionSource, REGISTERS, Role, SealKey, StateDigest, Welcome,
+    Hello, Invitation, Key, Message, Position, PositionSource, REGISTERS, Refusal, Role, SealKey,
+    StateDigest, Welcome,
 };
 
 /// A cursor that is not at zero, so that a codec that forgets it is noticed.
@@ -53,7 +54,7 @@ pub fn messages() -> Vec<Message> {
             cpuid_digest: 0x5555_6666_7777_8888,
             host_name: "alpha".into(),
         }),
-        Message::Refuse { reason: "No".into() },
+        Message::Refuse { refusal: Refusal::Busy, reason: "No".into() },
         Message::Snapshot(b"piece".to_vec()),
         Message::SnapshotEnd,
         Message::Batch(Batch { seq: 300, reached: 70_000, released: 298, entries: vec![0x7e, 0xfe, 0x7f] }),
@@ -80,6 +81,8 @@ pub fn hello() -> Hello {
 pub const HEARTBEAT: Heartbeat =
     Heartbeat { view: 7, counter: 513, guest: 0x0102_0304_0506_0708, role: Role::Backup };
 
+pub const INVITATION: Invitation = Invitation { view: 7, guest: 0x0102_0304_0506_0708, port: 7_700 };
+
 /// The secret whose bytes are 0 to 31.
 pub fn key() -> Key {
     Key::new(std::array::from_fn(|index| index as u8))
@@ -88,6 +91,11 @@ pub fn key() -> Key {
 /// A key of its.
 pub fn seal_key() -> SealKey {
     key().seal_key("heartbeat", &[b"connection", b"web"])
+}
+
+/// Another of its.
+pub fn invitation_key() -> SealKey {
+    key().seal_key("invitation", &[])
 }
 
 /// Bytes without a pattern that a compressor could use (xorshift64).

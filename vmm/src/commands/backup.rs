@@ -15,18 +15,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
-use ft_log::{ByeReason, GuestTime, Hello, Key, Role, StreamError};
+use ft_log::{ByeReason, CpuIdentity, GuestTime, Hello, Key, PositionSource, Role, StreamError};
+use kvm_bindings::CpuId;
 
-use super::pair::{LiveSide, PairError, Side, spawn};
+use super::pair::{LiveSide, PairError, Side, other_hosts, spawn};
 use super::stop::Stop;
 use super::{CommandError, Ending, ending};
 use crate::boot;
-use crate::config::BackupArgs;
+use crate::config::{BackupArgs, FollowArgs};
 use crate::ft::accept::Listener;
 use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, connect};
 use crate::ft::channel::Receiving;
 use crate::ft::claim::{ClaimRole, Claims, Owner};
 use crate::ft::heartbeat::Heartbeats;
+use crate::ft::hosts::HostList;
 use crate::ft::supervise::claim_until_known;
 use crate::guest::{GuestConfig, GuestError};
 use crate::host::disk::{Caching, Disk, DiskError};
@@ -34,7 +36,7 @@ use crate::host::tap::Tap;
 use crate::kvm::Kvm;
 use crate::machine::Machine;
 use crate::outlet::Resources;
-use crate::position;
+use crate::position::{self, BranchCounter};
 use crate::run::{self, Follow, RunError, Stopped};
 use crate::snapshot::{self, SnapshotError};
 
@@ -44,73 +46,168 @@ const SILENCE_POLL: Duration = Duration::from_millis(5);
 const JOIN_AGAIN: Duration = Duration::from_millis(50);
 
 /// What a backup has besides a guest.
-struct Ready {
-    side: Side,
+struct Ready<'a> {
+    follower: Follower<'a>,
     resources: Resources,
     heartbeats: Arc<Heartbeats>,
-    listener: Option<Listener>,
-    stop: (Stop, Receiver<()>),
     missed_stop: Option<u64>,
 }
 
 /// `vmft backup`.
 pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
-    let stop = Stop::install()?;
-    let mut counter = position::choose(args.position.position)?;
-    let addresses: Vec<_> = [("--connect", args.connect)]
-        .into_iter()
-        .chain(args.listen.map(|listen| ("--listen", listen)))
-        .collect();
-    let side = Side::new(&args.pair, &addresses, args.delivery, &args.name, ClaimRole::Backup)?;
-    let kvm = Kvm::open()?;
-    let listener = args.listen.map(Listener::bind).transpose().map_err(PairError::from)?;
-    let (table, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?).map_err(GuestError::from)?;
-    let resources = Resources {
-        disk: match &args.disk {
-            // Without the lock, which the primary's monitor holds; the claim decides who may write.
-            Some(path) => Some(Disk::open_unlocked(path, false, Caching::WriteThrough)?),
-            None => None,
-        },
-        tap: args.tap.as_deref().map(Tap::open).transpose()?,
-    };
-    let hello = Hello {
-        monitor_version: side.version.clone(),
-        cpu,
-        guest_name: args.name.clone(),
-        disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
-        claims_id: side.claims.directory_id().map_err(PairError::from)?,
-        host_name: side.owner.host.clone(),
-        timeout_ms: side.timeout.as_millis() as u32,
-        has_network: resources.tap.is_some(),
-        positions: position::source_of(counter.as_deref()),
-    };
-    let timeout = Duration::from_millis(args.connect_timeout_ms);
-    let key = side.key.clone();
+    let mut follower = Follower::new(&args.follow, Some(args.connect), args.listen, args.hosts.as_ref())?;
+    let resources = follower.open_resources()?;
+    let hello = follower.hello(&resources)?;
     let mut connection =
-        connect(args.connect, key.as_ref(), hello.clone(), timeout).map_err(PairError::from)?;
+        connect(args.connect, follower.key(), hello, follower.connect_timeout()).map_err(PairError::from)?;
     let any_port = SocketAddr::new(connection.local_address().map_err(PairError::from)?.ip(), 0);
+    let listen = args.listen.unwrap_or(any_port);
     let heartbeats = Arc::new(
-        Heartbeats::start(args.listen.unwrap_or(any_port), &args.name, Role::Backup, side.heartbeat)
+        Heartbeats::start(listen, &args.follow.name, Role::Backup, follower.heartbeat())
             .map_err(PairError::from)?,
     );
-    let missed_stop = args.inject_missed_stop;
-    let mut ready = Ready { side, resources, heartbeats, listener, stop, missed_stop };
-    loop {
-        ready.heartbeats.set_view(connection.welcome.view, Role::Backup);
-        ready.heartbeats.set_peer(Some((args.connect, connection.heartbeat_key().clone())));
-        if GuestConfig::digest_of(&table) != connection.welcome.cpuid_digest {
+    let guest = follower.receive(&mut connection, &heartbeats)?;
+    follower.follow(guest, resources, connection, heartbeats)
+}
+
+/// A host that has been found fit to follow a primary.
+pub(super) struct Follower<'a> {
+    args: &'a FollowArgs,
+    side: Side,
+    kvm: Kvm,
+    table: CpuId,
+    cpu: CpuIdentity,
+    counter: Option<Box<dyn BranchCounter>>,
+    positions: PositionSource,
+    listener: Option<Listener>,
+    hosts: Vec<SocketAddr>,
+    stop: (Stop, Receiver<()>),
+}
+
+impl<'a> Follower<'a> {
+    /// Checks the host and the options.
+    pub(super) fn new(
+        args: &'a FollowArgs,
+        connect: Option<SocketAddr>,
+        listen: Option<SocketAddr>,
+        hosts: Option<&HostList>,
+    ) -> Result<Self, CommandError> {
+        let stop = Stop::install()?;
+        let counter = position::choose(args.position.position)?;
+        let addresses: Vec<_> = connect
+            .map(|address| ("--connect", address))
+            .into_iter()
+            .chain(listen.map(|address| ("--listen", address)))
+            .collect();
+        let side = Side::new(&args.pair, &addresses, args.delivery, &args.name, ClaimRole::Backup)?;
+        let kvm = Kvm::open()?;
+        let hosts = other_hosts(hosts, listen)?;
+        let listener = listen.map(Listener::bind).transpose().map_err(PairError::from)?;
+        let (table, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?).map_err(GuestError::from)?;
+        let positions = position::source_of(counter.as_deref());
+        Ok(Self { args, side, kvm, table, cpu, counter, positions, listener, hosts, stop })
+    }
+
+    /// The guest's disk and network on this host.
+    pub(super) fn open_resources(&self) -> Result<Resources, CommandError> {
+        Ok(Resources {
+            disk: match &self.args.disk {
+                // Without the lock, which the primary's monitor holds; the claim decides who may write.
+                Some(path) => Some(Disk::open_unlocked(path, false, Caching::WriteThrough)?),
+                None => None,
+            },
+            tap: self.args.tap.as_deref().map(Tap::open).transpose()?,
+        })
+    }
+
+    /// What it says of itself.
+    pub(super) fn hello(&self, resources: &Resources) -> Result<Hello, CommandError> {
+        Ok(Hello {
+            monitor_version: self.side.version.clone(),
+            cpu: self.cpu,
+            guest_name: self.args.name.clone(),
+            disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
+            claims_id: self.side.claims.directory_id().map_err(PairError::from)?,
+            host_name: self.side.owner.host.clone(),
+            timeout_ms: self.side.timeout.as_millis() as u32,
+            has_network: resources.tap.is_some(),
+            positions: self.positions,
+        })
+    }
+
+    /// The guest that it is for.
+    pub(super) fn guest_name(&self) -> &str {
+        &self.args.name
+    }
+
+    /// What all hosts know; `None` if they talk in the open.
+    pub(super) fn key(&self) -> Option<&Key> {
+        self.side.key.as_ref()
+    }
+
+    /// The other hosts of the configuration.
+    pub(super) fn hosts(&self) -> &[SocketAddr] {
+        &self.hosts
+    }
+
+    /// Time between two heartbeats.
+    pub(super) fn heartbeat(&self) -> Duration {
+        self.side.heartbeat
+    }
+
+    /// Has the operator stopped it?
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stop.0.flag().load(Ordering::Relaxed)
+    }
+
+    /// Becomes ready when there is reason to look at [`Self::is_stopped`].
+    pub(super) fn woken(&self) -> &Receiver<()> {
+        &self.stop.1
+    }
+
+    fn connect_timeout(&self) -> Duration {
+        Duration::from_millis(self.args.connect_timeout_ms)
+    }
+
+    /// Takes the guest in from a primary that welcomes this backup.
+    pub(super) fn receive(
+        &mut self,
+        connection: &mut Connection,
+        heartbeats: &Heartbeats,
+    ) -> Result<(GuestConfig, Machine), CommandError> {
+        heartbeats.set_view(connection.welcome.view, Role::Backup);
+        heartbeats.set_peer(Some((connection.address, connection.heartbeat_key().clone())));
+        if GuestConfig::digest_of(&self.table) != connection.welcome.cpuid_digest {
             return Err(PairError::WelcomeMismatch { what: "CPUID table" }.into());
         }
-        let (config, mut machine) = receive_guest(&kvm, &mut connection)?;
-        machine.count_branches(counter);
-        match follow(ready, config, machine, connection)? {
-            Followed::Ended(ending) => return Ok(ending),
-            Followed::Missed(again, machine) => {
-                ready = *again;
-                counter = machine.into_counter();
+        let (config, mut machine) = receive_guest(&self.kvm, connection)?;
+        machine.count_branches(self.counter.take());
+        Ok((config, machine))
+    }
+
+    /// Follows with the guest that was received, to the end.
+    pub(super) fn follow(
+        self,
+        (mut config, mut machine): (GuestConfig, Machine),
+        resources: Resources,
+        mut connection: Connection,
+        heartbeats: Arc<Heartbeats>,
+    ) -> Result<Ending, CommandError> {
+        let (address, timeout, missed_stop) =
+            (connection.address, self.connect_timeout(), self.args.inject_missed_stop);
+        let mut ready = Ready { follower: self, resources, heartbeats, missed_stop };
+        loop {
+            match follow(ready, config, machine, connection)? {
+                Followed::Ended(ending) => return Ok(ending),
+                Followed::Missed(again, machine) => {
+                    ready = *again;
+                    ready.follower.counter = machine.into_counter();
+                }
             }
+            let hello = ready.follower.hello(&ready.resources)?;
+            connection = join_again(address, ready.follower.key(), &hello, timeout)?;
+            (config, machine) = ready.follower.receive(&mut connection, &ready.heartbeats)?;
         }
-        connection = join_again(args.connect, key.as_ref(), &hello, timeout)?;
     }
 }
 
@@ -162,20 +259,20 @@ fn receive_guest(kvm: &Kvm, connection: &mut Connection) -> Result<(GuestConfig,
 }
 
 /// How following ended.
-enum Followed {
+enum Followed<'a> {
     /// For good.
     Ended(Ending),
     /// This guest cannot go on from where it is, and nothing else is wrong.
-    Missed(Box<Ready>, Box<Machine>),
+    Missed(Box<Ready<'a>>, Box<Machine>),
 }
 
 /// Follows to the log's end; then, with a claim won, takes over.
 fn follow(
-    ready: Ready,
+    ready: Ready<'_>,
     config: GuestConfig,
     mut machine: Machine,
     connection: Connection,
-) -> Result<Followed, CommandError> {
+) -> Result<Followed<'_>, CommandError> {
     let view = connection.welcome.view;
     let cursor = snapshot::cursor(&machine);
     let (inflow, frames) =
@@ -188,9 +285,10 @@ fn follow(
         // The main thread waits for exactly this.
         move || drop(verdict_in.send(receive(frames)))
     })?;
-    let (heartbeats, timeout) = (Arc::clone(&ready.heartbeats), ready.side.timeout);
-    spawn("watchdog", watchdog(Arc::clone(&inflow), heartbeats, timeout, ready.stop.0.flag()))?;
-    let source = FromPrimary::new(Arc::clone(&inflow), ready.stop.0.flag());
+    let (heartbeats, timeout) = (Arc::clone(&ready.heartbeats), ready.follower.side.timeout);
+    let stop = ready.follower.stop.0.flag();
+    spawn("watchdog", watchdog(Arc::clone(&inflow), heartbeats, timeout, Arc::clone(&stop)))?;
+    let source = FromPrimary::new(Arc::clone(&inflow), stop);
     let mut door = Follow::new(source, cursor, config.board.clone(), config.end_page());
     door.miss_stop(ready.missed_stop);
     let stopped = match run::run(&mut machine, &mut door) {
@@ -230,12 +328,13 @@ fn follow(
 
 /// Takes the log in until the connection ends, and says what follows from that, and when it was noticed.
 fn receiver(
-    ready: &Ready,
+    ready: &Ready<'_>,
     inflow: &Arc<Inflow>,
     view: u64,
 ) -> impl FnOnce(Receiving) -> (Verdict, Instant) + Send + 'static {
-    let (inflow, heartbeats, stop) = (Arc::clone(inflow), Arc::clone(&ready.heartbeats), ready.stop.0.flag());
-    let (claims, owner, timeout) = (ready.side.claims.clone(), ready.side.owner.clone(), ready.side.timeout);
+    let (inflow, heartbeats) = (Arc::clone(inflow), Arc::clone(&ready.heartbeats));
+    let (side, stop) = (&ready.follower.side, ready.follower.stop.0.flag());
+    let (claims, owner, timeout) = (side.claims.clone(), side.owner.clone(), side.timeout);
     move |frames| {
         let end = inflow.receive(frames, || heartbeats.note_heard());
         let noticed = Instant::now();
@@ -249,13 +348,14 @@ fn receiver(
 
 /// Runs the guest in the view that was won, which was noticed to be necessary at `noticed`.
 fn go_live(
-    ready: Ready,
+    ready: Ready<'_>,
     config: GuestConfig,
     machine: Machine,
     mut door: Follow<FromPrimary>,
     (view, noticed): (u64, Instant),
 ) -> Result<Ending, CommandError> {
-    let Ready { side, mut resources, heartbeats, listener, stop, .. } = ready;
+    let Ready { follower: Follower { side, listener, hosts, stop, .. }, mut resources, heartbeats, .. } =
+        ready;
     if let Some(disk) = &mut resources.disk {
         match disk.lock() {
             // A file server may hold the lock of a host that died; the claim is what counts.
@@ -275,7 +375,7 @@ fn go_live(
         took_ms = noticed.elapsed().as_millis() as u64,
         "takeover: this host now runs the guest"
     );
-    let live = LiveSide { side, config, machine, resources, heartbeats, listener, view };
+    let live = LiveSide { side, config, machine, resources, heartbeats, listener, hosts, view };
     live.run(again, Some(time.unwrap_or(GuestTime(0))), stop)
 }
 

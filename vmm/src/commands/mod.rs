@@ -3,18 +3,21 @@
 //! Owns: the order in which a command checks what it was given, builds a guest, runs it and cleans up.
 //! Must never: leave the terminal, a tap, a lock or a file behind, whatever fails.
 
+mod again;
 mod alone;
 mod backup;
 mod doctor;
 mod keygen;
 mod pair;
 pub mod replay;
+mod standby;
 mod stop;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+pub use again::leave_after_lost_claim;
 use devices::BoardConfig;
 use stop::Stop;
 use thiserror::Error;
@@ -112,15 +115,17 @@ impl CommandError {
 
 /// Does what the command line says.
 pub fn execute(cli: Cli) -> Result<Ending, CommandError> {
-    match cli.command {
+    let ending = match cli.command {
         Command::Run(guest) => alone::run(&guest),
         Command::Record { file, guest, position } => alone::record(&file, &guest, position.position),
         Command::Replay { file, console } => replay::replay(&file, console),
         Command::Primary(args) => pair::primary(&args),
         Command::Backup(args) => backup::backup(&args),
         Command::Keygen { file } => keygen::keygen(&file),
+        Command::Standby(args) => standby::standby(&args),
         Command::Doctor(args) => doctor::doctor(&args),
-    }
+    }?;
+    if ending == Ending::LostClaim { again::after_lost_claim() } else { Ok(ending) }
 }
 
 /// A guest that has not run yet, with the host's resources for it opened and checked.

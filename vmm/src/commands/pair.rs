@@ -4,10 +4,10 @@
 //!
 //! ```text
 //!   primary: claim(1) ──> live, alone <──> live, paired ──> guest ended | lost claim
-//!   backup:  join ──> follow ──> claim(view + 1) won ──> live, alone ──> as a primary
+//!   backup, standby:  join ──> follow ──> claim(view + 1) won ──> live, alone ──> as a primary
 //! ```
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,10 +25,12 @@ use crate::ft::accept::{AcceptError, Listener, Reception};
 use crate::ft::backup::BackupError;
 use crate::ft::claim::{ClaimError, ClaimRole, Claims, Outcome, Owner, random_id};
 use crate::ft::heartbeat::{HeartbeatError, Heartbeats};
+use crate::ft::hosts::{HostList, HostsError};
 use crate::ft::key_file::{self, KeyFileError};
 use crate::ft::link::{Link, Phase};
 use crate::ft::output_gate::{Limits, Mode, OutputGate};
 use crate::ft::primary::{Join, PairLog, PairParts};
+use crate::ft::search::{self, Search};
 use crate::ft::supervise::Supervisor;
 use crate::guest::GuestConfig;
 use crate::host::deferral::{Deferral, Inbox};
@@ -57,6 +59,8 @@ pub enum PairError {
     Claim(#[from] ClaimError),
     #[error(transparent)]
     Heartbeat(#[from] HeartbeatError),
+    #[error(transparent)]
+    Hosts(#[from] HostsError),
     #[error(transparent)]
     KeyFile(#[from] KeyFileError),
     /// The guest's name is taken.
@@ -146,6 +150,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     let addresses = [("--listen", args.listen)];
     let side = Side::new(&args.pair, &addresses, args.guest.delivery, &args.guest.name, ClaimRole::Primary)?;
     let view = first_view(&side.claims, &args.guest.name, &args.pair.shared)?;
+    let hosts = other_hosts(args.hosts.as_ref(), Some(args.listen))?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
     let heartbeats = Arc::new(
         Heartbeats::start(args.listen, &args.guest.name, Role::Primary, side.heartbeat)
@@ -166,8 +171,26 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     }
     heartbeats.set_view(view, Role::Primary);
     let Prepared { config, machine, resources } = prepared;
-    let live = LiveSide { side, config, machine, resources, heartbeats, listener: Some(listener), view };
+    let listener = Some(listener);
+    let live = LiveSide { side, config, machine, resources, heartbeats, listener, hosts, view };
     live.run(Vec::new(), None, stop)
+}
+
+/// The hosts of the configuration without this one, which listens on `listen`.
+pub(super) fn other_hosts(
+    list: Option<&HostList>,
+    listen: Option<SocketAddr>,
+) -> Result<Vec<SocketAddr>, CommandError> {
+    let Some((list, listen)) = list.zip(listen) else { return Ok(Vec::new()) };
+    let own: Vec<IpAddr> = nix::ifaddrs::getifaddrs()
+        .map_err(|error| CommandError::host("tell its addresses")(error.into()))?
+        .filter_map(|interface| interface.address)
+        .filter_map(|address| {
+            let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+            v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+        })
+        .collect();
+    Ok(list.others(listen, |ip| own.contains(&ip)).map_err(PairError::from)?)
 }
 
 /// The view in which a guest may be started: the first, or the one behind its last orderly end.
@@ -196,6 +219,8 @@ pub(super) struct LiveSide {
     pub(super) resources: Resources,
     pub(super) heartbeats: Arc<Heartbeats>,
     pub(super) listener: Option<Listener>,
+    /// Where to look for a backup.
+    pub(super) hosts: Vec<SocketAddr>,
     pub(super) view: u64,
 }
 
@@ -204,6 +229,7 @@ struct Shared {
     link: Arc<Link>,
     gate: Arc<OutputGate<Outlet>>,
     view: Arc<AtomicU64>,
+    search: Arc<Search>,
     lost: Arc<AtomicBool>,
 }
 
@@ -216,12 +242,13 @@ impl LiveSide {
         time: Option<GuestTime>,
         stop: (Stop, Receiver<()>),
     ) -> Result<Ending, CommandError> {
-        let Self { side, config, mut machine, resources, heartbeats, listener, view } = self;
+        let Self { side, config, mut machine, resources, heartbeats, listener, hosts, view } = self;
+        let search = Search::new(hosts, &config.name, side.key.as_ref());
         let (stop, wake) = stop;
         let (sender, receiver) = bounded(INBOX_EVENTS);
         let deferral = Deferral::new(side.defer);
         let inbox = Inbox::new(sender.clone(), Arc::clone(&deferral));
-        let shared = open_gate(&side, &heartbeats, resources, &inbox, view, |outlet| {
+        let shared = open_gate(&side, &heartbeats, resources, &inbox, (view, search), |outlet| {
             if let Some(mac) = config.board.net_mac.filter(|_| time.is_some()) {
                 outlet.announce(mac);
             }
@@ -233,9 +260,10 @@ impl LiveSide {
         }
         let (joins_in, joins) = bounded(1);
         if let Some(listener) = listener {
-            listener
-                .serve(reception(&side, &config, &shared.link, joins_in, &stop)?)
-                .map_err(PairError::from)?;
+            let port = listener.port();
+            listener.serve(reception(&side, &config, &shared, joins_in, &stop)?).map_err(PairError::from)?;
+            search::start(&shared.search, port, &shared.link, &shared.view, &heartbeats)
+                .map_err(CommandError::host("start a thread"))?;
         }
         let (events, event_queue) = bounded(64);
         let _terminal = Terminal::start(&inbox)?;
@@ -247,13 +275,8 @@ impl LiveSide {
             joins,
             events,
             view: Arc::clone(&shared.view),
-            ask: {
-                let stop = stop.clone();
-                Arc::new(move || {
-                    stop.wake();
-                    stop.kick();
-                })
-            },
+            search: Arc::clone(&shared.search),
+            ask: ask(&stop),
         });
         let supervisor = supervisor(&side, &shared, heartbeats, Arc::clone(&deferral), &stop);
         spawn("supervisor", move || supervisor.run(&event_queue))?;
@@ -279,13 +302,22 @@ impl LiveSide {
     }
 }
 
+/// Gets the vCPU's thread to a boundary.
+fn ask(stop: &Stop) -> Arc<dyn Fn() + Send + Sync> {
+    let stop = stop.clone();
+    Arc::new(move || {
+        stop.wake();
+        stop.kick();
+    })
+}
+
 /// Puts the host's resources to work behind a gate that is open: there is no backup yet.
 fn open_gate(
     side: &Side,
     heartbeats: &Arc<Heartbeats>,
     resources: Resources,
     inbox: &Inbox,
-    view: u64,
+    (view, search): (u64, Search),
     first: impl FnOnce(&Outlet),
 ) -> Result<Shared, CommandError> {
     let link = Arc::new(Link::default());
@@ -295,7 +327,7 @@ fn open_gate(
     first(&outlet);
     let lease = Box::new(move || may_act());
     let gate = Arc::new(OutputGate::new(Mode::Unprotected, GATE_LIMITS, outlet, lease));
-    Ok(Shared { link, gate, view: Arc::new(AtomicU64::new(view)), lost })
+    Ok(Shared { link, gate, view: Arc::new(AtomicU64::new(view)), search: Arc::new(search), lost })
 }
 
 /// May this monitor let output go and touch the disk? Alone: unless the claim was lost. With a backup: while
@@ -320,7 +352,7 @@ fn lease_check(
 fn reception(
     side: &Side,
     config: &GuestConfig,
-    link: &Arc<Link>,
+    shared: &Shared,
     joins: Sender<Join>,
     stop: &Stop,
 ) -> Result<Reception, CommandError> {
@@ -335,8 +367,9 @@ fn reception(
         positions: config.positions,
     };
     let stop = stop.clone();
-    let (link, key) = (Arc::clone(link), side.key.clone());
-    Ok(Reception { expected, key, link, joins, wake: Box::new(move || stop.wake()) })
+    let (link, search) = (Arc::clone(&shared.link), Arc::clone(&shared.search));
+    let key = side.key.clone();
+    Ok(Reception { expected, key, link, search, joins, wake: Box::new(move || stop.wake()) })
 }
 
 fn supervisor(
@@ -356,6 +389,7 @@ fn supervisor(
         timeout: side.timeout,
         heartbeats,
         deferral,
+        search: Arc::clone(&shared.search),
         lost: Arc::clone(&shared.lost),
         stop_guest: Box::new(move || stop.request()),
     }

@@ -11,6 +11,14 @@ use nix::sys::signal::{SigSet, Signal};
 use super::CommandError;
 use crate::kvm::{install_kick_handler, kick};
 
+/// Set by the operator's signals alone.
+static ASKED: AtomicBool = AtomicBool::new(false);
+
+/// Did the operator ask this process to end?
+pub fn asked() -> bool {
+    ASKED.load(Ordering::Relaxed)
+}
+
 /// The process's way to stop the guest's thread.
 #[derive(Clone)]
 pub struct Stop {
@@ -37,6 +45,7 @@ impl Stop {
             .name("signals".into())
             .spawn(move || {
                 while signals.wait().is_ok() {
+                    ASKED.store(true, Ordering::Relaxed);
                     requested.request();
                 }
             })

@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError};
-use ft_log::{ChannelError, Expected, FrameWriter, Key, Message, StreamError, check_hello};
+use ft_log::{ChannelError, Expected, FrameWriter, Key, Message, Refusal, StreamError, check_hello};
 use thiserror::Error;
 
 use super::channel::{Channel, Sending};
 use super::link::{Link, Phase};
 use super::primary::Join;
+use super::search::Search;
 use crate::with_causes;
 
 /// Longest that a greeting may take in all.
@@ -45,6 +46,7 @@ pub enum AcceptError {
 /// A socket on which backups can connect.
 pub struct Listener {
     socket: TcpListener,
+    port: u16,
 }
 
 /// What the greeting needs.
@@ -55,6 +57,8 @@ pub struct Reception {
     pub key: Option<Key>,
     /// Whether there is one already.
     pub link: Arc<Link>,
+    /// Who was refused before, and why.
+    pub search: Arc<Search>,
     /// Where accepted backups go.
     pub joins: Sender<Join>,
     /// Makes a halted guest's thread look at `joins`.
@@ -64,8 +68,15 @@ pub struct Reception {
 impl Listener {
     /// Binds `address`.
     pub fn bind(address: SocketAddr) -> Result<Self, AcceptError> {
-        let socket = TcpListener::bind(address).map_err(|source| AcceptError::Bind { address, source })?;
-        Ok(Self { socket })
+        let bind = |source| AcceptError::Bind { address, source };
+        let socket = TcpListener::bind(address).map_err(bind)?;
+        let port = socket.local_addr().map_err(bind)?.port();
+        Ok(Self { socket, port })
+    }
+
+    /// The port on which backups can connect.
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// Greets whoever connects, until the process ends.
@@ -101,7 +112,10 @@ fn greet_aside(
     let reception = Arc::clone(reception);
     let spawned = std::thread::Builder::new().name("greeting".into()).spawn(move || {
         if let Err(error) = greet(stream, address, &reception, place) {
-            tracing::warn!(%address, error = %with_causes(&error), "a connection on the log port came to nothing");
+            let error = with_causes(&error);
+            if reception.search.failed(address.ip(), &error) {
+                tracing::warn!(%address, %error, "a connection on the log port came to nothing");
+            }
         }
     });
     if let Err(error) = spawned {
@@ -134,30 +148,40 @@ fn greet(
 ) -> Result<(), ChannelError> {
     let Reception { expected, key, .. } = reception;
     let mut channel = Channel::accept(stream, key.as_ref(), &expected.guest_name, GREETING_TIMEOUT)?;
-    let refused = |channel: &mut Channel, reason| Ok(refuse(&mut channel.out, reason)?);
+    let refused = |channel: &mut Channel, refusal, reason| Ok(refuse(&mut channel.out, refusal, reason)?);
     let hello = match channel.frames.receive()? {
         Some(Message::Hello(hello)) => hello,
-        Some(other) => return refused(&mut channel, format!("expected hello, got {}", other.kind().name())),
+        Some(other) => {
+            let reason = format!("expected hello, got {}", other.kind().name());
+            return refused(&mut channel, Refusal::Unfit, reason);
+        }
         None => return Ok(()),
     };
     if let Err(mismatch) = check_hello(&hello, expected) {
-        tracing::warn!(%address, "a backup was refused: {mismatch}");
-        return refused(&mut channel, mismatch.to_string());
+        let cause = mismatch.to_string();
+        if reception.search.failed(address.ip(), &cause) {
+            tracing::warn!(%address, "a backup was refused: {cause}");
+        }
+        return refused(&mut channel, Refusal::Unfit, cause);
     }
     if reception.link.phase() != Phase::Alone {
-        return refused(&mut channel, "this guest has a backup already".into());
+        return refused(&mut channel, Refusal::Busy, "this guest has a backup already".into());
     }
     let join = Join { channel, host: hello.host_name, address };
     match reception.joins.try_send(join) {
         Ok(()) => (reception.wake)(),
         Err(TrySendError::Full(mut join) | TrySendError::Disconnected(mut join)) => {
-            return refused(&mut join.channel, "another backup is joining at this moment".into());
+            return refused(
+                &mut join.channel,
+                Refusal::Busy,
+                "another backup is joining at this moment".into(),
+            );
         }
     }
     Ok(())
 }
 
 /// Tells a backup why it cannot join.
-pub(super) fn refuse(out: &mut Sending, reason: String) -> Result<(), StreamError> {
-    FrameWriter::new(out).send(&Message::Refuse { reason })
+pub(super) fn refuse(out: &mut Sending, refusal: Refusal, reason: String) -> Result<(), StreamError> {
+    FrameWriter::new(out).send(&Message::Refuse { refusal, reason })
 }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use ft_log::{
     Ack, BatchReceiver, ByeReason, ChannelError, FrameWriter, GuestTime, Hello, Key, LogPart, Message,
-    SealKey, StreamError, Welcome,
+    Refusal, SealKey, StreamError, Welcome,
 };
 use thiserror::Error;
 
@@ -30,9 +30,9 @@ use crate::with_causes;
 const QUEUE_LIMIT_BYTES: usize = 16 << 20;
 /// Pause between two attempts to reach the primary.
 const CONNECT_AGAIN: Duration = Duration::from_millis(100);
-/// Longest that one read of the greeting or the snapshot may take. The primary sends the snapshot at its
-/// guest's next exit.
-const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest that one read of the greeting or the snapshot may take. The primary begins with the rest of the snapshot
+/// when its guest can be stopped with no disk request under way.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a backup cannot follow.
 #[derive(Debug, Error)]
@@ -53,6 +53,8 @@ pub enum BackupError {
     Refused {
         /// Its address.
         address: SocketAddr,
+        /// Whether it may want this backup later.
+        refusal: Refusal,
         /// Its sentence.
         reason: String,
     },
@@ -120,7 +122,7 @@ pub fn connect(
     FrameWriter::new(&mut channel.out).send(&Message::Hello(hello)).map_err(broken)?;
     match channel.frames.receive().map_err(broken)? {
         Some(Message::Welcome(welcome)) => Ok(Connection { address, welcome, channel }),
-        Some(Message::Refuse { reason }) => Err(BackupError::Refused { address, reason }),
+        Some(Message::Refuse { refusal, reason }) => Err(BackupError::Refused { address, refusal, reason }),
         Some(other) => {
             Err(BackupError::Unexpected { address, found: format!("a {} message", other.kind().name()) })
         }

@@ -22,6 +22,9 @@
 //! Not covered: somebody in the path who holds heartbeats back and lets them through later. They count when they come,
 //! as those that a slow network brings do; so he can delay a takeover, and cause none.
 //!
+//! Invitations come and go by the same socket: a host that waits as a standby hears those of a primary without a
+//! backup. What follows from one is not decided here.
+//!
 //! Time is `CLOCK_BOOTTIME`, which goes on while the host is suspended. It does not go on while a host that
 //! is itself a virtual machine is paused.
 
@@ -32,7 +35,10 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use ft_log::{HEARTBEAT_BYTES, Heartbeat, Role, SealKey, guest_name_hash};
+use crossbeam_channel::Sender;
+use ft_log::{
+    HEARTBEAT_BYTES, Heartbeat, INVITATION_BYTES, Invitation, InvitationError, Role, SealKey, guest_name_hash,
+};
 
 use crate::host::{StopToken, Wait, Worker};
 
@@ -76,6 +82,15 @@ pub struct HeartbeatStats {
     pub ignored: u64,
 }
 
+/// A primary without a backup has called.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// What it said.
+    pub invitation: Result<Invitation, InvitationError>,
+    /// Where it said that from.
+    pub from: SocketAddr,
+}
+
 /// Everything but socket and clock. `now` is the time of [`boot_time`].
 #[derive(Debug)]
 struct Exchange {
@@ -94,6 +109,8 @@ struct Exchange {
     heard_at: Duration,
     /// Longest time from the sending of an answered heartbeat to the next answer.
     silence_max: Duration,
+    /// Where invitations go, and what seals them; nobody waits for them otherwise.
+    calls: Option<(Sender<Call>, SealKey)>,
     stats: HeartbeatStats,
 }
 
@@ -110,6 +127,7 @@ impl Exchange {
             answered_sent_at: None,
             heard_at: now,
             silence_max: Duration::ZERO,
+            calls: None,
             stats: HeartbeatStats::default(),
         }
     }
@@ -152,6 +170,10 @@ impl Exchange {
 
     /// Takes in a datagram. True: it is to be answered at once.
     fn received(&mut self, datagram: &[u8], from: SocketAddr, now: Duration) -> bool {
+        if Invitation::is_meant(datagram) {
+            self.called(datagram, from);
+            return false;
+        }
         let Some(key) = &self.key else {
             self.stats.ignored += 1;
             return false;
@@ -180,6 +202,17 @@ impl Exchange {
         self.role == Role::Backup
     }
 
+    /// Passes an invitation on to whoever waits for one.
+    fn called(&mut self, datagram: &[u8], from: SocketAddr) {
+        let taken = self.calls.as_ref().is_some_and(|(calls, key)| {
+            // Another one follows soon if there is no room for this one.
+            calls.try_send(Call { invitation: Invitation::decode(datagram, key), from }).is_ok()
+        });
+        if !taken {
+            self.stats.ignored += 1;
+        }
+    }
+
     /// Whether `counter` answers a heartbeat that had no answer yet.
     fn take_answer(&mut self, counter: u64, from: SocketAddr, now: Duration) -> bool {
         if let Some(peer) = self.peer.as_mut().filter(|peer| peer.ip() == from.ip()) {
@@ -202,6 +235,7 @@ impl Exchange {
 pub struct Heartbeats {
     _worker: Worker,
     exchange: Arc<Mutex<Exchange>>,
+    socket: Arc<UdpSocket>,
     local_address: SocketAddr,
 }
 
@@ -220,14 +254,16 @@ impl Heartbeats {
         socket.set_nonblocking(true).map_err(bind)?;
         let exchange = Exchange::new(guest, role, boot_time());
         let exchange = Arc::new(Mutex::new(exchange));
+        let socket = Arc::new(socket);
         let (shared, interval) = (Arc::clone(&exchange), interval.max(Duration::from_millis(1)));
+        let beating = Arc::clone(&socket);
         let worker = Worker::spawn("heartbeat", move |stop| {
-            if let Err(error) = run(stop, &socket, &shared, interval) {
+            if let Err(error) = run(stop, &beating, &shared, interval) {
                 tracing::error!(%error, "Heartbeats are neither sent nor received any more.");
             }
         })
         .map_err(|source| HeartbeatError::Start { source })?;
-        Ok(Self { _worker: worker, exchange, local_address })
+        Ok(Self { _worker: worker, exchange, socket, local_address })
     }
 
     /// Where heartbeats are received.
@@ -275,6 +311,18 @@ impl Heartbeats {
         lock(&self.exchange).set_view(view, role);
     }
 
+    /// Invitations go to `calls` from now on, those that `key` has not sealed too, as such.
+    pub fn await_invitations(&self, calls: Sender<Call>, key: SealKey) {
+        lock(&self.exchange).calls = Some((calls, key));
+    }
+
+    /// Invites whoever waits at `host` to become the backup; `key` seals the invitation.
+    pub fn invite(&self, invitation: &Invitation, key: &SealKey, host: SocketAddr) {
+        if let Err(error) = self.socket.send_to(&invitation.encode(key), host) {
+            tracing::debug!(%host, %error, "an invitation cannot be sent");
+        }
+    }
+
     /// Datagrams so far.
     pub fn stats(&self) -> HeartbeatStats {
         lock(&self.exchange).stats
@@ -291,7 +339,8 @@ fn run(
     exchange: &Mutex<Exchange>,
     interval: Duration,
 ) -> io::Result<()> {
-    // One byte more than a heartbeat, so that a longer datagram is seen as such.
+    // One byte more than any datagram, so that a longer one is seen as such.
+    const { assert!(INVITATION_BYTES < HEARTBEAT_BYTES) };
     let mut buffer = [0; HEARTBEAT_BYTES + 1];
     let mut next = boot_time();
     loop {

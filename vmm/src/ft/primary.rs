@@ -15,14 +15,15 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use devices::Effect;
 use ft_log::{
-    ByeReason, CheckpointEncoder, Encoder, Entry, FrameWriter, Message, Position, SealKey, StreamError,
-    Welcome,
+    ByeReason, CheckpointEncoder, Encoder, Entry, FrameWriter, Message, Position, Refusal, SealKey,
+    StreamError, Welcome,
 };
 
 use super::accept::refuse;
 use super::channel::{Channel, Receiving, Sending};
 use super::link::{Counted, Link, Mood, Outgoing, Phase};
 use super::output_gate::{OutputGate, Room};
+use super::search::Search;
 use super::supervise::LinkEvent;
 use super::transfer::{self, Copied, Transfer};
 use crate::guest::GuestConfig;
@@ -70,6 +71,7 @@ pub struct PairLog {
     ask: Arc<dyn Fn() + Send + Sync>,
     events: Sender<LinkEvent>,
     view: Arc<AtomicU64>,
+    search: Arc<Search>,
     encoder: Option<Encoder>,
     checked: u64,
     paced_at: Instant,
@@ -107,6 +109,8 @@ pub struct PairParts {
     pub events: Sender<LinkEvent>,
     /// The present view.
     pub view: Arc<AtomicU64>,
+    /// Who could be the backup.
+    pub search: Arc<Search>,
     /// Gets the vCPU's thread to a boundary.
     pub ask: Arc<dyn Fn() + Send + Sync>,
 }
@@ -114,7 +118,7 @@ pub struct PairParts {
 impl PairLog {
     /// A log without a backup yet.
     pub fn new(parts: PairParts) -> Self {
-        let PairParts { config, host, link, gate, joins, events, view, ask } = parts;
+        let PairParts { config, host, link, gate, joins, events, view, search, ask } = parts;
         Self {
             config,
             host,
@@ -125,6 +129,7 @@ impl PairLog {
             ask,
             events,
             view,
+            search,
             encoder: None,
             checked: 0,
             paced_at: Instant::now(),
@@ -159,10 +164,12 @@ impl PairLog {
         let to_close = stream.try_clone().map_err(StreamError::Io)?;
         let (config, ask, link) = (self.config.to_payload(), Arc::clone(&self.ask), Arc::clone(&self.link));
         let (events, backup) = (self.events.clone(), host.clone());
+        let (search, failing) = (Arc::clone(&self.search), address.ip());
         let send = move || {
             let copied = Copied { welcome, backup: &backup, config, log: &log, ask: &*ask };
             if let Err(error) = copying.run(&copied, &mut out) {
                 let why = format!("it could not be given the guest: {}", with_causes(&error));
+                search.failed(failing, &why);
                 tracing::warn!(%backup, "{why}");
                 let _ = to_close.shutdown(Shutdown::Both);
                 // Of interest if the guest's log follows already.
@@ -211,9 +218,9 @@ impl PairLog {
 
     /// Tells a backup that it cannot join.
     fn turn_away(mut join: Join, reason: &str) {
-        tracing::warn!(backup = %join.host, "a backup is turned away: {reason}");
+        tracing::debug!(backup = %join.host, "a backup is turned away: {reason}");
         // It may be gone already.
-        let _ = refuse(&mut join.channel.out, reason.into());
+        let _ = refuse(&mut join.channel.out, Refusal::Busy, reason.into());
     }
 
     /// Slows the guest while the backup's execution lags, the more the further it is behind; or while it writes as fast

@@ -22,6 +22,7 @@ use super::claim::{Claims, Outcome, Owner};
 use super::heartbeat::Heartbeats;
 use super::link::{Link, Phase};
 use super::output_gate::OutputGate;
+use super::search::Search;
 use crate::host::deferral::Deferral;
 use crate::outlet::Outlet;
 
@@ -72,6 +73,8 @@ pub struct Supervisor {
     pub heartbeats: Arc<Heartbeats>,
     /// How long events may wait.
     pub deferral: Arc<Deferral>,
+    /// Who could be the next backup.
+    pub search: Arc<Search>,
     /// Set when the claim was lost.
     pub lost: Arc<AtomicBool>,
     /// Stops the guest.
@@ -81,7 +84,7 @@ pub struct Supervisor {
 impl Supervisor {
     /// Runs until the claim is lost or every sender of `events` is gone.
     pub fn run(self, events: &Receiver<LinkEvent>) {
-        let mut connection: Option<TcpStream> = None;
+        let mut connection: Option<(TcpStream, SocketAddr)> = None;
         let mut report_at = Instant::now();
         let mut limit = self.timeout;
         let tick = self.timeout / 10;
@@ -89,7 +92,7 @@ impl Supervisor {
             let why = match events.recv_timeout(tick) {
                 Ok(LinkEvent::Paired { stream, address, heartbeat_key }) => {
                     self.heartbeats.set_peer(Some((address, heartbeat_key)));
-                    connection = Some(stream);
+                    connection = Some((stream, address));
                     limit = self.timeout.max(LOADING_TIMEOUT);
                     continue;
                 }
@@ -126,8 +129,11 @@ impl Supervisor {
             // A backup that sees the connection close may claim at once, so nothing may be under way then.
             // If something is stuck, the backup has to find out by the silence.
             let quiet = self.gate.quiesce(QUIESCE_TIMEOUT) && self.gate.performer().quiesce(QUIESCE_TIMEOUT);
-            if let Some(stream) = connection.take().filter(|_| quiet) {
-                let _ = stream.shutdown(Shutdown::Both);
+            if let Some((stream, address)) = connection.take() {
+                self.search.failed(address.ip(), &why);
+                if quiet {
+                    let _ = stream.shutdown(Shutdown::Both);
+                }
             }
             if !self.claim_next_view() {
                 return;
@@ -178,7 +184,7 @@ impl Supervisor {
                 (self.stop_guest)();
                 std::thread::sleep(STOP_TIMEOUT);
                 // The guest's thread is stuck in a system call; nothing here may act any more.
-                std::process::exit(i32::from(crate::commands::Ending::LostClaim.status()));
+                crate::commands::leave_after_lost_claim()
             }
         }
     }

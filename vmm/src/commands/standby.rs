@@ -1,0 +1,178 @@
+//! `vmft standby`: waits on a host, and becomes the backup when a primary needs one.
+//!
+//! Owns: the answer to invitations. Must never: hold a guest's memory, its disk or its tap while it waits, or follow
+//! anybody but a monitor of the configuration.
+//!
+//! ```text
+//!   waiting ── invitation ──> greeting ── welcome ──> receiving ──> following (backup.rs)
+//!      ^                         │ refused, nobody there │ broken off
+//!      └──── waits (hosts.rs) <──┴───────────────────────┘
+//! ```
+//!
+//! At the start the disk and the tap are opened once, to see that they can be, and closed again.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, bounded, select};
+use ft_log::{Invitation, InvitationError, Refusal, Role, guest_name_hash};
+
+use super::backup::Follower;
+use super::pair::PairError;
+use super::{CommandError, Ending, again};
+use crate::config::StandbyArgs;
+use crate::ft::backup::{BackupError, Connection, connect};
+use crate::ft::heartbeat::{Call, Heartbeats};
+use crate::ft::hosts::Memory;
+use crate::ft::search::invitation_key;
+use crate::with_causes;
+
+/// Invitations that may wait; a primary repeats its own.
+const CALLS: usize = 16;
+/// How long an invitation is followed. Another primary may invite meanwhile.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// `vmft standby`.
+pub fn standby(args: &StandbyArgs) -> Result<Ending, CommandError> {
+    let follower = Follower::new(&args.follow, None, Some(args.listen), Some(&args.hosts))?;
+    drop(follower.open_resources()?);
+    let heartbeats = Arc::new(
+        Heartbeats::start(args.listen, &args.follow.name, Role::Backup, follower.heartbeat())
+            .map_err(PairError::from)?,
+    );
+    let (calls, called) = bounded(CALLS);
+    heartbeats.await_invitations(calls, invitation_key(follower.key()));
+    let mut standby =
+        Standby { follower, heartbeats, called, memory: Memory::default(), strangers: Memory::default() };
+    let names: Vec<String> = standby.follower.hosts().iter().map(ToString::to_string).collect();
+    tracing::info!(listen = %args.listen, hosts = %names.join(","), "standby: waiting for a primary without a backup");
+    loop {
+        let Some(primary) = standby.wait() else {
+            tracing::info!("the operator stopped this standby");
+            return Ok(Ending::Orderly);
+        };
+        match standby.join(primary) {
+            Ok(joined) => return standby.follow(joined),
+            Err(error) => standby.note(primary, &error),
+        }
+    }
+}
+
+struct Standby<'a> {
+    follower: Follower<'a>,
+    heartbeats: Arc<Heartbeats>,
+    called: Receiver<Call>,
+    memory: Memory,
+    /// What is said of datagrams that may come from anybody: it must not keep a primary waiting.
+    strangers: Memory,
+}
+
+impl Standby<'_> {
+    /// Waits for a primary that is worth a connection. `None`: the operator wants no more.
+    fn wait(&mut self) -> Option<SocketAddr> {
+        // Of what was said while this host was busy, whoever still means it says it again.
+        while self.called.try_recv().is_ok() {}
+        loop {
+            if self.follower.is_stopped() {
+                return None;
+            }
+            let call = select! {
+                recv(self.called) -> call => call.ok(),
+                recv(self.follower.woken()) -> _ => None,
+            };
+            if let Some(primary) = call.and_then(|call| self.judge(&call)) {
+                return Some(primary);
+            }
+        }
+    }
+
+    fn judge(&mut self, call: &Call) -> Option<SocketAddr> {
+        let (host, now) = (call.from.ip(), Instant::now());
+        let Invitation { view, guest, port } = match &call.invitation {
+            Ok(invitation) => *invitation,
+            // The greeting makes both sides name the cause: an invitation comes from where backups are awaited.
+            Err(InvitationError::Seal)
+                if self.follower.hosts().contains(&call.from) && self.memory.is_due(host, now) =>
+            {
+                return Some(call.from);
+            }
+            Err(InvitationError::Seal) => return None,
+            Err(error) => {
+                if self.strangers.failed(host, &error.to_string(), now) {
+                    tracing::warn!(%host, "an invitation cannot be followed: {error}");
+                }
+                return None;
+            }
+        };
+        // Pairs of other guests may use the same hosts.
+        if guest != guest_name_hash(self.follower.guest_name()) {
+            return None;
+        }
+        let primary = SocketAddr::new(host, port);
+        if !self.follower.hosts().contains(&primary) {
+            let cause = format!("{primary} is not among --hosts");
+            if self.strangers.failed(host, &cause, now) {
+                tracing::warn!("an invitation is not followed: {cause}");
+            }
+            return None;
+        }
+        if !self.memory.is_due(host, now) {
+            return None;
+        }
+        tracing::debug!(%primary, view, "invited");
+        Some(primary)
+    }
+
+    /// Gets the guest of `primary`.
+    fn join(&mut self, primary: SocketAddr) -> Result<Joined, CommandError> {
+        let resources = self.follower.open_resources()?;
+        let hello = self.follower.hello(&resources)?;
+        let mut connection =
+            connect(primary, self.follower.key(), hello, CONNECT_TIMEOUT).map_err(PairError::from)?;
+        let received = self.follower.receive(&mut connection, &self.heartbeats);
+        if received.is_err() {
+            self.heartbeats.set_peer(None);
+        }
+        let (config, machine) = received?;
+        Ok((config, machine, resources, connection))
+    }
+
+    /// Follows to the end. What went wrong before there was a pair is no reason to end.
+    fn follow(self, (config, machine, resources, connection): Joined) -> Result<Ending, CommandError> {
+        let Self { follower, heartbeats, .. } = self;
+        match follower.follow((config, machine), resources, connection, heartbeats) {
+            Err(
+                error @ CommandError::Pair(
+                    PairError::Backup(_) | PairError::NotFormed(_) | PairError::Transfer { .. },
+                ),
+            ) => {
+                tracing::warn!("{}; this monitor starts over as a standby", with_causes(&error));
+                Err(again::as_standby())
+            }
+            other => other,
+        }
+    }
+
+    /// Says why nothing came of an invitation, if that is news.
+    fn note(&mut self, primary: SocketAddr, error: &CommandError) {
+        let now = Instant::now();
+        if let CommandError::Pair(PairError::Backup(BackupError::Refused {
+            refusal: Refusal::Busy,
+            reason,
+            ..
+        })) = error
+        {
+            tracing::debug!(%primary, "not needed: {reason}");
+            self.memory.busy(primary.ip(), now);
+            return;
+        }
+        let cause = with_causes(error);
+        if self.memory.failed(primary.ip(), &cause, now) {
+            tracing::warn!("{cause}; this standby goes on waiting");
+        }
+    }
+}
+
+/// A guest that has been received, the host's resources for it, and the way to its primary.
+type Joined = (crate::guest::GuestConfig, crate::machine::Machine, crate::outlet::Resources, Connection);
