@@ -17,7 +17,7 @@ use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
@@ -269,11 +269,20 @@ impl Site {
 
     /// Starts `vmft` with these arguments on host `number`.
     pub fn start(&mut self, number: u8, arguments: &[String]) -> Result<Monitor, HostError> {
-        let program = self.image("vmft");
-        let mut argv = vec![program.as_str()];
+        self.start_program(number, &self.image("vmft"), arguments)
+    }
+
+    /// Starts the monitor that is at `program` on host `number`.
+    pub fn start_program(
+        &mut self,
+        number: u8,
+        program: &str,
+        arguments: &[String],
+    ) -> Result<Monitor, HostError> {
+        let mut argv = vec![program];
         argv.extend(arguments.iter().map(String::as_str));
         let process = Arc::new(self.host(number).spawn(&argv)?);
-        let what = format!("host {number}: vmft {}", arguments.join(" "));
+        let what = format!("host {number}: {program} {}", arguments.join(" "));
         self.started.push(Started { what, process: Arc::clone(&process) });
         Ok(Monitor { host: number, process })
     }
@@ -301,10 +310,47 @@ impl Site {
         guest: &Guest,
         volume: &Volume,
     ) -> Result<Monitor, HostError> {
+        self.start_primary_with(number, guest, volume, &[])
+    }
+
+    /// As [`Self::start_primary`], with more options.
+    pub fn start_primary_with(
+        &mut self,
+        number: u8,
+        guest: &Guest,
+        volume: &Volume,
+        more: &[String],
+    ) -> Result<Monitor, HostError> {
         let mut arguments = vec!["primary".to_owned()];
         arguments.extend(self.guest_options(guest, volume));
         arguments.extend(self.pair_options(number, guest, volume));
+        arguments.extend_from_slice(more);
         self.start(number, &arguments)
+    }
+
+    /// The option that names all hosts of the site.
+    pub fn hosts_option(&self) -> [String; 2] {
+        let addresses: Vec<String> =
+            (1..=self.hosts.len() as u8).map(|number| self.log_address(number)).collect();
+        ["--hosts".to_owned(), addresses.join(",")]
+    }
+
+    /// The command line of a standby on host `number`, with its disk image at `disk`.
+    pub fn standby_arguments(&self, number: u8, guest: &Guest, volume: &Volume, disk: &str) -> Vec<String> {
+        let mut arguments = ["standby", "--disk", disk, "--tap", "tap0"].map(String::from).to_vec();
+        arguments.extend(self.pair_options(number, guest, volume));
+        arguments.extend(self.hosts_option());
+        arguments
+    }
+
+    /// Starts a standby on host `number`.
+    pub fn start_standby(
+        &mut self,
+        number: u8,
+        guest: &Guest,
+        volume: &Volume,
+    ) -> Result<Monitor, HostError> {
+        self.start(number, &self.standby_arguments(number, guest, volume, &volume.disk()))
     }
 
     /// Starts a backup on host `number` for the monitor on host `primary`.
@@ -457,8 +503,31 @@ pub fn count_from_environment(name: &str, default: u32) -> u32 {
 
 /// The numeric value behind `field=` in a line of a monitor's log.
 pub fn field(line: &str, field: &str) -> Option<u64> {
+    text_field(line, field)?.parse().ok()
+}
+
+/// The word behind `field=` in a line of a monitor's log.
+pub fn text_field<'a>(line: &'a str, field: &str) -> Option<&'a str> {
     let (_, rest) = line.split_once(&format!(" {field}="))?;
-    rest.split(' ').next()?.parse().ok()
+    rest.split(' ').next()
+}
+
+impl Monitor {
+    /// Waits until the guest that runs here is protected in `view`: the number of the backup's host, and when that was.
+    pub fn wait_until_protected(&self, view: u64) -> Result<(u8, Instant), Box<dyn std::error::Error>> {
+        let protected = format!("{PROTECTED} view={view}");
+        self.wait_for_line(&protected, LONG)?;
+        let mut backup = None;
+        for (at, line) in self.timed_output() {
+            if line.contains("the backup gets the rest of the guest") {
+                let name = text_field(&line, "backup").ok_or("the backup has no name")?;
+                backup = Some(name.trim_start_matches("host").parse()?);
+            } else if line.contains(&protected) {
+                return Ok((backup.ok_or("a backup that was given nothing")?, at));
+            }
+        }
+        Err("the line is gone".into())
+    }
 }
 
 /// A file of this machine that changes when the guest's disk does.

@@ -25,6 +25,7 @@ const GREETING_MAX: Duration = Duration::from_secs(15);
 fn main() -> ExitCode {
     let status = harness::run(&[
         Case::on_hosts("wrong_command_lines_are_refused", wrong_command_lines_are_refused),
+        Case::on_hosts("wrong_hosts_are_refused", wrong_hosts_are_refused),
         Case::on_hosts("unusable_files_are_refused", unusable_files_are_refused),
         Case::on_hosts("unusable_networks_and_directories_are_refused", unusable_networks_are_refused),
         Case::on_hosts("unusable_keys_are_refused", unusable_keys_are_refused),
@@ -128,6 +129,43 @@ fn wrong_command_lines_are_refused() -> TestResult {
     })
 }
 
+fn wrong_hosts_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let path = &volume.path;
+        let security = volume.security().join(" ");
+        let pair = format!("--shared {path} --listen 10.78.0.101:7000 --kernel {} {security}", site.kernel());
+        for (line, status, says) in [
+            (&format!("standby --shared {path} --listen 10.78.0.101:7000"), 2, &["--hosts"][..]),
+            (
+                &format!("standby --shared {path} --listen 10.78.0.101:7000 --hosts host-b:7000"),
+                2,
+                &["--hosts", "'host-b:7000' is not an IP address", "ADDR:PORT"],
+            ),
+            (
+                &format!(
+                    "standby {security} --shared {path} --listen 10.78.0.101:7000 --hosts 10.78.0.101:7000"
+                ),
+                1,
+                &["--hosts names this host alone", "name the others"],
+            ),
+            (
+                &format!("standby {security} --shared {path} --listen 0.0.0.0:7000 --hosts 10.78.0.101:7000"),
+                1,
+                &["--hosts names this host alone"],
+            ),
+            (
+                &format!("primary {pair} --hosts [2001:db8::1]:7000"),
+                1,
+                &["--hosts names [2001:db8::1]:7000", "--listen 10.78.0.101:7000", "both must be IPv4"],
+            ),
+        ] {
+            refused(site, 1, line, status, says)?;
+        }
+        Ok(())
+    })
+}
+
 fn unusable_files_are_refused() -> TestResult {
     SITE.run(|site| {
         let volume = site.volume()?;
@@ -217,6 +255,16 @@ fn unusable_networks_are_refused() -> TestResult {
             (
                 format!("backup --connect {own}:7000 {security} --shared /images"),
                 &["/images' cannot be written"],
+            ),
+            (
+                format!("standby --listen {own}:7000 --hosts 10.78.0.102 {security} --shared {path} --tap none0"),
+                &["Tap 'none0' does not exist", "ip tuntap add none0"],
+            ),
+            (
+                format!(
+                    "standby --listen {own}:7000 --hosts 10.78.0.102 {security} --shared {path} --disk {path}/none.img"
+                ),
+                &["none.img' does not exist"],
             ),
         ] {
             refused(site, 1, &line, 1, says)?;

@@ -1,0 +1,172 @@
+//! Hosts that stand by: a guest without a backup gets one by itself, from whoever is fit, within ten seconds of a fault.
+
+use std::fs;
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use vmft_tests::client::{Client, Config};
+use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::hosts::{Ending, build_vmft, make_disk};
+use vmft_tests::pair::{
+    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume,
+};
+
+static SITE: SharedSite = SharedSite::new(3);
+
+/// Longest from a fault to a backup that follows.
+const PROTECTED_AGAIN: Duration = Duration::from_secs(10);
+/// What a standby says when it waits, and what becomes one that lost its claim.
+const WAITS: &str = "standby: waiting for a primary without a backup";
+const STARTS_OVER: &str = "this monitor starts over as a standby";
+
+fn main() -> ExitCode {
+    let status = harness::run(&[
+        Case::on_hosts("protection_returns_by_itself_after_each_fault", protection_returns_by_itself),
+        Case::on_hosts("unfit_standbys_are_refused_by_name_and_passed_over", unfit_standbys_are_refused),
+    ]);
+    SITE.close();
+    status
+}
+
+fn more_replies(client: &Client, count: usize) -> TestResult {
+    if client.wait_for_replies(client.answered() + count, LONG) {
+        Ok(())
+    } else {
+        Err(format!("no {count} more replies within {LONG:?}").into())
+    }
+}
+
+/// A primary on host 1 that looks for its backup.
+fn start_primary(
+    site: &mut Site,
+    guest: &Guest,
+    volume: &Volume,
+) -> Result<Monitor, Box<dyn std::error::Error>> {
+    let hosts = site.hosts_option();
+    let primary = site.start_primary_with(1, guest, volume, &hosts)?;
+    primary.wait_for_line(SERVICE_READY, LONG)?;
+    Ok(primary)
+}
+
+/// Fails unless the guest on `primary` is protected in `view` soon after `fault`, by the monitor on `backup`.
+fn assert_protected(primary: &Monitor, view: u64, backup: u8, fault: (&str, Instant)) -> TestResult {
+    let (host, at) = primary.wait_until_protected(view)?;
+    let took = at.saturating_duration_since(fault.1);
+    println!("{}: protected again after {} ms, by host {host}", fault.0, took.as_millis());
+    assert_eq!(host, backup, "the wrong host follows");
+    assert!(took < PROTECTED_AGAIN, "{}: protected again only after {took:?}", fault.0);
+    Ok(())
+}
+
+fn protection_returns_by_itself() -> TestResult {
+    SITE.run(|site| {
+        // Most of the time goes into sending the guest, which emulated hosts do slowly: it is a small one with little to do.
+        let (guest, volume) = (Guest { memory_mib: 96, ..Guest::default() }, site.volume()?);
+        let first = start_primary(site, &guest, &volume)?;
+        let standbys = [site.start_standby(2, &guest, &volume)?, site.start_standby(3, &guest, &volume)?];
+        let (host, _) = first.wait_until_protected(1)?;
+        let [second, third] = standbys;
+        let (backup, spare) = if host == 2 { (second, third) } else { (third, second) };
+        let config = Config { interval: Duration::from_millis(250), ..Config::default() };
+        let client = site.client(config)?;
+        more_replies(&client, 5)?;
+
+        let killed = ("the backup was killed", Instant::now());
+        backup.kill(Signal::SIGKILL)?;
+        first.wait_for_line(&format!("{UNPROTECTED} view=2"), SHORT)?;
+        assert_protected(&first, 2, spare.host, killed)?;
+        backup.wait_ending(SHORT)?;
+        // As a service manager would.
+        let again = site.start_standby(backup.host, &guest, &volume)?;
+        again.wait_for_line(WAITS, SHORT)?;
+        more_replies(&client, 5)?;
+
+        let killed = ("the primary was killed", Instant::now());
+        first.kill(Signal::SIGKILL)?;
+        spare.wait_for_line(&format!("{TAKEOVER} view=3"), SHORT)?;
+        assert_protected(&spare, 3, again.host, killed)?;
+        first.wait_ending(SHORT)?;
+        let first = site.start_standby(1, &guest, &volume)?;
+        first.wait_for_line(WAITS, SHORT)?;
+        more_replies(&client, 5)?;
+
+        let frozen = ("the primary's host was frozen", Instant::now());
+        site.host(spare.host).stop();
+        again.wait_for_line(&format!("{TAKEOVER} view=4"), SHORT)?;
+        assert_protected(&again, 4, 1, frozen)?;
+        more_replies(&client, 5)?;
+        assert_eq!(spare.output().iter().filter(|line| line.contains(WAITS)).count(), 1);
+        site.host(spare.host).cont();
+        zombie_stands_by(&spare)?;
+
+        let killed = ("the backup was killed, and a former zombie was left", Instant::now());
+        first.kill(Signal::SIGKILL)?;
+        again.wait_for_line(&format!("{UNPROTECTED} view=5"), SHORT)?;
+        assert_protected(&again, 5, spare.host, killed)?;
+        more_replies(&client, 5)?;
+        again.kill(Signal::SIGKILL)?;
+        spare.wait_for_line(&format!("{TAKEOVER} view=6"), SHORT)?;
+        more_replies(&client, 5)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
+
+/// Waits until a monitor that has lost its claim waits as a standby, in the same process.
+fn zombie_stands_by(monitor: &Monitor) -> TestResult {
+    println!("{}", monitor.wait_for_line(STARTS_OVER, SHORT)?);
+    let deadline = Instant::now() + SHORT;
+    while monitor.output().iter().filter(|line| line.contains(WAITS)).count() < 2 {
+        if monitor.ending().is_some() || Instant::now() > deadline {
+            return Err(format!("it does not stand by: {:?}", monitor.ending()).into());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn unfit_standbys_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let other_version = volume.local.join("vmft-other");
+        fs::copy(build_vmft()?, &other_version)?;
+        fs::OpenOptions::new().append(true).open(&other_version)?.write_all(&[0])?;
+        make_disk(&volume.local.join("small.img"), 32)?;
+        let primary = start_primary(site, &guest, &volume)?;
+
+        let arguments = site.standby_arguments(2, &guest, &volume, &volume.disk());
+        let other_version = site.start_program(2, &format!("{}/vmft-other", volume.path), &arguments)?;
+        let small = format!("{}/small.img", volume.path);
+        let other_disk = site.start(3, &site.standby_arguments(3, &guest, &volume, &small))?;
+        let causes = [
+            (&other_version, "Backup host host2 runs monitor version"),
+            (
+                &other_disk,
+                "Backup host host3 has a disk of 33554432 bytes, the primary has a disk of 67108864",
+            ),
+        ];
+        for (standby, cause) in causes {
+            println!("{}", primary.wait_for_line(&format!("a backup was refused: {cause}"), SHORT)?);
+            standby.wait_for_line(&format!("refuses this backup: {cause}"), SHORT)?;
+        }
+        other_disk.kill(Signal::SIGTERM)?;
+        assert_eq!(other_disk.wait(SHORT)?.ending, Ending::Exited(0));
+
+        let fit = site.start_standby(3, &guest, &volume)?;
+        let (host, _) = primary.wait_until_protected(1)?;
+        assert_eq!(host, fit.host, "the host that fits follows");
+        assert_eq!(other_version.ending(), None, "a standby that was refused goes on waiting");
+        for (standby, cause) in causes {
+            for monitor in [&primary, standby] {
+                let said = monitor.output().iter().filter(|line| line.contains(cause)).count();
+                assert_eq!(said, 1, "host {} says it once and not each time: {cause}", monitor.host);
+            }
+        }
+        other_version.kill(Signal::SIGTERM)?;
+        assert_eq!(other_version.wait(SHORT)?.ending, Ending::Exited(0));
+        Ok(())
+    })
+}
