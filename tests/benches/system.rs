@@ -1,7 +1,7 @@
 //! What a pair costs and how fast it takes over, on test hosts: `cargo bench -p vmft-tests --bench system`.
 //!
 //! Arguments are names of sections; none means all. `VMFT_BENCH_ROUNDS` (default 3) is the number of boots of each
-//! kind and of lost hosts, `VMFT_BENCH_KILLS` (default 10) that of killed monitors.
+//! kind, of lost hosts and of standbys called in, `VMFT_BENCH_KILLS` (default 10) that of killed monitors.
 //!
 //! Prints a table for `docs/benchmarks.md`. Nothing here passes or fails by a time: machines are noisy, so that
 //! ratios of one run mean more than any figure.
@@ -22,13 +22,15 @@ type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
 type Section = fn(&mut Site) -> Outcome;
 
-const SECTIONS: &[(&str, Section)] = &[
-    ("boot", boot),
-    ("requests", requests),
-    ("log", log),
-    ("compute", compute),
-    ("kill", killed_monitors),
-    ("loss", lost_hosts),
+/// Name, number of hosts, what it does.
+const SECTIONS: &[(&str, u8, Section)] = &[
+    ("boot", 2, boot),
+    ("requests", 2, requests),
+    ("log", 2, log),
+    ("compute", 2, compute),
+    ("kill", 2, killed_monitors),
+    ("loss", 2, lost_hosts),
+    ("protected", 3, protected_again),
 ];
 
 /// How long requests are made, and how long an idle guest's log is counted.
@@ -46,22 +48,28 @@ fn main() -> ExitCode {
         println!("SKIPPED system benchmark: {why}");
         return ExitCode::SUCCESS;
     }
-    let unknown = wanted.iter().find(|name| SECTIONS.iter().all(|(section, _)| section != name));
+    let unknown = wanted.iter().find(|name| SECTIONS.iter().all(|(section, ..)| section != name));
     if let Some(name) = unknown {
-        let names: Vec<&str> = SECTIONS.iter().map(|(name, _)| *name).collect();
+        let names: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).collect();
         eprintln!("There is no section '{name}'; there are {}.", names.join(", "));
         return ExitCode::from(2);
     }
     let run = || -> Outcome {
-        let mut site = Site::boot(2)?;
+        let mut booted: Option<(u8, Site)> = None;
         println!("| What | Figure |\n| --- | --- |");
-        for (name, section) in SECTIONS {
+        for (name, hosts, section) in SECTIONS {
             if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+                // The old hosts are gone before new ones are booted.
+                let mut site = match booted.take().filter(|(count, _)| count == hosts) {
+                    Some((_, site)) => site,
+                    None => Site::boot(*hosts)?,
+                };
                 if let Err(error) = section(&mut site) {
                     eprintln!("{}", site.logs());
                     return Err(format!("section {name}: {error}").into());
                 }
                 site.end_processes()?;
+                booted = Some((*hosts, site));
             }
         }
         Ok(())
@@ -437,4 +445,36 @@ fn lost_hosts(site: &mut Site) -> Outcome {
         (primary, backup) = (backup, next);
     }
     takeovers.rows(site, "the loss of a host (time-out 500 ms)")
+}
+
+/// Kills the primary again and again, each time with a standby that waits.
+fn protected_again(site: &mut Site) -> Outcome {
+    let (guest, volume) = (guest("none"), site.volume()?);
+    let hosts = site.hosts_option();
+    let mut primary = site.start_primary_with(1, &guest, &volume, &hosts)?;
+    primary.wait_for_line(SERVICE_READY, LONG)?;
+    let mut others = vec![site.start_standby(2, &guest, &volume)?, site.start_standby(3, &guest, &volume)?];
+    let (mut backup, _) = primary.wait_until_protected(1)?;
+    let client = site.client(Config { window: 1, value_len: 100, ..Config::default() })?;
+    let (mut takeover_ms, mut fault_ms) = (Vec::new(), Vec::new());
+    for view in 2..u64::from(rounds()) + 2 {
+        if !client.wait_for_replies(client.answered() + 50, LONG) {
+            return Err("the client gets no more replies".into());
+        }
+        let index = others.iter().position(|other| other.host == backup).ok_or("an unknown backup")?;
+        let (killed, next) = (primary, others.swap_remove(index));
+        let failed_at = Instant::now();
+        killed.kill(Signal::SIGKILL)?;
+        let taken_over_at = printed_at(&next, &format!("{TAKEOVER} view={view}"))?;
+        let (host, protected_at) = next.wait_until_protected(view)?;
+        takeover_ms.push((protected_at - taken_over_at).as_secs_f64() * 1e3);
+        fault_ms.push((protected_at - failed_at).as_secs_f64() * 1e3);
+        killed.wait_ending(SHORT)?;
+        others.push(site.start_standby(killed.host, &guest, &volume)?);
+        (primary, backup) = (next, host);
+    }
+    site.check(&client.stop(SHORT))?;
+    row("protected again, from the takeover on", &spread_text(&mut takeover_ms, "ms"));
+    row("protected again, from SIGKILL of the primary's monitor on", &spread_text(&mut fault_ms, "ms"));
+    Ok(())
 }
