@@ -13,8 +13,9 @@
 use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::datagram::{self, Kind, Unopened};
 use crate::error::LogError;
-use crate::fields::{get_array, get_u8, get_u32, get_u64};
+use crate::fields::{get_array, get_u8, get_u64};
 use crate::key::{SealKey, TAG_BYTES};
 
 /// Length of a heartbeat.
@@ -23,6 +24,7 @@ pub const HEARTBEAT_BYTES: usize = SEALED_BYTES + TAG_BYTES;
 pub const HEARTBEAT_VERSION: u32 = 2;
 
 const MAGIC: [u8; 8] = *b"VMFTBEAT";
+const KIND: Kind = Kind { magic: MAGIC, version: HEARTBEAT_VERSION, len_bytes: HEARTBEAT_BYTES };
 const SEALED_BYTES: usize = 40;
 
 /// What a side is.
@@ -85,6 +87,17 @@ pub fn guest_name_hash(name: &str) -> u64 {
     xxh3_64(name.as_bytes())
 }
 
+impl From<Unopened> for HeartbeatError {
+    fn from(why: Unopened) -> Self {
+        match why {
+            Unopened::Length { len_bytes } => Self::Length { len_bytes },
+            Unopened::Magic { found } => Self::Magic { found },
+            Unopened::Version { found } => Self::Version { found },
+            Unopened::Seal => Self::Seal,
+        }
+    }
+}
+
 impl Heartbeat {
     /// The datagram, sealed with `key`.
     pub fn encode(&self, key: &SealKey) -> Vec<u8> {
@@ -103,20 +116,7 @@ impl Heartbeat {
     /// # Errors
     /// Magic and version are judged before the length, so that another version is told by its name.
     pub fn decode(datagram: &[u8], key: &SealKey) -> Result<Self, HeartbeatError> {
-        let short = |_| HeartbeatError::Length { len_bytes: datagram.len() };
-        let input = &mut &*datagram;
-        let magic = get_array(input, "magic").map_err(short)?;
-        if magic != MAGIC {
-            return Err(HeartbeatError::Magic { found: magic });
-        }
-        let version = get_u32(input, "version").map_err(short)?;
-        if version != HEARTBEAT_VERSION {
-            return Err(HeartbeatError::Version { found: version });
-        }
-        if datagram.len() != HEARTBEAT_BYTES {
-            return Err(HeartbeatError::Length { len_bytes: datagram.len() });
-        }
-        key.open(datagram).ok_or(HeartbeatError::Seal)?;
+        let input = &mut datagram::open(datagram, &KIND, key)?;
         let heartbeat = Self::get_fields(input).map_err(HeartbeatError::Field)?;
         if get_array(input, "reserved bytes") != Ok([0; 3]) {
             return Err(HeartbeatError::Reserved);

@@ -13,8 +13,9 @@
 
 use thiserror::Error;
 
+use crate::datagram::{self, Kind, Unopened};
 use crate::error::LogError;
-use crate::fields::{get_array, get_u16, get_u32, get_u64};
+use crate::fields::{get_array, get_u16, get_u64};
 use crate::key::{SealKey, TAG_BYTES};
 
 /// Length of an invitation.
@@ -23,6 +24,7 @@ pub const INVITATION_BYTES: usize = SEALED_BYTES + TAG_BYTES;
 pub const INVITATION_VERSION: u32 = 1;
 
 const MAGIC: [u8; 8] = *b"VMFTCALL";
+const KIND: Kind = Kind { magic: MAGIC, version: INVITATION_VERSION, len_bytes: INVITATION_BYTES };
 const SEALED_BYTES: usize = 32;
 
 /// "I run this guest and have no backup."
@@ -71,6 +73,17 @@ pub enum InvitationError {
     Field(#[source] LogError),
 }
 
+impl From<Unopened> for InvitationError {
+    fn from(why: Unopened) -> Self {
+        match why {
+            Unopened::Length { len_bytes } => Self::Length { len_bytes },
+            Unopened::Magic { found } => Self::Magic { found },
+            Unopened::Version { found } => Self::Version { found },
+            Unopened::Seal => Self::Seal,
+        }
+    }
+}
+
 impl Invitation {
     /// Does `datagram` start as an invitation of any version does?
     pub fn is_meant(datagram: &[u8]) -> bool {
@@ -94,20 +107,7 @@ impl Invitation {
     /// # Errors
     /// Magic and version are judged before the length, so that another version is told by its name.
     pub fn decode(datagram: &[u8], key: &SealKey) -> Result<Self, InvitationError> {
-        let short = |_| InvitationError::Length { len_bytes: datagram.len() };
-        let input = &mut &*datagram;
-        let magic = get_array(input, "magic").map_err(short)?;
-        if magic != MAGIC {
-            return Err(InvitationError::Magic { found: magic });
-        }
-        let version = get_u32(input, "version").map_err(short)?;
-        if version != INVITATION_VERSION {
-            return Err(InvitationError::Version { found: version });
-        }
-        if datagram.len() != INVITATION_BYTES {
-            return Err(InvitationError::Length { len_bytes: datagram.len() });
-        }
-        key.open(datagram).ok_or(InvitationError::Seal)?;
+        let input = &mut datagram::open(datagram, &KIND, key)?;
         let invitation = Self::get_fields(input).map_err(InvitationError::Field)?;
         if get_array(input, "reserved bytes") != Ok([0; 2]) {
             return Err(InvitationError::Reserved);

@@ -18,6 +18,7 @@ mod channel;
 mod checkpoint;
 mod clock;
 mod codec;
+mod datagram;
 mod digest;
 mod error;
 mod event;
