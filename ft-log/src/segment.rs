@@ -8,6 +8,9 @@
 //!                                          with Checkpoint.. before the batch that holds its stop
 //! ```
 //!
+//! A recording that a backup kept of what it was sent, up to where its guest differed, ends with Bye(Diverged) in place
+//! of Bye(RecordingEnd), and its last batch without an `End`.
+//!
 //! States on disk: `FILE.incomplete` while it is written, or if the monitor died; `FILE` when it is whole.
 
 use std::ffi::OsString;
@@ -17,14 +20,14 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::message::{Batch, ByeReason, LogPart, Message};
+use crate::message::{Batch, ByeReason, LogPart, MAX_TEXT_BYTES, Message};
 use crate::session::{BatchReceiver, SequenceError};
 use crate::stream::{
     FrameReader, FrameWriter, SnapshotSink, SnapshotSource, StreamError, header, read_header,
 };
 
 /// Version of the file: of its frames, the entries and the snapshot in it.
-pub const RECORDING_VERSION: u32 = 4;
+pub const RECORDING_VERSION: u32 = 5;
 /// First bytes of the file.
 pub const RECORDING_MAGIC: [u8; 8] = *b"VMFTREC\0";
 
@@ -165,8 +168,21 @@ impl RecordingWriter {
     ///
     /// # Errors
     /// The file system's error; the file then keeps its unfinished name.
-    pub fn finish(mut self) -> Result<(), RecordingError> {
-        self.send(&Message::Bye { reason: ByeReason::RecordingEnd, text: String::new() })?;
+    pub fn finish(self) -> Result<(), RecordingError> {
+        self.end(ByeReason::RecordingEnd, "")
+    }
+
+    /// As [`RecordingWriter::finish`], for what a backup was sent until its guest differed. `text` says how; what is
+    /// over [`MAX_TEXT_BYTES`] of it is cut off.
+    ///
+    /// # Errors
+    /// As [`RecordingWriter::finish`].
+    pub fn finish_diverged(self, text: &str) -> Result<(), RecordingError> {
+        self.end(ByeReason::Diverged, &text[..text.floor_char_boundary(MAX_TEXT_BYTES)])
+    }
+
+    fn end(mut self, reason: ByeReason, text: &str) -> Result<(), RecordingError> {
+        self.send(&Message::Bye { reason, text: text.to_owned() })?;
         self.frames.get_ref().sync_all().map_err(|source| io_error("sync", &self.incomplete, source))?;
         fs::rename(&self.incomplete, &self.path)
             .map_err(|source| io_error("rename", &self.incomplete, source))?;
@@ -206,6 +222,7 @@ pub struct RecordingReader<R> {
     frames: FrameReader<R>,
     sequence: BatchReceiver,
     ended: bool,
+    divergence: Option<String>,
 }
 
 impl RecordingReader<File> {
@@ -243,7 +260,13 @@ impl<R: Read> RecordingReader<R> {
             return Err(RecordingError::Version { path: path.into(), found: version });
         }
         let frames = FrameReader::new(input);
-        Ok(Self { path: path.into(), frames, sequence: BatchReceiver::default(), ended: false })
+        Ok(Self {
+            path: path.into(),
+            frames,
+            sequence: BatchReceiver::default(),
+            ended: false,
+            divergence: None,
+        })
     }
 
     /// The snapshot's bytes; read them to their end before the first batch.
@@ -267,16 +290,22 @@ impl<R: Read> RecordingReader<R> {
                 Ok(Some(LogPart::Batch(batch)))
             }
             Some(Message::Checkpoint(piece)) => Ok(Some(LogPart::Checkpoint(piece))),
-            Some(Message::Bye { reason: ByeReason::RecordingEnd, .. }) => {
+            Some(Message::Bye { reason: reason @ (ByeReason::RecordingEnd | ByeReason::Diverged), text }) => {
                 if let Some(message) = self.receive()? {
                     return Err(self.unexpected("the end of the file", &message));
                 }
                 self.ended = true;
+                self.divergence = (reason == ByeReason::Diverged).then_some(text);
                 Ok(None)
             }
             Some(message) => Err(self.unexpected("a batch", &message)),
             None => Err(self.truncated()),
         }
+    }
+
+    /// At the end of a recording that a backup kept: how its guest differed.
+    pub fn divergence(&self) -> Option<&str> {
+        self.divergence.as_deref()
     }
 
     fn receive(&mut self) -> Result<Option<Message>, RecordingError> {

@@ -6,6 +6,7 @@
 mod common;
 
 use std::io::{Read, Write};
+use std::path::Path;
 
 use ft_log::{
     Batch, Checkpoint, CheckpointDecoder, CheckpointEncoder, Decoder, Encoder, FrameReader, FrameWriter,
@@ -171,7 +172,7 @@ const SNAPSHOT_RAW_START: &[u8] = &[
 /// A recording of a container without parts and one batch.
 #[rustfmt::skip]
 const RECORDING: &[u8] = &[
-    0x56, 0x4d, 0x46, 0x54, 0x52, 0x45, 0x43, 0x00, 0x04, 0x00, 0x00, 0x00, 0x04, 0x01, 0x00, 0x00,
+    0x56, 0x4d, 0x46, 0x54, 0x52, 0x45, 0x43, 0x00, 0x05, 0x00, 0x00, 0x00, 0x04, 0x01, 0x00, 0x00,
     0x11, 0x00, 0x00, 0x00, 0x80, 0x9e, 0xc2, 0xaf, 0x56, 0x4d, 0x46, 0x54, 0x53, 0x4e, 0x41, 0x50,
     0x01, 0x00, 0x00, 0x00, 0x03, 0xf2, 0x4e, 0x86, 0xbb, 0x05, 0x01, 0x00, 0x00, 0x00, 0x00, 0x00,
     0x00, 0xb9, 0xda, 0xb5, 0x8b, 0x06, 0x01, 0x00, 0x00, 0x04, 0x00, 0x00, 0x00, 0x25, 0x83, 0xe7,
@@ -274,19 +275,36 @@ fn raw_snapshot_pages_have_their_committed_bytes() {
     assert_eq!(bytes.len(), behind_page + 5);
 }
 
+/// The end of the same if it is what a backup was sent until its guest differed.
+#[rustfmt::skip]
+const RECORDING_DIVERGED: &[u8] = &[
+    0x08, 0x01, 0x00, 0x00, 0x05, 0x00, 0x00, 0x00, 0x97, 0x7f, 0x7d, 0x99, 0x02, 0x03, b'r', b'a', b'x',
+];
+/// The frame at the end of a whole recording.
+const RECORDING_END_BYTES: usize = 14;
+
 #[test]
 fn recording_has_its_committed_bytes() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("golden");
     let batch = Batch { seq: 1, reached: 9, released: 0, entries: vec![0x7e] };
-    let mut writer = RecordingWriter::create(&path).unwrap();
-    let mut sink = writer.snapshot();
     let container = SnapshotWriter::new(Vec::new()).unwrap().finish().unwrap();
-    sink.write_all(&container).unwrap();
-    sink.finish().unwrap();
-    writer.batch(batch.clone()).unwrap();
-    writer.finish().unwrap();
+    let begun = |path: &Path| {
+        let mut writer = RecordingWriter::create(path).unwrap();
+        let mut sink = writer.snapshot();
+        sink.write_all(&container).unwrap();
+        sink.finish().unwrap();
+        writer.batch(batch.clone()).unwrap();
+        writer
+    };
+    begun(&path).finish().unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), RECORDING);
+    let differed = directory.path().join("differed");
+    begun(&differed).finish_diverged("rax").unwrap();
+    let same = RECORDING.len() - RECORDING_END_BYTES;
+    let bytes = std::fs::read(&differed).unwrap();
+    assert_eq!(bytes[..same], RECORDING[..same]);
+    assert_eq!(&bytes[same..], RECORDING_DIVERGED, "{:02x?}", &bytes[same..]);
 
     let mut reader = RecordingReader::new(RECORDING, &path).unwrap();
     let mut snapshot = Vec::new();

@@ -9,8 +9,8 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use ft_log::{
-    Ack, Batch, BatchReceiver, BatchSender, CpuIdentity, Expected, GuestTime, Hello, LogPart, Mismatch,
-    PositionSource, RecordingError, RecordingReader, RecordingWriter, SequenceError, check_hello,
+    Ack, Batch, BatchReceiver, BatchSender, CpuIdentity, Expected, GuestTime, Hello, LogPart, MAX_TEXT_BYTES,
+    Mismatch, PositionSource, RecordingError, RecordingReader, RecordingWriter, SequenceError, check_hello,
 };
 
 fn expected() -> Expected {
@@ -193,6 +193,27 @@ fn a_recording_cut_at_any_byte_is_never_taken_for_whole() {
 }
 
 #[test]
+fn a_recording_of_a_guest_that_differed_says_how() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run");
+    let long = "ä".repeat(MAX_TEXT_BYTES);
+    record(&path).finish_diverged(&long).unwrap();
+    let mut reader = RecordingReader::open(&path).unwrap();
+    reader.snapshot().read_to_end(&mut Vec::new()).unwrap();
+    while reader.next_part().unwrap().is_some() {
+        assert_eq!(reader.divergence(), None, "that is not known before the end");
+    }
+    assert_eq!(reader.divergence(), Some(&long[..MAX_TEXT_BYTES]));
+
+    let path = directory.path().join("other");
+    record(&path).finish().unwrap();
+    let mut reader = RecordingReader::open(&path).unwrap();
+    reader.snapshot().read_to_end(&mut Vec::new()).unwrap();
+    while reader.next_part().unwrap().is_some() {}
+    assert_eq!(reader.divergence(), None);
+}
+
+#[test]
 fn no_recording_is_overwritten() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("run");
@@ -221,6 +242,6 @@ fn a_recording_is_written_in_its_order() {
 #[test]
 fn other_files_and_versions_are_refused_by_name() {
     let open = |bytes: &[u8]| RecordingReader::new(bytes, Path::new("run")).unwrap_err().to_string();
-    assert_eq!(open(b"VMFTREC\0\x07\0\0\0"), "run is a recording of version 7, this monitor knows 4");
+    assert_eq!(open(b"VMFTREC\0\x07\0\0\0"), "run is a recording of version 7, this monitor knows 5");
     assert_eq!(open(b"#!/bin/sh\nls"), "run is not a recording: it starts with #!/bin/s");
 }

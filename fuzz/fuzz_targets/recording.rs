@@ -4,15 +4,15 @@
 use std::io::Read;
 use std::path::Path;
 
-use ft_log::RecordingReader;
+use ft_log::{LogPart, RECORDING_MAGIC, RECORDING_VERSION, RecordingReader};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (Vec<(u8, Vec<u8>)>, &[u8])| {
     let (frames, behind) = input;
-    let mut file = b"VMFTREC\0\x01\0\0\0".to_vec();
+    let mut file = [&RECORDING_MAGIC[..], &RECORDING_VERSION.to_le_bytes()].concat();
     for (kind, payload) in &frames {
         // Kinds of a recording only; the others are refused at once.
-        put_frame(&mut file, [4, 5, 6, 8][usize::from(kind % 4)], payload);
+        put_frame(&mut file, [4, 5, 6, 8, 9][usize::from(kind % 5)], payload);
     }
     file.extend(behind);
     let mut reader = RecordingReader::new(&file[..], Path::new("fuzz")).expect("the header is right");
@@ -20,10 +20,11 @@ fuzz_target!(|input: (Vec<(u8, Vec<u8>)>, &[u8])| {
     let mut batches = 0;
     loop {
         match reader.next_part() {
-            Ok(Some(batch)) => {
+            Ok(Some(LogPart::Batch(batch))) => {
                 batches += 1;
                 assert_eq!(batch.seq, batches);
             }
+            Ok(Some(LogPart::Checkpoint(_))) => {}
             Ok(None) => {
                 assert!(behind.is_empty(), "bytes behind the end went unnoticed");
                 break;
