@@ -310,7 +310,7 @@ fn a_peer_of_another_version_is_refused_by_name() {
     for key in [None, Some(&common::key())] {
         // Another version may have nothing behind it.
         let refused = greeted(b"VMFTLINK\x09\0\0\0", key);
-        assert_eq!(refused.to_string(), "The peer speaks protocol version 9, this monitor speaks 7");
+        assert_eq!(refused.to_string(), "The peer speaks protocol version 9, this monitor speaks 8");
         let refused = greeted(b"GET / HT\x01\0\0\0", key);
         assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
         let cut = greeted(b"VMFTLINK\x01\0\0", key);
@@ -320,7 +320,7 @@ fn a_peer_of_another_version_is_refused_by_name() {
 
 #[test]
 fn a_key_on_one_side_only_is_refused_by_both() {
-    let opening = |security: u8| [&b"VMFTLINK\x07\0\0\0"[..], &[security, 0, 0, 0]].concat();
+    let opening = |security: u8| [&b"VMFTLINK\x08\0\0\0"[..], &[security, 0, 0, 0]].concat();
     let refused = greeted(&opening(1), Some(&common::key()));
     assert!(matches!(refused, ChannelError::OnlyHere), "{refused}");
     let refused = greeted(&opening(2), None);
@@ -329,7 +329,7 @@ fn a_key_on_one_side_only_is_refused_by_both() {
         let refused = greeted(&opening(security), None);
         assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
     }
-    let refused = greeted(b"VMFTLINK\x07\0\0\0\x01\0\0\x01", None);
+    let refused = greeted(b"VMFTLINK\x08\0\0\0\x01\0\0\x01", None);
     assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
 }
 

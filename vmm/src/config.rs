@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::ft::hosts::HostList;
 use crate::position::Wanted;
+use crate::run::{CorruptAt, Faults, Slowness};
 
 /// Fault-tolerant hypervisor: a Linux guest that outlives its host.
 #[derive(Debug, Parser)]
@@ -156,6 +157,24 @@ pub struct PairArgs {
     /// Do without a key although others may reach the log link, and could read and change the guest.
     #[arg(long)]
     pub insecure: bool,
+    /// How far the backup's execution may be behind before the primary goes on without it; default: ten times
+    /// --timeout-ms.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(100..=600_000))]
+    pub lag_limit_ms: Option<u64>,
+    /// Directory for reports of guests that differed, best on a local disk; without it they go to stderr only. A backup
+    /// keeps a copy of all that it is sent there.
+    #[arg(long, value_name = "DIR")]
+    pub report_dir: Option<PathBuf>,
+    /// Most that a backup keeps for a report.
+    #[arg(long, value_name = "MIB", default_value_t = 2_048, requires = "report_dir")]
+    pub report_mib: u32,
+}
+
+impl PairArgs {
+    /// How far the backup's execution may be behind.
+    pub fn lag_limit(&self) -> Duration {
+        Duration::from_millis(self.lag_limit_ms.unwrap_or(10 * self.timeout_ms))
+    }
 }
 
 /// `vmft primary`.
@@ -237,9 +256,43 @@ pub struct FollowArgs {
     /// How long to keep trying to reach the primary.
     #[arg(long, value_name = "MS", default_value_t = 5_000)]
     pub connect_timeout_ms: u64,
-    /// A fault for tests: the N-th forced stop that is a checkpoint counts as missed.
+    /// Faults for tests.
+    #[command(flatten)]
+    pub inject: InjectArgs,
+}
+
+/// Faults for tests; `docs/testing.md` has them.
+#[derive(Clone, Debug, Args)]
+pub struct InjectArgs {
+    /// The N-th forced stop that is a checkpoint counts as missed.
     #[arg(long, value_name = "N", hide = true)]
     pub inject_missed_stop: Option<u64>,
+    /// The guest is corrupted so many boundaries from where following began.
+    #[arg(long, value_name = "N:register|N:memory=TEXT", hide = true)]
+    pub inject_corruption: Option<CorruptAt>,
+    /// The corruption happens each time that this backup is given the guest.
+    #[arg(long, requires = "inject_corruption", hide = true)]
+    pub inject_again: bool,
+    /// The guest takes so long at each of COUNT boundaries, from the one with the number FROM on.
+    #[arg(long, value_name = "MS:FROM:COUNT", hide = true)]
+    pub inject_slowness: Option<Slowness>,
+}
+
+impl InjectArgs {
+    /// What is to go wrong the first time.
+    pub fn faults(&self) -> Faults {
+        Faults {
+            missed_stop: self.inject_missed_stop,
+            corruption: self.inject_corruption.clone(),
+            slowness: self.inject_slowness.clone(),
+        }
+    }
+
+    /// What is to go wrong when this backup is given the guest anew.
+    pub fn faults_again(&self) -> Faults {
+        let corruption = self.inject_corruption.clone().filter(|_| self.inject_again);
+        Faults { corruption, ..Faults::default() }
+    }
 }
 
 fn parse_position(text: &str) -> Result<Wanted, String> {

@@ -17,6 +17,7 @@ pub mod machine;
 pub mod outlet;
 pub mod pmu;
 pub mod position;
+pub mod report;
 pub mod run;
 pub mod snapshot;
 

@@ -4,9 +4,9 @@
 //!
 //! ```text
 //!   connect ── snapshot ──> following ─┬─ link lost ── claim won ──> LiveSide (a primary)
-//!      ^                               ├─ a forced stop missed ── out of the running ─┐
-//!      └───────────────────────────────┼──────────────────────────────────────────────┘
-//!                                      └─ guest ended, stopped, claim lost, diverged ──> end
+//!      ^                               ├─ diverged, or missed a forced stop: out of the running (heal.rs) ─┐
+//!      └───────────────────────────────┼───────────────────────────────────────────────────────────────────┘
+//!                                      └─ guest ended, stopped, claim lost ──> end
 //! ```
 
 use std::net::SocketAddr;
@@ -18,6 +18,7 @@ use crossbeam_channel::{Receiver, bounded};
 use ft_log::{ByeReason, CpuIdentity, GuestTime, Hello, Key, PositionSource, Role, StreamError};
 use kvm_bindings::CpuId;
 
+use super::heal::{self, Attempts, HealError, Useless};
 use super::pair::{LiveSide, PairError, Side, other_hosts, spawn};
 use super::stop::Stop;
 use super::{CommandError, Ending, ending};
@@ -37,7 +38,8 @@ use crate::kvm::Kvm;
 use crate::machine::Machine;
 use crate::outlet::Resources;
 use crate::position::{self, BranchCounter};
-use crate::run::{self, Follow, RunError, Stopped};
+use crate::report::{Kept, Reports};
+use crate::run::{self, Faults, Follow, RunError, Stopped};
 use crate::snapshot::{self, SnapshotError};
 
 /// Pause between two looks at how long the primary has been silent.
@@ -50,7 +52,7 @@ struct Ready<'a> {
     follower: Follower<'a>,
     resources: Resources,
     heartbeats: Arc<Heartbeats>,
-    missed_stop: Option<u64>,
+    faults: Faults,
 }
 
 /// `vmft backup`.
@@ -174,40 +176,59 @@ impl<'a> Follower<'a> {
         &mut self,
         connection: &mut Connection,
         heartbeats: &Heartbeats,
-    ) -> Result<(GuestConfig, Machine), CommandError> {
+    ) -> Result<Received, CommandError> {
         heartbeats.set_view(connection.welcome.view, Role::Backup);
         heartbeats.set_peer(Some((connection.address, connection.heartbeat_key().clone())));
         if GuestConfig::digest_of(&self.table) != connection.welcome.cpuid_digest {
             return Err(PairError::WelcomeMismatch { what: "CPUID table" }.into());
         }
-        let (config, mut machine) = receive_guest(&self.kvm, connection)?;
+        let mut kept = self.side.reports.as_ref().map(Reports::keep);
+        let (config, mut machine) = receive_guest(&self.kvm, connection, kept.as_mut())?;
         machine.count_branches(self.counter.take());
-        Ok((config, machine))
+        Ok(Received { config, machine, kept })
     }
 
     /// Follows with the guest that was received, to the end.
     pub(super) fn follow(
         self,
-        (mut config, mut machine): (GuestConfig, Machine),
+        mut guest: Received,
         resources: Resources,
         mut connection: Connection,
         heartbeats: Arc<Heartbeats>,
     ) -> Result<Ending, CommandError> {
-        let (address, timeout, missed_stop) =
-            (connection.address, self.connect_timeout(), self.args.inject_missed_stop);
-        let mut ready = Ready { follower: self, resources, heartbeats, missed_stop };
+        let (address, inject) = (connection.address, &self.args.inject);
+        let mut ready = Ready { faults: inject.faults(), follower: self, resources, heartbeats };
+        let mut attempts = Attempts::default();
         loop {
-            match follow(ready, config, machine, connection)? {
+            let again = match follow(ready, guest, connection)? {
                 Followed::Ended(ending) => return Ok(ending),
-                Followed::Missed(again, machine) => {
-                    ready = *again;
-                    ready.follower.counter = machine.into_counter();
-                }
-            }
-            let hello = ready.follower.hello(&ready.resources)?;
-            connection = join_again(address, ready.follower.key(), &hello, timeout)?;
-            (config, machine) = ready.follower.receive(&mut connection, &ready.heartbeats)?;
+                Followed::Useless(again) => *again,
+            };
+            attempts.count(&again.why, Instant::now())?;
+            ready = Ready { faults: inject.faults_again(), ..again.ready };
+            ready.follower.counter = again.machine.into_counter();
+            let anew = ready.get_anew(address);
+            (connection, guest) = anew.map_err(|error| HealError::nobody_else(&again.why, address, error))?;
         }
+    }
+}
+
+/// A guest that a backup was given.
+pub(super) struct Received {
+    config: GuestConfig,
+    machine: Machine,
+    /// What was sent, for a report.
+    kept: Option<Kept>,
+}
+
+impl Ready<'_> {
+    /// Joins the primary at `address` again.
+    fn get_anew(&mut self, address: SocketAddr) -> Result<(Connection, Received), CommandError> {
+        let hello = self.follower.hello(&self.resources)?;
+        let mut connection =
+            join_again(address, self.follower.key(), &hello, self.follower.connect_timeout())?;
+        let guest = self.follower.receive(&mut connection, &self.heartbeats)?;
+        Ok((connection, guest))
     }
 }
 
@@ -227,21 +248,30 @@ fn join_again(
     }
 }
 
-fn receive_guest(kvm: &Kvm, connection: &mut Connection) -> Result<(GuestConfig, Machine), CommandError> {
+fn receive_guest(
+    kvm: &Kvm,
+    connection: &mut Connection,
+    kept: Option<&mut Kept>,
+) -> Result<(GuestConfig, Machine), CommandError> {
     let started = Instant::now();
     let total_mib = connection.welcome.memory_bytes >> 20;
     tracing::info!(primary = %connection.welcome.host_name, memory_mib = total_mib, "receiving the guest");
     let mut quarter = 0;
     let total_bytes = connection.welcome.memory_bytes.max(1);
     let address = connection.address;
-    let (config, machine) = snapshot::load(kvm, connection.frames().snapshot(), |gpa| {
+    let progress = |gpa: u64| {
         let now = gpa.min(total_bytes) * 4 / total_bytes;
         if now > quarter {
             quarter = now;
             tracing::info!(percent = now * 25, "receiving the guest");
         }
-    })
-    .map_err(|source| match source {
+    };
+    let input = connection.frames().snapshot();
+    let loaded = match kept {
+        Some(kept) => kept.snapshot(input, |input| snapshot::load(kvm, input, progress)),
+        None => snapshot::load(kvm, input, progress),
+    };
+    let (config, machine) = loaded.map_err(|source| match source {
         SnapshotError::Container(source) => PairError::Transfer { address, source }.into(),
         other => CommandError::from(other),
     })?;
@@ -262,15 +292,21 @@ fn receive_guest(kvm: &Kvm, connection: &mut Connection) -> Result<(GuestConfig,
 enum Followed<'a> {
     /// For good.
     Ended(Ending),
-    /// This guest cannot go on from where it is, and nothing else is wrong.
-    Missed(Box<Ready<'a>>, Box<Machine>),
+    /// This guest is out of the running, and the primary may give another one.
+    Useless(Box<Again<'a>>),
+}
+
+/// What a backup is left with whose guest is of no use.
+struct Again<'a> {
+    ready: Ready<'a>,
+    machine: Machine,
+    why: Useless,
 }
 
 /// Follows to the log's end; then, with a claim won, takes over.
 fn follow(
     ready: Ready<'_>,
-    config: GuestConfig,
-    mut machine: Machine,
+    Received { config, mut machine, kept }: Received,
     connection: Connection,
 ) -> Result<Followed<'_>, CommandError> {
     let view = connection.welcome.view;
@@ -288,24 +324,29 @@ fn follow(
     let (heartbeats, timeout) = (Arc::clone(&ready.heartbeats), ready.follower.side.timeout);
     let stop = ready.follower.stop.0.flag();
     spawn("watchdog", watchdog(Arc::clone(&inflow), heartbeats, timeout, Arc::clone(&stop)))?;
-    let source = FromPrimary::new(Arc::clone(&inflow), stop);
+    let source = FromPrimary::new(Arc::clone(&inflow), stop, kept);
     let mut door = Follow::new(source, cursor, config.board.clone(), config.end_page());
-    door.miss_stop(ready.missed_stop);
+    door.inject(ready.faults.clone());
     let stopped = match run::run(&mut machine, &mut door) {
         Ok(stopped) => stopped,
-        Err(RunError::Missed(missed)) => {
-            tracing::error!("{missed}; this backup asks for the guest anew");
-            inflow.retire(ByeReason::Missed, "this backup missed a forced stop; see its own report");
-            // Its threads end with the connection.
-            let _ = verdict.recv();
-            let again = Ready { missed_stop: None, ..ready };
-            return Ok(Followed::Missed(Box::new(again), Box::new(machine)));
-        }
         Err(error) => {
-            if let RunError::Diverged(_) = error {
-                inflow.retire(ByeReason::Diverged, "this backup's guest differs; see its own report");
-            }
-            return Err(error.into());
+            let why = match error {
+                RunError::Missed(missed) => Useless::Missed(missed),
+                other => Useless::Differs(door.differs(&machine, other)?),
+            };
+            let (reason, text) = why.bye();
+            inflow.retire(reason, &text);
+            heal::report(&why, &ready.follower.side, &machine, view, door.source_mut().take_kept());
+            return match verdict.recv().map(|(verdict, _)| verdict) {
+                // The primary had been lost, and the claim been made, before this was known.
+                Ok(Verdict::Won) => Err(HealError::lost(&why, view + 1).into()),
+                // The guest's life has ended where the log says so, or there is nobody left to ask.
+                Ok(Verdict::GuestEnded) => Err(HealError::ended(&why).into()),
+                // Its threads have ended with the connection; the primary goes on alone.
+                Ok(Verdict::Stopped | Verdict::Lost(_)) | Err(_) => {
+                    Ok(Followed::Useless(Box::new(Again { ready, machine, why })))
+                }
+            };
         }
     };
     if let Stopped::GuestEnded(_) = stopped {
@@ -333,7 +374,8 @@ fn receiver(
     view: u64,
 ) -> impl FnOnce(Receiving) -> (Verdict, Instant) + Send + 'static {
     let (inflow, heartbeats) = (Arc::clone(inflow), Arc::clone(&ready.heartbeats));
-    let (side, stop) = (&ready.follower.side, ready.follower.stop.0.flag());
+    let (side, main) = (&ready.follower.side, ready.follower.stop.0.clone());
+    let stop = main.flag();
     let (claims, owner, timeout) = (side.claims.clone(), side.owner.clone(), side.timeout);
     move |frames| {
         let end = inflow.receive(frames, || heartbeats.note_heard());
@@ -342,7 +384,13 @@ fn receiver(
         heartbeats.fall_silent();
         let may_claim = || !stop.load(Ordering::Relaxed) && !inflow.is_retired();
         let silent = || heartbeats.silent_for() > timeout;
-        (judge(&end, &claims, view + 1, &owner, silent, may_claim), noticed)
+        let verdict = judge(&end, &claims, view + 1, &owner, silent, may_claim);
+        if let Verdict::Lost(_) = verdict {
+            // The guest may be far behind, or nowhere that leads back.
+            inflow.abandon();
+            main.kick();
+        }
+        (verdict, noticed)
     }
 }
 

@@ -7,6 +7,7 @@ mod again;
 mod alone;
 mod backup;
 mod doctor;
+mod heal;
 mod keygen;
 mod pair;
 pub mod replay;
@@ -81,6 +82,8 @@ pub enum CommandError {
     Run(#[from] RunError),
     #[error(transparent)]
     Pair(#[from] pair::PairError),
+    #[error(transparent)]
+    Heal(#[from] heal::HealError),
     /// The guest at the start of a recording.
     #[error("the recording {path} cannot be replayed from its start: {source}", path = path.display())]
     RecordingStart {
@@ -104,6 +107,7 @@ impl CommandError {
     pub fn status(&self) -> u8 {
         match self {
             Self::Run(RunError::Diverged(_)) => 4,
+            Self::Heal(error) => error.status(),
             _ => 1,
         }
     }

@@ -38,6 +38,7 @@ use crate::host::disk::{Caching, Guard};
 use crate::machine::Machine;
 use crate::outlet::{Outlet, Resources};
 use crate::position;
+use crate::report::{ReportError, Reports};
 use crate::run::{self, HostSide, HostTime, INBOX_EVENTS, Live, Stopped};
 
 /// Outputs that may wait for acknowledgements before the guest waits too.
@@ -61,6 +62,8 @@ pub enum PairError {
     Heartbeat(#[from] HeartbeatError),
     #[error(transparent)]
     Hosts(#[from] HostsError),
+    #[error(transparent)]
+    Report(#[from] ReportError),
     #[error(transparent)]
     KeyFile(#[from] KeyFileError),
     /// The guest's name is taken.
@@ -95,6 +98,8 @@ pub(super) struct Side {
     pub(super) timeout: Duration,
     pub(super) heartbeat: Duration,
     pub(super) defer: Duration,
+    pub(super) lag_limit: Duration,
+    pub(super) reports: Option<Reports>,
     pub(super) version: String,
     /// What both hosts know; `None` if they talk in the open.
     pub(super) key: Option<Key>,
@@ -116,6 +121,8 @@ impl Side {
         let key = key_file::for_pair(args.key_file.as_deref(), args.insecure, addresses)
             .map_err(PairError::from)?;
         let uuid = random_id().map_err(CommandError::host("give random bytes"))?;
+        let limit_bytes = u64::from(args.report_mib) << 20;
+        let open = |directory| Reports::open(directory, name, &host_name(), limit_bytes);
         Ok(Self {
             claims: Claims::open(&args.shared, name).map_err(PairError::from)?,
             owner: Owner { host: host_name(), pid: std::process::id(), uuid, role },
@@ -123,6 +130,8 @@ impl Side {
             timeout: Duration::from_millis(args.timeout_ms),
             heartbeat: Duration::from_millis(args.heartbeat_ms),
             defer: delivery.budget(),
+            lag_limit: args.lag_limit(),
+            reports: args.report_dir.as_deref().map(open).transpose().map_err(PairError::from)?,
             key,
         })
     }
@@ -275,6 +284,7 @@ impl LiveSide {
             joins,
             events,
             view: Arc::clone(&shared.view),
+            reports: side.reports.clone(),
             search: Arc::clone(&shared.search),
             ask: ask(&stop),
         });
@@ -387,6 +397,7 @@ fn supervisor(
         owner: side.owner.clone(),
         view: Arc::clone(&shared.view),
         timeout: side.timeout,
+        lag_limit: side.lag_limit,
         heartbeats,
         deferral,
         search: Arc::clone(&shared.search),

@@ -18,7 +18,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, bounded, select};
 use ft_log::{Invitation, InvitationError, Refusal, Role, guest_name_hash};
 
-use super::backup::Follower;
+use super::backup::{Follower, Received};
+use super::heal::HealError;
 use super::pair::PairError;
 use super::{CommandError, Ending, again};
 use crate::config::StandbyArgs;
@@ -134,18 +135,19 @@ impl Standby<'_> {
         if received.is_err() {
             self.heartbeats.set_peer(None);
         }
-        let (config, machine) = received?;
-        Ok((config, machine, resources, connection))
+        Ok((received?, resources, connection))
     }
 
     /// Follows to the end. What went wrong before there was a pair is no reason to end.
-    fn follow(self, (config, machine, resources, connection): Joined) -> Result<Ending, CommandError> {
+    fn follow(self, (guest, resources, connection): Joined) -> Result<Ending, CommandError> {
         let Self { follower, heartbeats, .. } = self;
-        match follower.follow((config, machine), resources, connection, heartbeats) {
+        match follower.follow(guest, resources, connection, heartbeats) {
             Err(
-                error @ CommandError::Pair(
+                error @ (CommandError::Pair(
                     PairError::Backup(_) | PairError::NotFormed(_) | PairError::Transfer { .. },
-                ),
+                )
+                // Another standby may have been quicker.
+                | CommandError::Heal(HealError::NobodyElse { .. })),
             ) => {
                 tracing::warn!("{}; this monitor starts over as a standby", with_causes(&error));
                 Err(again::as_standby())
@@ -175,4 +177,4 @@ impl Standby<'_> {
 }
 
 /// A guest that has been received, the host's resources for it, and the way to its primary.
-type Joined = (crate::guest::GuestConfig, crate::machine::Machine, crate::outlet::Resources, Connection);
+type Joined = (Received, crate::outlet::Resources, Connection);

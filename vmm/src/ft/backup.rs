@@ -23,6 +23,7 @@ use ft_log::{
 use thiserror::Error;
 
 use super::channel::{Channel, Receiving, Sending};
+use crate::report::Kept;
 use crate::run::{PartSource, RunError};
 use crate::with_causes;
 
@@ -183,6 +184,7 @@ pub struct Inflow {
     executed_time: AtomicU64,
     gave_up: AtomicBool,
     retired: AtomicBool,
+    abandoned: AtomicBool,
     stream: TcpStream,
 }
 
@@ -218,6 +220,7 @@ impl Connection {
             executed_time: AtomicU64::new(start.time.0),
             gave_up: AtomicBool::new(false),
             retired: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
             stream,
         };
         inflow.acknowledge()?;
@@ -232,7 +235,10 @@ impl Inflow {
 
     /// Gives the primary up: the receiver ends with what it has.
     pub fn give_up(&self) {
+        let queue = self.lock();
         self.gave_up.store(true, Ordering::SeqCst);
+        drop(queue);
+        self.changed.notify_all();
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 
@@ -302,7 +308,8 @@ impl Inflow {
 
     fn push(&self, part: LogPart) {
         let mut queue = self.lock();
-        while queue.bytes >= QUEUE_LIMIT_BYTES {
+        // Nobody may be there to make room any more.
+        while queue.bytes >= QUEUE_LIMIT_BYTES && !self.gave_up.load(Ordering::SeqCst) {
             queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
         queue.bytes += len_bytes(&part);
@@ -343,6 +350,11 @@ impl Inflow {
         self.retired.load(Ordering::SeqCst)
     }
 
+    /// The guest is another monitor's: nobody needs this copy any more, wherever it is.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Ordering::SeqCst);
+    }
+
     fn is_empty(&self) -> bool {
         self.lock().parts.is_empty()
     }
@@ -361,12 +373,18 @@ pub struct FromPrimary {
     stop: Arc<AtomicBool>,
     base: Option<(Instant, GuestTime)>,
     told: u64,
+    kept: Option<Kept>,
 }
 
 impl FromPrimary {
-    /// Follows `inflow` until `stop` is set.
-    pub fn new(inflow: Arc<Inflow>, stop: Arc<AtomicBool>) -> Self {
-        Self { inflow, stop, base: None, told: 0 }
+    /// Follows `inflow` until `stop` is set. What comes is added to `kept`.
+    pub fn new(inflow: Arc<Inflow>, stop: Arc<AtomicBool>, kept: Option<Kept>) -> Self {
+        Self { inflow, stop, base: None, told: 0, kept }
+    }
+
+    /// What this backup was sent, for a report.
+    pub fn take_kept(&mut self) -> Option<Kept> {
+        self.kept.take()
     }
 
     /// The guest time that the primary's clock would show now: the best guess from all the times executed.
@@ -384,11 +402,15 @@ impl PartSource for FromPrimary {
             // So that the primary does not take an idle backup for a slow one. A broken link ends the inflow.
             let _ = self.inflow.acknowledge();
         }
-        Ok(self.inflow.pop())
+        let part = self.inflow.pop();
+        if let (Some(kept), Some(part)) = (&mut self.kept, &part) {
+            kept.part(part);
+        }
+        Ok(part)
     }
 
     fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+        self.stop.load(Ordering::Relaxed) || self.inflow.abandoned.load(Ordering::SeqCst)
     }
 
     fn executed(&mut self, anchor: u64, time: GuestTime) {

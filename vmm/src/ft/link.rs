@@ -33,7 +33,8 @@ const BUSY_INTERVAL: Duration = Duration::from_millis(20);
 const IDLE_INTERVAL: Duration = Duration::from_millis(100);
 /// Longest lag that figures tell apart.
 const TIME_MAX_US: u64 = 60_000_000;
-/// Most batches that are remembered until the backup has executed them; with more, the lag is understated.
+/// Most batches that are remembered until the backup has executed them; the last one stands for all beyond that, with the
+/// age of the first of them.
 const BATCHES_REMEMBERED: usize = 4_096;
 
 /// Whether there is a backup.
@@ -103,6 +104,10 @@ struct State {
     alive_at: Duration,
     lags_us: Histogram<u32>,
     paced: Duration,
+    /// When the backup had loaded the guest.
+    follows_since: Option<Duration>,
+    /// How its guest differed, by its own account.
+    divergence: Option<String>,
     end: Option<End>,
 }
 
@@ -156,6 +161,8 @@ impl State {
             alive_at: boot_time(),
             lags_us: times_us(),
             paced: Duration::ZERO,
+            follows_since: None,
+            divergence: None,
             end: None,
         }
     }
@@ -328,10 +335,12 @@ impl Link {
     fn take_batch(state: &mut State, has_room: &Condvar) -> Outgoing {
         let seq = state.sender.next_seq();
         let now = Instant::now();
-        if state.in_flight.len() == BATCHES_REMEMBERED {
-            state.in_flight.pop_front();
+        let reached = state.reached;
+        if state.in_flight.len() < BATCHES_REMEMBERED {
+            state.in_flight.push_back(Sent { seq, reached, at: boot_time() });
+        } else if let Some(last) = state.in_flight.back_mut() {
+            (last.seq, last.reached) = (seq, reached);
         }
-        state.in_flight.push_back(Sent { seq, reached: state.reached, at: boot_time() });
         state.batch_at = now;
         state.urgent = false;
         state.sent_reached = state.reached;
@@ -347,6 +356,7 @@ impl Link {
     pub fn acknowledged(&self, ack: &Ack) -> Result<u64, SequenceError> {
         let mut state = self.lock();
         state.sender.accept(ack)?;
+        state.follows_since.get_or_insert_with(boot_time);
         let State { in_flight, alive_at, lags_us, .. } = &mut *state;
         let received = in_flight.partition_point(|sent| sent.seq <= ack.received);
         if let Some(newest) = received.checked_sub(1).and_then(|index| in_flight.get(index)) {
@@ -384,6 +394,25 @@ impl Link {
             Some(oldest) if state.phase == Phase::Paired => boot_time().saturating_sub(oldest.at),
             _ => Duration::ZERO,
         }
+    }
+
+    /// The lag, if it is beyond `limit`. Before the backup follows it counts for nothing: what is sent meanwhile has to
+    /// wait for that.
+    pub fn overdue(&self, limit: Duration) -> Option<Duration> {
+        let state = self.lock();
+        let (oldest, follows_since) = (state.in_flight.front()?, state.follows_since?);
+        let lag = boot_time().saturating_sub(oldest.at.max(follows_since));
+        (state.phase == Phase::Paired && lag > limit).then_some(lag)
+    }
+
+    /// The backup says that its guest differs, and how.
+    pub fn diverged(&self, how: String) {
+        self.lock().divergence = Some(how);
+    }
+
+    /// What [`Self::diverged`] was told, once.
+    pub fn take_divergence(&self) -> Option<String> {
+        self.lock().divergence.take()
     }
 
     /// The guest was held up for `pause`, because of the lag.
@@ -518,6 +547,103 @@ mod tests {
         assert!(link.lag() > Duration::ZERO);
         link.acknowledged(&ack(1, 5)).unwrap();
         assert_eq!(link.lag(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_backup_is_overdue_when_it_follows_and_stays_behind() {
+        const LIMIT: Duration = Duration::from_millis(20);
+        let link = Link::default();
+        link.attach(0);
+        link.publish(b"a", 5, Mood::Urgent);
+        link.next_batch();
+        std::thread::sleep(2 * LIMIT);
+        assert_eq!(link.overdue(LIMIT), None, "it has not loaded the guest yet");
+        let loaded = Instant::now();
+        link.acknowledged(&ack(0, 0)).unwrap();
+        let lag = link.overdue(Duration::ZERO).unwrap_or_default();
+        assert!(
+            lag <= loaded.elapsed(),
+            "what was sent before it had loaded the guest is no older than that"
+        );
+        std::thread::sleep(2 * LIMIT);
+        link.acknowledged(&ack(1, 3)).unwrap();
+        assert!(
+            link.overdue(LIMIT).is_some_and(|lag| lag >= 2 * LIMIT),
+            "it has received all and executed less"
+        );
+        assert_eq!(link.overdue(Duration::from_secs(60)), None);
+        link.acknowledged(&ack(1, 5)).unwrap();
+        assert_eq!(link.overdue(LIMIT), None);
+    }
+
+    #[test]
+    fn the_age_of_the_oldest_batch_is_known_however_many_there_are() {
+        let link = Link::default();
+        link.attach(0);
+        link.acknowledged(&ack(0, 0)).unwrap();
+        link.publish(b"a", 1, Mood::Urgent);
+        link.next_batch();
+        std::thread::sleep(Duration::from_millis(20));
+        let last = BATCHES_REMEMBERED as u64 + 10;
+        for reached in 2..=last {
+            link.publish(b"a", reached, Mood::Urgent);
+            link.next_batch();
+        }
+        assert!(link.overdue(Duration::from_millis(20)).is_some());
+        link.acknowledged(&ack(last, last - 1)).unwrap();
+        assert!(link.lag() > Duration::ZERO, "the last one is not executed");
+        link.acknowledged(&ack(last, last)).unwrap();
+        assert_eq!(link.lag(), Duration::ZERO);
+    }
+
+    /// What the guest's thread publishes in the tests of a full buffer: three times what the buffer holds, in pieces.
+    const PIECE: usize = 1 << 20;
+    const PIECES: u64 = 3 * PENDING_LIMIT_BYTES as u64 / PIECE as u64;
+
+    fn publish_all(link: &Link) -> Option<u64> {
+        (1..=PIECES).map(|piece| link.publish(&vec![piece as u8; PIECE], piece, Mood::Busy)).last()?
+    }
+
+    #[test]
+    fn a_full_buffer_makes_the_guest_wait_and_loses_nothing() {
+        let link = Link::default();
+        link.attach(0);
+        std::thread::scope(|scope| {
+            let guest = scope.spawn(|| publish_all(&link));
+            let mut expected = (1..=PIECES).flat_map(|piece| std::iter::repeat_n(piece as u8, PIECE));
+            let mut reached = 0;
+            let mut waited = false;
+            while reached < PIECES {
+                // Longer than the guest needs to fill it.
+                std::thread::sleep(Duration::from_millis(20));
+                waited |= !guest.is_finished();
+                let batch = link.next_batch().unwrap().batch;
+                assert!(batch.entries.len() <= MAX_BATCH_ENTRIES_BYTES);
+                assert!(batch.entries.iter().all(|byte| expected.next() == Some(*byte)));
+                reached = batch.reached;
+            }
+            assert!(waited, "the guest never had to wait");
+            assert_eq!(expected.next(), None, "entries are missing");
+            assert!(guest.join().unwrap().is_some());
+        });
+    }
+
+    #[test]
+    fn a_guest_that_waits_for_a_stuck_backup_goes_on_when_that_is_given_up() {
+        let link = Link::default();
+        link.attach(0);
+        link.acknowledged(&ack(0, 0)).unwrap();
+        std::thread::scope(|scope| {
+            let guest = scope.spawn(|| publish_all(&link));
+            // The sender takes a batch and never gets it out.
+            link.next_batch().unwrap();
+            while link.overdue(Duration::from_millis(50)).is_none() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(!guest.is_finished());
+            assert!(link.detach());
+            assert_eq!(guest.join().unwrap(), None);
+        });
     }
 
     #[test]

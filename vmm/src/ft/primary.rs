@@ -29,7 +29,8 @@ use super::transfer::{self, Copied, Transfer};
 use crate::guest::GuestConfig;
 use crate::machine::Machine;
 use crate::outlet::Outlet;
-use crate::run::{LogSink, RunError};
+use crate::report::Reports;
+use crate::run::{LogSink, Recent, RunError};
 use crate::{snapshot, with_causes};
 
 /// Anchors between two register digests in a log that carries no output.
@@ -47,6 +48,8 @@ const TRANSFER_PAUSE_MAX: Duration = Duration::from_millis(50);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one wait for room in the gate takes before it is repeated.
 const GATE_WAIT: Duration = Duration::from_millis(100);
+/// Entries that are remembered for the report of a backup that differed; it is behind by some.
+const ENTRIES_REMEMBERED: usize = 4_096;
 /// How long an ending primary waits for its backup to have everything.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -73,6 +76,8 @@ pub struct PairLog {
     view: Arc<AtomicU64>,
     search: Arc<Search>,
     encoder: Option<Encoder>,
+    recent: Recent,
+    reports: Option<Reports>,
     checked: u64,
     paced_at: Instant,
     pause_due: Duration,
@@ -113,12 +118,14 @@ pub struct PairParts {
     pub search: Arc<Search>,
     /// Gets the vCPU's thread to a boundary.
     pub ask: Arc<dyn Fn() + Send + Sync>,
+    /// Where the report of a backup that differed goes.
+    pub reports: Option<Reports>,
 }
 
 impl PairLog {
     /// A log without a backup yet.
     pub fn new(parts: PairParts) -> Self {
-        let PairParts { config, host, link, gate, joins, events, view, search, ask } = parts;
+        let PairParts { config, host, link, gate, joins, events, view, search, ask, reports } = parts;
         Self {
             config,
             host,
@@ -131,6 +138,8 @@ impl PairLog {
             view,
             search,
             encoder: None,
+            recent: Recent::keeping(ENTRIES_REMEMBERED),
+            reports,
             checked: 0,
             paced_at: Instant::now(),
             pause_due: Duration::ZERO,
@@ -197,6 +206,7 @@ impl PairLog {
         self.link.attach(machine.anchors());
         self.gate.protect();
         self.encoder = Some(Encoder::new(snapshot::cursor(machine)));
+        self.recent = Recent::keeping(ENTRIES_REMEMBERED);
         self.checked = machine.anchors();
         let (link, gate, events) = (Arc::clone(&self.link), Arc::clone(&self.gate), self.events.clone());
         spawn("log-acks", move || receive_acks(&link, &gate, frames, &events))?;
@@ -252,6 +262,33 @@ impl PairLog {
         self.paced_at = Instant::now();
     }
 
+    /// A backup that was lost because its guest differed: what this side has to say of it.
+    fn report_divergence(&mut self, machine: &Machine) {
+        let Some(how) = self.link.take_divergence() else { return };
+        let text = format!(
+            "the backup's guest diverged from this primary's log {how}\n  this guest has gone on to anchor {}: digest \
+             {:016x}\n  registers at its last exit: {:x?}\n  last entries of the log, oldest first:\n{}",
+            machine.anchors(),
+            machine.registers_digest(),
+            machine.last_registers(),
+            self.recent.lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n"),
+        );
+        tracing::error!(
+            anchor = machine.anchors(),
+            digest = format_args!("{:016x}", machine.registers_digest()),
+            "the backup's guest diverged {how}"
+        );
+        let Some(reports) = self.reports.clone() else { return };
+        // The guest does not wait for the report's file system.
+        let write = move || match reports.write(&text, &how, None) {
+            Ok(files) => tracing::warn!("report written: {}", crate::report::listed(&files)),
+            Err(error) => tracing::warn!("{}", with_causes(&error)),
+        };
+        if let Err(error) = spawn("report", write) {
+            tracing::warn!("the report cannot be written: {}", with_causes(&error));
+        }
+    }
+
     /// The log to the backup, if it still has one.
     fn publish_to_backup(&mut self, machine: &Machine, effects: &[Effect]) -> Result<Option<u64>, RunError> {
         let Some(encoder) = &mut self.encoder else { return Ok(None) };
@@ -259,7 +296,7 @@ impl PairLog {
         let anchor = machine.anchors();
         if anchor > self.checked && (visible || anchor - self.checked >= CHECK_EVERY_ANCHORS) {
             self.checked = anchor;
-            encoder.push(&Entry::Check { anchor, digest: machine.registers_digest() as u32 })?;
+            note(encoder, &mut self.recent, &check(machine, anchor))?;
         }
         let entries = if encoder.is_empty() { Vec::new() } else { encoder.take() };
         let mood = match (visible, machine.waiting()) {
@@ -268,6 +305,9 @@ impl PairLog {
             (false, false) => Mood::Busy,
         };
         let seq = self.link.publish(&entries, anchor, mood);
+        if seq.is_none() {
+            self.report_divergence(machine);
+        }
         if seq.is_none() && self.link.phase() == Phase::Alone {
             self.encoder = None;
             return Ok(None);
@@ -277,10 +317,21 @@ impl PairLog {
     }
 }
 
+/// Writes an entry down, and remembers it.
+fn note(encoder: &mut Encoder, recent: &mut Recent, entry: &Entry) -> Result<(), RunError> {
+    encoder.push(entry)?;
+    recent.note(entry);
+    Ok(())
+}
+
+fn check(machine: &Machine, anchor: u64) -> Entry {
+    Entry::Check { anchor, digest: machine.registers_digest() as u32 }
+}
+
 impl LogSink for PairLog {
     fn record(&mut self, entry: &Entry) -> Result<(), RunError> {
         match &mut self.encoder {
-            Some(encoder) => Ok(encoder.push(entry)?),
+            Some(encoder) => note(encoder, &mut self.recent, entry),
             None => Ok(()),
         }
     }
@@ -308,12 +359,18 @@ impl LogSink for PairLog {
         let Some(encoder) = &mut self.encoder else { return Ok(0) };
         let mut pages = 0;
         if position == Position::Checkpoint {
+            // What the backup had before counts for nothing any more, so it is compared now. A stop changes no digest.
+            let before = machine.anchors().saturating_sub(1);
+            if before > self.checked {
+                self.checked = before;
+                note(encoder, &mut self.recent, &check(machine, before))?;
+            }
             let started = Instant::now();
             let checkpoint = machine.checkpoint()?;
             pages = checkpoint.pages.len() as u64;
             self.link.checkpoint(checkpoint, started.elapsed());
         }
-        encoder.push(&Entry::Stop { anchor: machine.anchors(), position })?;
+        note(encoder, &mut self.recent, &Entry::Stop { anchor: machine.anchors(), position })?;
         Ok(pages)
     }
 
@@ -337,6 +394,7 @@ impl LogSink for PairLog {
                 tracing::warn!(error = %with_causes(&error), "a backup cannot be given the guest; it goes on without");
             } else {
                 // What an earlier backup left.
+                self.report_divergence(machine);
                 self.encoder = None;
             }
         }
@@ -419,7 +477,12 @@ fn receive_acks(link: &Link, gate: &OutputGate<Outlet>, mut frames: Receiving, e
                 }
                 Err(error) => break format!("the backup acknowledges nonsense: {error}"),
             },
-            Ok(Some(Message::Bye { text, reason })) => break format!("the backup left: {reason:?} {text}"),
+            Ok(Some(Message::Bye { text, reason })) => {
+                if reason == ByeReason::Diverged {
+                    link.diverged(text.clone());
+                }
+                break format!("the backup left: {reason:?} {text}");
+            }
             Ok(Some(other)) => break format!("the backup sent a {} message", other.kind().name()),
             Ok(None) => break "the backup closed the connection".into(),
             Err(error) => break format!("the connection to the backup failed: {}", with_causes(&error)),

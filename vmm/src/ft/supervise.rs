@@ -8,6 +8,9 @@
 //!                                                           │ unknown: ask again
 //!                                                           └── claim lost ──> gate closed for good, stop
 //! ```
+//!
+//! A backup that is too far behind still answers, and claims nothing while it hears of this side. So there the claim comes
+//! first and the end of the connection behind it; else a backup that cannot keep up would be the first to claim.
 
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -55,6 +58,14 @@ pub enum LinkEvent {
     Down(String),
 }
 
+/// A backup that counts as lost.
+struct Loss {
+    /// How that was noticed.
+    why: String,
+    /// It answers all the same: it does not claim before it hears no more of this side.
+    answers: bool,
+}
+
 /// The supervisor of a guest that runs here.
 pub struct Supervisor {
     /// The link to the backup.
@@ -69,6 +80,8 @@ pub struct Supervisor {
     pub view: Arc<AtomicU64>,
     /// Silence after which the backup is lost.
     pub timeout: Duration,
+    /// How far the backup's execution may be behind before it is lost.
+    pub lag_limit: Duration,
     /// Heartbeats to and from the backup.
     pub heartbeats: Arc<Heartbeats>,
     /// How long events may wait.
@@ -89,7 +102,7 @@ impl Supervisor {
         let mut limit = self.timeout;
         let tick = self.timeout / 10;
         loop {
-            let why = match events.recv_timeout(tick) {
+            let loss = match events.recv_timeout(tick) {
                 Ok(LinkEvent::Paired { stream, address, heartbeat_key }) => {
                     self.heartbeats.set_peer(Some((address, heartbeat_key)));
                     connection = Some((stream, address));
@@ -102,12 +115,10 @@ impl Supervisor {
                     limit = self.timeout;
                     continue;
                 }
-                Ok(LinkEvent::Down(why)) => why,
-                Err(RecvTimeoutError::Timeout) => {
-                    let silent = self.link.silent_for().min(self.heartbeats.unanswered_for());
-                    if self.link.phase() == Phase::Paired && silent > limit {
-                        format!("the backup has been silent for {} ms", silent.as_millis())
-                    } else {
+                Ok(LinkEvent::Down(why)) => Loss { why, answers: false },
+                Err(RecvTimeoutError::Timeout) => match self.look(limit) {
+                    Some(loss) => loss,
+                    None => {
                         // What was acknowledged while the lease had run out may go now.
                         self.gate.retry();
                         self.link.released(self.gate.released_seq());
@@ -117,28 +128,55 @@ impl Supervisor {
                         }
                         continue;
                     }
-                }
+                },
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             if !self.link.detach() {
                 continue;
             }
-            tracing::warn!("backup lost: {why}");
+            tracing::warn!("backup lost: {}", loss.why);
             self.report();
-            self.heartbeats.set_peer(None);
-            // A backup that sees the connection close may claim at once, so nothing may be under way then.
-            // If something is stuck, the backup has to find out by the silence.
-            let quiet = self.gate.quiesce(QUIESCE_TIMEOUT) && self.gate.performer().quiesce(QUIESCE_TIMEOUT);
-            if let Some((stream, address)) = connection.take() {
-                self.search.failed(address.ip(), &why);
-                if quiet {
-                    let _ = stream.shutdown(Shutdown::Both);
-                }
-            }
-            if !self.claim_next_view() {
+            if !self.go_on_without(&loss, connection.take()) {
                 return;
             }
         }
+    }
+
+    /// Is the backup lost, as far as can be seen from here? It may be silent for `limit`.
+    fn look(&self, limit: Duration) -> Option<Loss> {
+        if self.link.phase() != Phase::Paired {
+            return None;
+        }
+        let silent = self.link.silent_for().min(self.heartbeats.unanswered_for());
+        if silent > limit {
+            let why = format!("the backup has been silent for {} ms", silent.as_millis());
+            return Some(Loss { why, answers: false });
+        }
+        let lag_ms = self.link.overdue(self.lag_limit)?.as_millis();
+        let limit_ms = self.lag_limit.as_millis();
+        let why =
+            format!("it answers, but its guest is {lag_ms} ms behind, and --lag-limit-ms is {limit_ms}");
+        Some(Loss { why, answers: true })
+    }
+
+    /// Claims the next view and ends the connection, in the order that is safe. False: another monitor owns the guest.
+    fn go_on_without(&self, loss: &Loss, connection: Option<(TcpStream, SocketAddr)>) -> bool {
+        let close = |(stream, _): (TcpStream, SocketAddr)| drop(stream.shutdown(Shutdown::Both));
+        if let Some((_, address)) = &connection {
+            self.search.failed(address.ip(), &loss.why);
+        }
+        if loss.answers {
+            let won = self.claim_next_view();
+            self.heartbeats.set_peer(None);
+            connection.into_iter().for_each(close);
+            return won;
+        }
+        self.heartbeats.set_peer(None);
+        // A backup that sees the connection close may claim at once, so nothing may be under way then.
+        // If something is stuck, the backup has to find out by the silence.
+        let quiet = self.gate.quiesce(QUIESCE_TIMEOUT) && self.gate.performer().quiesce(QUIESCE_TIMEOUT);
+        connection.into_iter().filter(|_| quiet).for_each(close);
+        self.claim_next_view()
     }
 
     fn report(&self) {

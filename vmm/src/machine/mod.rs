@@ -15,12 +15,13 @@
 //! ```
 
 mod checkpoint;
+mod corruption;
 mod msr;
 mod state;
 mod stop;
 mod user_tsc;
 
-use devices::{Board, DeviceError, Effect, GuestRam};
+use devices::{Board, DeviceError, DiskOp, Effect, GuestRam};
 use ft_log::{Event, GuestTime, Position, StateDigest};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -30,6 +31,7 @@ use zerocopy::IntoBytes;
 use crate::boot::{GP_PORT, RDTSC_PORT, RDTSCP_PORT};
 use crate::kvm::{Exit, KvmError, Vcpu, Vm};
 use crate::position::{BranchCounter, PositionError};
+pub use corruption::Corruption;
 pub use stop::Missed;
 use stop::Name;
 use user_tsc::UserTsc;
@@ -148,7 +150,7 @@ impl Machine {
         self.anchors
     }
 
-    /// A digest over the general registers at every anchor so far.
+    /// A digest over the general registers at every anchor so far, and over all that the guest has put out.
     pub fn registers_digest(&self) -> u64 {
         self.registers_digest
     }
@@ -188,9 +190,17 @@ impl Machine {
         self.vcpu.last_registers()
     }
 
+    /// Segment, control and descriptor-table registers, for reports.
+    pub fn special_registers(&self) -> Result<kvm_bindings::kvm_sregs, KvmError> {
+        self.vcpu.special_registers()
+    }
+
     /// Applies an event at the present boundary.
     pub fn apply(&mut self, event: &Event, effects: &mut Vec<Effect>) -> Result<(), MachineError> {
-        Ok(self.board.apply(&self.ram, event, effects)?)
+        let first_effect = effects.len();
+        self.board.apply(&self.ram, event, effects)?;
+        self.digest_effects(&effects[first_effect..]);
+        Ok(())
     }
 
     /// Runs the guest to its next anchor and handles that exit. The guest must not be [`Self::waiting`].
@@ -318,6 +328,7 @@ impl Machine {
                 unreachable!("run_to_anchor hands over anchors only")
             }
         }
+        self.digest_effects(&effects[first_effect..]);
         for effect in &effects[first_effect..] {
             match effect {
                 Effect::PowerOff => self.end = Some(GuestEnd::PowerOff),
@@ -340,6 +351,25 @@ impl Machine {
             _ => 0,
         };
         self.registers_digest = xxh3_64_with_seed(regs.as_bytes(), self.registers_digest ^ place);
+    }
+
+    /// Memory that never shows in registers shows here before anybody outside has seen it, or at the same time.
+    fn digest_effects(&mut self, effects: &[Effect]) {
+        for effect in effects {
+            let (place, bytes): (u64, &[u8]) = match effect {
+                Effect::Frame(frame) => (1 << 57, frame),
+                Effect::Console(byte) => (1 << 56, std::slice::from_ref(byte)),
+                Effect::Disk(request) => match &request.op {
+                    DiskOp::Write { offset_bytes, data } => (offset_bytes | 1 << 63, data),
+                    DiskOp::Read { offset_bytes, len_bytes } => {
+                        (offset_bytes | 1 << 62, &len_bytes.to_le_bytes())
+                    }
+                    DiskOp::Flush => (1 << 61, &[]),
+                },
+                Effect::Entropy { .. } | Effect::Reset | Effect::PowerOff => continue,
+            };
+            self.registers_digest = xxh3_64_with_seed(bytes, self.registers_digest ^ place);
+        }
     }
 
     fn port_read<C: Clock>(

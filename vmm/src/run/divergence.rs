@@ -9,9 +9,6 @@ use ft_log::{Entry, Event, Position};
 
 use crate::machine::Machine;
 
-/// Entries that are remembered for a report.
-const RECENT: usize = 32;
-
 /// Where and how replay left the log.
 #[derive(Debug)]
 pub struct Divergence {
@@ -22,9 +19,12 @@ pub struct Divergence {
     recent: Vec<String>,
 }
 
-/// The last entries that were applied.
-#[derive(Debug, Default)]
-pub struct Recent(VecDeque<Brief>);
+/// The last entries of a log, those that were applied or those that were written.
+#[derive(Debug)]
+pub struct Recent {
+    briefs: VecDeque<Brief>,
+    kept: usize,
+}
 
 /// An entry without the bulk of its data, cheap to keep.
 #[derive(Debug)]
@@ -38,14 +38,14 @@ impl Brief {
     fn new(entry: &Entry) -> Self {
         let (what, anchor, number) = match entry {
             Entry::Clock { now, .. } => ("clock read, ticks", None, now.0),
-            Entry::Check { anchor, digest } => ("register digest", Some(*anchor), u64::from(*digest)),
+            Entry::Check { anchor, digest } => ("digest", Some(*anchor), u64::from(*digest)),
             Entry::Stop { anchor, position: Position::Checkpoint } => {
                 ("forced stop, checkpoint", Some(*anchor), 0)
             }
             Entry::Stop { anchor, position: Position::Counted(counted) } => {
                 ("forced stop, branches", Some(*anchor), counted.branches)
             }
-            Entry::End { anchor, digest } => ("end, register digest", Some(*anchor), digest.registers),
+            Entry::End { anchor, digest } => ("end, digest", Some(*anchor), digest.registers),
             Entry::Event { anchor, event } => {
                 let (what, number) = match event {
                     Event::Tick { now } => ("tick, ticks", now.0),
@@ -72,24 +72,40 @@ impl fmt::Display for Brief {
 }
 
 impl Recent {
+    /// Remembers `kept` entries.
+    pub fn keeping(kept: usize) -> Self {
+        Self { briefs: VecDeque::new(), kept }
+    }
+
     /// Remembers an entry, forgetting the oldest.
     pub fn note(&mut self, entry: &Entry) {
-        if self.0.len() == RECENT {
-            self.0.pop_front();
+        if self.briefs.len() == self.kept {
+            self.briefs.pop_front();
         }
-        self.0.push_back(Brief::new(entry));
+        self.briefs.push_back(Brief::new(entry));
+    }
+
+    /// A line for each, oldest first.
+    pub fn lines(&self) -> impl Iterator<Item = String> {
+        self.briefs.iter().map(Brief::to_string)
     }
 
     /// Makes the report.
     pub fn diverged(&self, machine: &Machine, expected: String, found: String) -> Box<Divergence> {
-        let regs = machine.last_registers();
-        Box::new(Divergence {
-            anchor: machine.anchors(),
-            expected,
-            found,
-            registers: format!("{regs:x?}"),
-            recent: self.0.iter().map(Brief::to_string).collect(),
-        })
+        let registers = format!("{:x?}", machine.last_registers());
+        self.report(machine.anchors(), expected, found, registers)
+    }
+
+    /// As [`Self::diverged`], of a guest at `anchor` with these registers.
+    pub fn report(&self, anchor: u64, expected: String, found: String, registers: String) -> Box<Divergence> {
+        Box::new(Divergence { anchor, expected, found, registers, recent: self.lines().collect() })
+    }
+}
+
+impl Divergence {
+    /// Where, and how, in one line.
+    pub fn brief(&self) -> String {
+        format!("at anchor {}: expected {}, found {}", self.anchor, self.expected, self.found)
     }
 }
 

@@ -14,7 +14,8 @@ use ft_log::{
     Position,
 };
 
-use super::divergence::{Recent, describe};
+use super::divergence::{Divergence, Recent, describe};
+use super::faults::Faults;
 use super::{Door, Next, RunError, Stopped};
 use crate::machine::{Clock, GuestEnd, Kicked, Machine, Missed};
 
@@ -40,6 +41,11 @@ enum Ahead {
     Behind,
 }
 
+/// Entries that are remembered for a report.
+const RECENT: usize = 32;
+/// Clock reads that are looked past for the entry behind them. With more of them in a row, an entry that is overdue is
+/// noticed at the end of its batch only.
+const LOOK_PAST_MAX: usize = 4_096;
 /// Most effects that are kept for a takeover; the primary reports what it let out far more often.
 const KEPT_EFFECTS: usize = 16_384;
 
@@ -50,7 +56,8 @@ pub struct Follow<S> {
     model: ClockModel,
     batch: Vec<u8>,
     offset: usize,
-    ahead: Option<Entry>,
+    /// What comes next, as far as it was looked at.
+    ahead: VecDeque<Entry>,
     seq: u64,
     reached: u64,
     board: BoardConfig,
@@ -59,8 +66,8 @@ pub struct Follow<S> {
     unreleased: VecDeque<(u64, Effect)>,
     recent: Recent,
     watcher: Option<Watcher>,
-    /// Forced stops until one counts as missed.
-    until_missed: Option<u64>,
+    began: u64,
+    faults: Faults,
     equal: bool,
 }
 
@@ -78,22 +85,23 @@ impl<S: PartSource> Follow<S> {
             model: ClockModel::starting_at(cursor.time),
             batch: Vec::new(),
             offset: 0,
-            ahead: None,
+            ahead: VecDeque::new(),
             seq: 0,
             board,
             checkpoint_decoder: CheckpointDecoder::new(end_page),
             checkpoints: VecDeque::new(),
             unreleased: VecDeque::new(),
-            recent: Recent::default(),
+            recent: Recent::keeping(RECENT),
             watcher: None,
-            until_missed: None,
+            began: cursor.anchor,
+            faults: Faults::default(),
             equal: false,
         }
     }
 
-    /// The `number`-th forced stop from here shall count as missed: a fault to be injected.
-    pub fn miss_stop(&mut self, number: Option<u64>) {
-        self.until_missed = number;
+    /// Lets these faults happen.
+    pub fn inject(&mut self, faults: Faults) {
+        self.faults = faults;
     }
 
     /// Shows `watcher` every effect. Nothing is performed.
@@ -118,12 +126,38 @@ impl<S: PartSource> Follow<S> {
 
     /// The next entry of the batches that are here, without waiting.
     fn peek(&mut self) -> Result<Option<&Entry>, RunError> {
-        if self.ahead.is_none() {
-            let mut rest = &self.batch[self.offset..];
-            self.ahead = self.decoder.next(&mut rest)?;
-            self.offset = self.batch.len() - rest.len();
+        if self.ahead.is_empty() {
+            self.look_further()?;
         }
-        Ok(self.ahead.as_ref())
+        Ok(self.ahead.front())
+    }
+
+    /// Reads one more entry of the batch that is here, if it has one.
+    fn look_further(&mut self) -> Result<bool, RunError> {
+        let mut rest = &self.batch[self.offset..];
+        let entry = self.decoder.next(&mut rest)?;
+        self.offset = self.batch.len() - rest.len();
+        let found = entry.is_some();
+        self.ahead.extend(entry);
+        Ok(found)
+    }
+
+    /// The boundary of the next entry that has one, as far as it is here. All clock reads before it belong to exits up to
+    /// that boundary; those before a forced stop, to exits before the stop.
+    fn next_boundary(&mut self) -> Result<Option<u64>, RunError> {
+        while self.ahead.back().is_none_or(|entry| matches!(entry, Entry::Clock { .. })) {
+            if self.ahead.len() == LOOK_PAST_MAX || !self.look_further()? {
+                return Ok(None);
+            }
+        }
+        Ok(self.ahead.back().and_then(|entry| match entry {
+            Entry::Clock { .. } => None,
+            Entry::Stop { anchor, .. } if self.ahead.len() > 1 => Some(anchor.saturating_sub(1)),
+            Entry::Event { anchor, .. }
+            | Entry::Check { anchor, .. }
+            | Entry::Stop { anchor, .. }
+            | Entry::End { anchor, .. } => Some(*anchor),
+        }))
     }
 
     /// Gets the next batch. False: there are no more.
@@ -155,19 +189,15 @@ impl<S: PartSource> Follow<S> {
     ) -> Result<Option<Stopped>, RunError> {
         let here = machine.anchors();
         loop {
-            let due = match self.peek()? {
-                None | Some(Entry::Clock { .. }) => return Ok(None),
-                Some(
-                    Entry::Event { anchor, .. }
-                    | Entry::Check { anchor, .. }
-                    | Entry::Stop { anchor, .. }
-                    | Entry::End { anchor, .. },
-                ) => *anchor,
-            };
+            let Some(due) = self.next_boundary()? else { return Ok(None) };
             if due > here {
                 return Ok(None);
             }
-            let Some(entry) = self.ahead.take() else { return Ok(None) };
+            let Some(entry) = self.ahead.pop_front() else { return Ok(None) };
+            if let Entry::Clock { .. } = entry {
+                let found = format!("a guest at anchor {here} that has not read its clock so often");
+                return Err(self.diverged(machine, describe(&entry), found));
+            }
             if due < here {
                 let found = format!("the guest is already at anchor {here}");
                 return Err(self.diverged(machine, describe(&entry), found));
@@ -183,7 +213,7 @@ impl<S: PartSource> Follow<S> {
                 }
                 Entry::Check { digest, .. } if *digest == machine.registers_digest() as u32 => {}
                 Entry::Check { .. } => {
-                    let found = format!("register digest {:08x}", machine.registers_digest() as u32);
+                    let found = format!("digest {:08x}", machine.registers_digest() as u32);
                     return Err(self.diverged(machine, describe(&entry), found));
                 }
                 Entry::End { digest, .. } => {
@@ -217,24 +247,44 @@ impl<S: PartSource> Follow<S> {
             }
             _ => return Ok(Ahead::Exit),
         }
-        if let Some(left) = &mut self.until_missed {
-            *left = left.saturating_sub(1);
-            if *left == 0 {
-                return Err(RunError::Missed(machine.injected_miss()));
-            }
+        if self.faults.misses_stop() {
+            return Err(RunError::Missed(machine.injected_miss()));
         }
         let checkpoint = self.checkpoints.pop_front().ok_or(RunError::NoCheckpoint { anchor: next })?;
         machine.load_checkpoint(&self.board, &checkpoint)?;
-        if let Some(entry) = self.ahead.take_if(|_| machine.anchors() == next) {
-            self.recent.note(&entry);
+        if machine.anchors() == next {
+            self.applied();
             return Ok(Ahead::Behind);
         }
         let found = "another position in the checkpoint".to_owned();
         Err(self.diverged(machine, format!("forced stop at anchor {next}"), found))
     }
 
+    /// The next entry has been applied.
+    fn applied(&mut self) {
+        if let Some(entry) = self.ahead.pop_front() {
+            self.recent.note(&entry);
+        }
+    }
+
     fn diverged(&self, machine: &Machine, expected: String, found: String) -> RunError {
         RunError::Diverged(self.recent.diverged(machine, expected, found))
+    }
+
+    /// Is another guest, or another log, the reason for `error`? Then the report of it.
+    pub fn differs(&self, machine: &Machine, error: RunError) -> Result<Box<Divergence>, RunError> {
+        match error {
+            RunError::Diverged(divergence) => Ok(divergence),
+            // A guest that is what the log describes goes on, and a log that is whole can be read.
+            RunError::Machine(_)
+            | RunError::Log(_)
+            | RunError::Checkpoint(_)
+            | RunError::NoCheckpoint { .. } => {
+                let expected = "a guest and a log with which to go on".to_owned();
+                Ok(self.recent.diverged(machine, expected, crate::with_causes(&error)))
+            }
+            other => Err(other),
+        }
     }
 }
 
@@ -245,10 +295,9 @@ impl<S: PartSource> Clock for Follow<S> {
         // The log is complete up to the exit that asks, so a read without an entry is one that was predicted.
         let unlogged_so_far = self.model.unlogged();
         match self.peek()? {
-            Some(entry @ Entry::Clock { unlogged, now }) if *unlogged == unlogged_so_far => {
-                let (entry, now) = (entry.clone(), *now);
-                self.recent.note(&entry);
-                self.ahead = None;
+            Some(Entry::Clock { unlogged, now }) if *unlogged == unlogged_so_far => {
+                let now = *now;
+                self.applied();
                 self.model.correct(now);
                 Ok(now)
             }
@@ -263,6 +312,7 @@ impl<S: PartSource> Clock for Follow<S> {
 
 impl<S: PartSource> Door for Follow<S> {
     fn boundary(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<Next, RunError> {
+        self.faults.at_boundary(machine, machine.anchors().saturating_sub(self.began))?;
         self.source.executed(machine.anchors(), machine.now());
         loop {
             if let Some(stopped) = self.apply_due(machine, effects)? {
@@ -287,7 +337,7 @@ impl<S: PartSource> Door for Follow<S> {
                 return Ok(next);
             }
             // Everything up to here has been executed, so nothing may be left of what was logged up to here.
-            if let Some(entry) = self.ahead.take() {
+            if let Some(entry) = self.ahead.pop_front() {
                 let found = "a guest that did not ask for it".to_owned();
                 return Err(self.diverged(machine, describe(&entry), found));
             }
@@ -300,9 +350,7 @@ impl<S: PartSource> Door for Follow<S> {
     fn entering(&mut self, _: &Machine) {}
 
     fn stopped(&mut self, _: &mut Machine, _: Position) -> Result<(), RunError> {
-        if let Some(entry) = self.ahead.take() {
-            self.recent.note(&entry);
-        }
+        self.applied();
         Ok(())
     }
 
@@ -338,13 +386,63 @@ impl<S: PartSource> Door for Follow<S> {
             if self.apply_due(machine, &mut effects)?.is_some() {
                 return Ok(());
             }
-            if let Some(entry) = self.ahead.take() {
-                let found = "a guest whose life has ended".to_owned();
+            let found = "a guest whose life has ended".to_owned();
+            if let Some(entry) = self.ahead.pop_front() {
                 return Err(self.diverged(machine, describe(&entry), found));
+            }
+            if self.reached > machine.anchors() {
+                return Err(self.diverged(machine, "a guest that runs on".into(), found));
             }
             if !self.fetch()? {
                 return Ok(());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ft_log::{Batch, Encoder};
+
+    use super::*;
+
+    struct OneBatch(Option<Vec<u8>>);
+
+    impl PartSource for OneBatch {
+        fn next(&mut self) -> Result<Option<LogPart>, RunError> {
+            let part = |entries| LogPart::Batch(Batch { seq: 1, reached: 9, released: 0, entries });
+            Ok(self.0.take().map(part))
+        }
+
+        fn executed(&mut self, _: u64, _: GuestTime) {}
+    }
+
+    fn boundary_of(entries: &[Entry]) -> Option<u64> {
+        let mut encoder = Encoder::new(Cursor::default());
+        entries.iter().for_each(|entry| encoder.push(entry).unwrap());
+        let board = BoardConfig {
+            epoch_s: 0,
+            ram_bytes: 32 << 20,
+            net_mac: None,
+            disk_bytes: None,
+            disk_read_only: false,
+        };
+        let mut door = Follow::new(OneBatch(Some(encoder.take())), Cursor::default(), board, 1);
+        assert!(door.fetch().unwrap());
+        door.next_boundary().unwrap()
+    }
+
+    #[test]
+    fn clock_reads_are_due_at_the_boundary_of_what_is_behind_them() {
+        let clock = |now| Entry::Clock { unlogged: 3, now: GuestTime(now) };
+        let check = Entry::Check { anchor: 7, digest: 1 };
+        let stop = Entry::Stop { anchor: 7, position: Position::Checkpoint };
+        assert_eq!(boundary_of(std::slice::from_ref(&check)), Some(7));
+        assert_eq!(boundary_of(&[clock(1), clock(2), check.clone()]), Some(7));
+        assert_eq!(boundary_of(&[clock(1), stop.clone()]), Some(6), "a stop asks for nothing");
+        assert_eq!(boundary_of(&[stop]), Some(7));
+        assert_eq!(boundary_of(&[clock(1), clock(2)]), None);
+        let many: Vec<Entry> = (0..=LOOK_PAST_MAX as u64).map(clock).chain([check]).collect();
+        assert_eq!(boundary_of(&many), None, "what is looked past is bounded");
     }
 }

@@ -14,6 +14,7 @@
 
 mod alone;
 mod divergence;
+mod faults;
 mod follow;
 mod live;
 
@@ -24,7 +25,8 @@ use thiserror::Error;
 use crate::machine::{Clock, GuestEnd, Machine, MachineError, Missed, Reached};
 
 pub use alone::{FileLog, NoLog};
-pub use divergence::Divergence;
+pub use divergence::{Divergence, Recent};
+pub use faults::{CorruptAt, Faults, Slowness};
 pub use follow::{Follow, PartSource};
 pub use live::{HostSide, HostTime, INBOX_EVENTS, Live, LogSink};
 

@@ -1,0 +1,262 @@
+//! A backup whose guest is corrupted, or that cannot keep up: it never goes live, and the pair heals or goes on without it.
+
+use std::error::Error;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use vmft_tests::client::{Client, Config};
+use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::hosts::Ending;
+use vmft_tests::pair::{
+    Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
+    UNPROTECTED, Volume, field,
+};
+
+static SITE: SharedSite = SharedSite::new(2);
+
+/// How often something that changes by itself is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+/// What a backup says whose guest differs.
+const OUT: &str = "this backup is out of the running";
+/// How far a backup may be behind in these tests.
+const LAG_LIMIT_MS: u64 = 4_000;
+/// A word that the guest's service stores, and that its memory loses on a backup.
+const MARKER: &str = "a-word-that-only-memory-holds";
+
+fn main() -> ExitCode {
+    let status = harness::run(&[
+        Case::on_hosts("corrupted_backups_heal_and_take_over", corrupted_backups_heal_and_take_over),
+        Case::on_hosts(
+            "backup_that_keeps_diverging_never_goes_live",
+            backup_that_keeps_diverging_never_goes_live,
+        ),
+        Case::on_hosts("slow_backup_is_borne_up_to_the_limit", slow_backup_is_borne_up_to_the_limit),
+    ]);
+    SITE.close();
+    status
+}
+
+/// A load of synced writes and reads.
+fn load() -> Config {
+    Config { window: 4, ..Config::default() }
+}
+
+fn more_replies(client: &Client, count: usize) -> TestResult {
+    let all = client.wait_for_replies(client.answered() + count, LONG);
+    if all { Ok(()) } else { Err("the client gets no more replies".into()) }
+}
+
+/// Puts a directory for reports beside the guest's disk, and gives the options for it.
+fn report_options(volume: &Volume) -> Result<[String; 2], Box<dyn Error>> {
+    fs::create_dir(volume.local.join("reports"))?;
+    Ok(["--report-dir".into(), format!("{}/reports", volume.path)])
+}
+
+/// The reports of one host, of one kind, oldest first.
+fn reports(volume: &Volume, host: u8, kind: &str) -> Result<Vec<String>, Box<dyn Error>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(volume.local.join("reports"))? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.starts_with(&format!("guest.host{host}.")) && name.ends_with(kind) {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Waits until `monitor` has said a line with `text` so often.
+fn wait_for_lines(monitor: &Monitor, text: &str, count: usize) -> TestResult {
+    let deadline = Instant::now() + LONG;
+    while monitor.output().iter().filter(|line| line.contains(text)).count() < count {
+        if Instant::now() > deadline {
+            return Err(format!("'{text}' was not said {count} times").into());
+        }
+        thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+/// One request of the guest's service on a connection of its own.
+fn ask(site: &Site, request: &str) -> Result<String, Box<dyn Error>> {
+    let mut stream = site.connect()?;
+    stream.set_read_timeout(Some(SHORT))?;
+    stream.write_all(format!("{request}\n").as_bytes())?;
+    let mut reply = String::new();
+    BufReader::new(stream).read_line(&mut reply)?;
+    Ok(reply.trim_end().to_owned())
+}
+
+fn corrupted_backups_heal_and_take_over() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let options = report_options(&volume)?;
+        let primary = site.start_primary_with(1, &guest, &volume, &options)?;
+        let options = options.each_ref().map(String::as_str);
+        primary.wait_for_line(SERVICE_READY, LONG)?;
+        let stored = ask(site, &format!("PUT 1 marker {MARKER}"))?;
+        assert!(stored.starts_with("OK 1 "), "{stored}");
+        let client = site.client(load())?;
+
+        let register = ["--inject-corruption", "500:register"];
+        let backup = site.start_backup_with(2, 1, &guest, &volume, &[&register[..], &options].concat())?;
+        heals(&client, &primary, &backup, || Ok(()))?;
+        assert_eq!(reports(&volume, 1, ".txt")?.len(), 1, "the primary writes down what it knows");
+        primary.kill(Signal::SIGKILL)?;
+        println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
+        more_replies(&client, 20)?;
+        replays_equal(site, &volume, (2, 1))?;
+
+        let memory = ["--inject-corruption", &format!("1:memory={MARKER}")];
+        let next = site.start_backup_with(1, 2, &guest, &volume, &[&memory[..], &options].concat())?;
+        heals(&client, &backup, &next, || {
+            // What only memory holds shows when the guest lets it out.
+            println!("{}", next.wait_for_line("an injected fault corrupts this guest", LONG)?);
+            assert_eq!(ask(site, "GET 2 marker")?, format!("VAL 2 {MARKER}"));
+            Ok(())
+        })?;
+        backup.kill(Signal::SIGKILL)?;
+        println!("{}", next.wait_for_line(TAKEOVER, SHORT)?);
+        assert_eq!(ask(site, "GET 3 marker")?, format!("VAL 3 {MARKER}"));
+        more_replies(&client, 20)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
+
+/// `backup` finds that its guest differs, once `provoke` has brought it to light, and follows again.
+fn heals(
+    client: &Client,
+    primary: &Monitor,
+    backup: &Monitor,
+    provoke: impl FnOnce() -> TestResult,
+) -> TestResult {
+    let protected = primary.output().iter().filter(|line| line.contains(PROTECTED)).count();
+    wait_for_lines(primary, PROTECTED, protected + 1)?;
+    provoke()?;
+    println!("{}", backup.wait_for_line("the guest diverged from the log", LONG)?);
+    backup.wait_for_line(OUT, SHORT)?;
+    println!("{}", primary.wait_for_line("the backup left: Diverged at anchor", SHORT)?);
+    println!("{}", backup.wait_for_line("report written", SHORT)?);
+    println!("{}", primary.wait_for_line("report written", SHORT)?);
+    let before = client.answered();
+    wait_for_lines(primary, PROTECTED, protected + 2)?;
+    println!("{} replies from the report until protected again", client.answered() - before);
+    assert!(client.answered() > before, "no request was answered meanwhile");
+    more_replies(client, 20)
+}
+
+/// The log that a corrupted backup was sent is sound, so its replay on host `on` is equal.
+fn replays_equal(site: &mut Site, volume: &Volume, (of, on): (u8, u8)) -> TestResult {
+    let recordings = reports(volume, of, ".rec")?;
+    let [recording] = &recordings[..] else { return Err(format!("{recordings:?}").into()) };
+    let replayer = site.start(on, &["replay".to_owned(), format!("{}/reports/{recording}", volume.path)])?;
+    println!("{}", replayer.wait_for_line("so the log is sound, and the backup's host erred", LONG)?);
+    assert_eq!(replayer.wait(SHORT)?.ending, Ending::Exited(0));
+    let text = fs::read_to_string(volume.local.join("reports").join(recording.replace(".rec", ".txt")))?;
+    assert!(
+        text.contains("expected:") && text.contains("last entries") && text.contains(recording),
+        "{text}"
+    );
+    Ok(())
+}
+
+fn backup_that_keeps_diverging_never_goes_live() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let primary = site.start_primary(1, &guest, &volume)?;
+        primary.wait_for_line(SERVICE_READY, LONG)?;
+        let client = site.client(load())?;
+        let again = ["--inject-corruption", "200:register", "--inject-again"];
+        let backup = site.start_backup_with(2, 1, &guest, &volume, &again)?;
+        let output = backup.wait(LONG)?;
+        assert_eq!(output.ending, Ending::Exited(4), "{:?}", output.stderr);
+        println!("{}", output.stderr.last().map_or("", String::as_str));
+        assert!(output.stderr.iter().any(|line| line.contains("3 times within 10 minutes")));
+        assert_eq!(output.stderr.iter().filter(|line| line.contains(OUT)).count(), 3);
+        primary.wait_for_line(&format!("{UNPROTECTED} view=4"), SHORT)?;
+        more_replies(&client, 10)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)?;
+
+        let backup = site.start_backup_with(2, 1, &guest, &volume, &again[..2])?;
+        backup.wait_for_line(OUT, LONG)?;
+        primary.kill(Signal::SIGKILL)?;
+        let output = backup.wait(LONG)?;
+        assert_eq!(output.ending, Ending::Exited(4), "{:?}", output.stderr);
+        let said = output.stderr.last().ok_or("the backup says nothing")?;
+        println!("{said}");
+        assert!(said.contains("so it does not take over"), "{said}");
+        assert!(!output.stderr.iter().any(|line| line.contains(TAKEOVER)), "{:?}", output.stderr);
+        Ok(())
+    })
+}
+
+fn slow_backup_is_borne_up_to_the_limit() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let limit = ["--lag-limit-ms".to_owned(), LAG_LIMIT_MS.to_string()];
+        let primary = site.start_primary_with(1, &guest, &volume, &limit)?;
+        primary.wait_for_line(SERVICE_READY, LONG)?;
+        let client = site.client(load())?;
+
+        let stalled = format!("{}:1000:1", LAG_LIMIT_MS / 3);
+        let backup = site.start_backup_with(2, 1, &guest, &volume, &["--inject-slowness", &stalled])?;
+        primary.wait_for_line(PROTECTED, LONG)?;
+        wait_for_figures(&primary, "lag_p99_us", LAG_LIMIT_MS * 1_000 / 4)?;
+        more_replies(&client, 20)?;
+        assert!(!said(&primary, "backup lost"), "a backup that catches up in time is not given up");
+        backup.kill(Signal::SIGTERM)?;
+        assert_eq!(backup.wait(SHORT)?.ending, Ending::Exited(0));
+        primary.wait_for_line(UNPROTECTED, SHORT)?;
+
+        let slow = site.start_backup_with(2, 1, &guest, &volume, &["--inject-slowness", "20:200:1000000"])?;
+        wait_for_lines(&primary, PROTECTED, 2)?;
+        let (before, started) = (client.answered(), Instant::now());
+        let lost = primary.wait_for_line("backup lost: it answers, but its guest is", LONG)?;
+        let (slowly, took) = (client.answered() - before, started.elapsed());
+        println!("{lost}");
+        println!("{slowly} replies in {:.1} s with a backup at a crawl", took.as_secs_f64());
+        assert!(slowly > 0, "no request was answered while the backup was behind");
+        let behind = lost.split(" guest is ").nth(1).and_then(|rest| rest.split(' ').next());
+        let behind_ms: u64 = behind.ok_or("no lag")?.parse()?;
+        assert!((LAG_LIMIT_MS..LAG_LIMIT_MS + 1_500).contains(&behind_ms), "{lost}");
+        wait_for_figures(&primary, "paced_ms", 1)?;
+        wait_for_lines(&primary, UNPROTECTED, 2)?;
+        let (before, started) = (client.answered(), Instant::now());
+        more_replies(&client, 60)?;
+        let alone = (client.answered() - before) as f64 / started.elapsed().as_secs_f64();
+        println!("{alone:.0} replies/s without it");
+        assert!(slowly as f64 / took.as_secs_f64() < alone, "the guest was not slowed");
+        assert_eq!(slow.wait(SHORT)?.ending, Ending::Exited(3), "its execution stops, wherever it is");
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
+
+fn said(monitor: &Monitor, text: &str) -> bool {
+    monitor.output().iter().any(|line| line.contains(text))
+}
+
+/// Waits until the figures of the pair show at least `least` for `name`.
+fn wait_for_figures(monitor: &Monitor, name: &str, least: u64) -> TestResult {
+    let deadline = Instant::now() + LONG;
+    loop {
+        let output = monitor.output();
+        let mut figures = output.iter().filter(|line| line.contains(PAIR_FIGURES));
+        if figures.any(|line| field(line, name).is_some_and(|value| value >= least)) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(format!("{name} does not get to {least}").into());
+        }
+        thread::sleep(LOOK);
+    }
+}

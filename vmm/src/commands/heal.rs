@@ -1,0 +1,215 @@
+//! A backup whose guest is of no use: out of the running, its report, and when it is time to stop trying.
+//!
+//! Owns: what counts as such, and how often it may happen. Must never: let such a guest go on.
+//!
+//! ```text
+//!   following ── differs, or missed a forced stop ──> retired ── report ──> the guest anew, by live transfer
+//!                                                        │                    └─ the primary is gone: the guest is lost
+//!                                                        ├─ ATTEMPTS_MAX within ATTEMPTS_WITHIN: the end
+//!                                                        └─ the claim is won already: the guest is lost
+//! ```
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use ft_log::ByeReason;
+use thiserror::Error;
+
+use super::CommandError;
+use super::pair::Side;
+use crate::machine::{Machine, Missed};
+use crate::report::{Kept, listed};
+use crate::run::Divergence;
+use crate::with_causes;
+
+/// So often within so long: then this backup is of no use either.
+const ATTEMPTS_MAX: usize = 3;
+const ATTEMPTS_WITHIN: Duration = Duration::from_secs(600);
+
+/// Why a backup's guest is of no use.
+#[derive(Debug)]
+pub(super) enum Useless {
+    /// It is not the one that the log describes.
+    Differs(Box<Divergence>),
+    /// It did not come to a forced stop, and nothing else is wrong with it.
+    Missed(Box<Missed>),
+}
+
+impl Useless {
+    /// What the primary is told.
+    pub(super) fn bye(&self) -> (ByeReason, String) {
+        match self {
+            Self::Differs(divergence) => (ByeReason::Diverged, divergence.brief()),
+            Self::Missed(_) => {
+                (ByeReason::Missed, "this backup missed a forced stop; see its own report".to_owned())
+            }
+        }
+    }
+
+    fn status(&self) -> u8 {
+        match self {
+            Self::Differs(_) => 4,
+            Self::Missed(_) => 1,
+        }
+    }
+
+    fn brief(&self) -> String {
+        match self {
+            Self::Differs(divergence) => format!("diverged {}", divergence.brief()),
+            Self::Missed(_) => "missed a forced stop".to_owned(),
+        }
+    }
+}
+
+/// Why a backup does not go on.
+#[derive(Debug, Error)]
+pub enum HealError {
+    /// Again and again.
+    #[error(
+        "this backup's guest was of no use {ATTEMPTS_MAX} times within {} minutes; the last time it {brief}. Host or guest \
+         is not deterministic: see the reports, docs/determinism.md, and check the memory of both hosts",
+        ATTEMPTS_WITHIN.as_secs() / 60
+    )]
+    Again {
+        /// How the last time.
+        brief: String,
+        /// 4 if it was a divergence.
+        status: u8,
+    },
+    /// There is nobody who has the guest.
+    #[error(
+        "this backup's guest {brief}, so it does not take over, and the primary at {address} cannot give it the guest anew: {source}"
+    )]
+    NobodyElse {
+        /// How.
+        brief: String,
+        /// The primary's address.
+        address: SocketAddr,
+        /// What happened there.
+        #[source]
+        source: Box<CommandError>,
+        /// 4 if it was a divergence.
+        status: u8,
+    },
+    /// The guest's life is over.
+    #[error("this backup's guest {brief}; on the primary it has ended")]
+    Ended {
+        /// How.
+        brief: String,
+        /// 4 if it was a divergence.
+        status: u8,
+    },
+    /// The primary was lost before the difference was found.
+    #[error(
+        "the primary is lost and this backup has claimed view {view}, but its guest {brief}: it does not go live, and the \
+         guest is lost. Start it anew as after a loss of both hosts"
+    )]
+    Lost {
+        /// How.
+        brief: String,
+        /// The view that nobody runs the guest in.
+        view: u64,
+        /// 4 if it was a divergence.
+        status: u8,
+    },
+}
+
+impl HealError {
+    /// The process's exit status.
+    pub(super) fn status(&self) -> u8 {
+        match self {
+            Self::Again { status, .. }
+            | Self::NobodyElse { status, .. }
+            | Self::Ended { status, .. }
+            | Self::Lost { status, .. } => *status,
+        }
+    }
+
+    /// The guest cannot be had from the primary at `address`.
+    pub(super) fn nobody_else(why: &Useless, address: SocketAddr, source: CommandError) -> Self {
+        Self::NobodyElse { brief: why.brief(), address, source: Box::new(source), status: why.status() }
+    }
+
+    /// The guest's life has ended on the primary.
+    pub(super) fn ended(why: &Useless) -> Self {
+        Self::Ended { brief: why.brief(), status: why.status() }
+    }
+
+    /// The claim for `view` was won with a guest of no use.
+    pub(super) fn lost(why: &Useless, view: u64) -> Self {
+        Self::Lost { brief: why.brief(), view, status: why.status() }
+    }
+}
+
+/// How often this backup's guest was of no use.
+#[derive(Default)]
+pub(super) struct Attempts(VecDeque<Instant>);
+
+impl Attempts {
+    /// Counts one more.
+    ///
+    /// # Errors
+    /// It is one too many.
+    pub(super) fn count(&mut self, why: &Useless, now: Instant) -> Result<(), HealError> {
+        self.0.push_back(now);
+        while self.0.front().is_some_and(|first| now.duration_since(*first) > ATTEMPTS_WITHIN) {
+            self.0.pop_front();
+        }
+        if self.0.len() < ATTEMPTS_MAX {
+            return Ok(());
+        }
+        Err(HealError::Again { brief: why.brief(), status: why.status() })
+    }
+}
+
+/// Says what is wrong with a guest, and writes it down.
+pub(super) fn report(why: &Useless, side: &Side, machine: &Machine, view: u64, kept: Option<Kept>) {
+    let divergence = match why {
+        Useless::Missed(missed) => {
+            tracing::error!("{missed}; this backup asks for the guest anew");
+            return;
+        }
+        Useless::Differs(divergence) => divergence,
+    };
+    tracing::error!("{divergence}");
+    tracing::error!("this backup is out of the running; it asks for the guest anew");
+    let Some(reports) = &side.reports else { return };
+    let state = match machine.special_registers() {
+        Ok(special) => format!("{special:x?}"),
+        Err(error) => with_causes(&error),
+    };
+    let digest = machine.state_digest();
+    let text = format!(
+        "monitor {}, backup on host {} in view {view}\n{divergence}\n  other registers: {state}\n  digests: registers and \
+         outputs {:016x}, memory {:016x}, devices {:016x}",
+        side.version, side.owner.host, digest.registers, digest.memory, digest.devices
+    );
+    match reports.write(&text, &divergence.brief(), kept) {
+        Ok(files) => tracing::warn!("report written: {}", listed(&files)),
+        Err(error) => tracing::warn!("{}", with_causes(&error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn useless() -> Useless {
+        let recent = crate::run::Recent::keeping(1);
+        Useless::Differs(recent.report(7, "a".into(), "b".into(), String::new()))
+    }
+
+    #[test]
+    fn the_third_time_within_ten_minutes_is_one_too_many() {
+        let mut attempts = Attempts::default();
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        for seconds in [0, 500, 1_001] {
+            attempts.count(&useless(), at(seconds)).unwrap();
+        }
+        let error = attempts.count(&useless(), at(1_002)).unwrap_err();
+        assert_eq!(error.status(), 4);
+        assert!(error.to_string().contains("diverged at anchor 7: expected a, found b"), "{error}");
+    }
+}
