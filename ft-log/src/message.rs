@@ -122,10 +122,12 @@ pub enum ByeReason {
     RecordingEnd = 7,
     /// The backup did not come to a forced stop; it needs the guest anew.
     Missed = 8,
+    /// The primary lets the backup go; it claims nothing.
+    Dismissed = 9,
 }
 
 impl ByeReason {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::GuestEnded,
         Self::Diverged,
         Self::Shutdown,
@@ -134,6 +136,7 @@ impl ByeReason {
         Self::HostFailure,
         Self::RecordingEnd,
         Self::Missed,
+        Self::Dismissed,
     ];
 }
 
@@ -295,6 +298,7 @@ fn put_hello(out: &mut Vec<u8>, hello: &Hello) -> Result<(), LogError> {
     out.extend_from_slice(&hello.timeout_ms.to_le_bytes());
     out.push(if hello.has_network { HAS_NETWORK } else { NO_NETWORK });
     out.push(hello.positions as u8);
+    out.extend_from_slice(&hello.listen_port.to_le_bytes());
     Ok(())
 }
 
@@ -322,6 +326,7 @@ fn get_hello(input: &mut &[u8]) -> Result<Hello, LogError> {
             tag => return Err(LogError::UnknownTag { what: "network tag", tag }),
         },
         positions: PositionSource::from_tag(get_u8(input, "position source")?)?,
+        listen_port: get_u16(input, "listening port")?,
     })
 }
 

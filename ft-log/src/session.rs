@@ -60,6 +60,8 @@ pub struct Hello {
     pub has_network: bool,
     /// Who supplies its positions of forced stops.
     pub positions: PositionSource,
+    /// Where it would take a backup of its own, at the address it connects from; 0: nowhere.
+    pub listen_port: u16,
 }
 
 /// What a primary answers.

@@ -309,8 +309,8 @@ fn greeted(opening: &[u8], key: Option<&Key>) -> ChannelError {
 fn a_peer_of_another_version_is_refused_by_name() {
     for key in [None, Some(&common::key())] {
         // Another version may have nothing behind it.
-        let refused = greeted(b"VMFTLINK\x09\0\0\0", key);
-        assert_eq!(refused.to_string(), "The peer speaks protocol version 9, this monitor speaks 8");
+        let refused = greeted(b"VMFTLINK\x0a\0\0\0", key);
+        assert_eq!(refused.to_string(), "The peer speaks protocol version 10, this monitor speaks 9");
         let refused = greeted(b"GET / HT\x01\0\0\0", key);
         assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
         let cut = greeted(b"VMFTLINK\x01\0\0", key);
@@ -320,7 +320,7 @@ fn a_peer_of_another_version_is_refused_by_name() {
 
 #[test]
 fn a_key_on_one_side_only_is_refused_by_both() {
-    let opening = |security: u8| [&b"VMFTLINK\x08\0\0\0"[..], &[security, 0, 0, 0]].concat();
+    let opening = |security: u8| [&b"VMFTLINK\x09\0\0\0"[..], &[security, 0, 0, 0]].concat();
     let refused = greeted(&opening(1), Some(&common::key()));
     assert!(matches!(refused, ChannelError::OnlyHere), "{refused}");
     let refused = greeted(&opening(2), None);
@@ -329,7 +329,7 @@ fn a_key_on_one_side_only_is_refused_by_both() {
         let refused = greeted(&opening(security), None);
         assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
     }
-    let refused = greeted(b"VMFTLINK\x08\0\0\0\x01\0\0\x01", None);
+    let refused = greeted(b"VMFTLINK\x09\0\0\0\x01\0\0\x01", None);
     assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
 }
 
@@ -519,9 +519,9 @@ fn memory_that_is_not_whole_pages_is_not_written() {
 
 #[test]
 fn an_invalid_message_keeps_its_cause() {
-    let error = FrameReader::new(&forged(8, 1, 0, &[9, 0])[..]).receive().unwrap_err();
+    let error = FrameReader::new(&forged(8, 1, 0, &[255, 0])[..]).receive().unwrap_err();
     assert_eq!(error.to_string(), "A Bye message is not valid");
-    assert_eq!(error.source().unwrap().to_string(), "The reason 9 is not known");
+    assert_eq!(error.source().unwrap().to_string(), "The reason 255 is not known");
 }
 
 #[test]

@@ -23,6 +23,7 @@ fn expected() -> Expected {
         timeout_ms,
         has_network,
         positions,
+        listen_port: _,
         ..
     } = common::hello();
     Expected { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms, has_network, positions }

@@ -227,7 +227,7 @@ fn pair_rows(when: &str, primary: &Monitor) -> Outcome {
 
 fn snapshot_row(primary: &Monitor, backup: &Monitor) -> Outcome {
     let sent = primary.wait_for_line("the backup gets the rest of the guest", SHORT)?;
-    let following = backup.wait_for_line("following anchor", SHORT)?;
+    let following = backup.wait_for_line("following view=", SHORT)?;
     let ms = |line: &str, name| field(line, name).ok_or(format!("no {name} in: {line}"));
     row(
         "snapshot of a booted guest of 256 MiB",

@@ -61,6 +61,62 @@ pub enum Command {
     },
     /// Measure whether this host can run guests, and how well.
     Doctor(DoctorArgs),
+    /// Show how a primary or backup on this host stands.
+    Status(StatusArgs),
+    /// Hand the guest to the backup; this host's monitor becomes its backup.
+    Switch(TargetArgs),
+    /// Let the guest stand still, until `resume`.
+    Pause(TargetArgs),
+    /// Let a paused guest go on.
+    Resume(TargetArgs),
+    /// Press the guest's power button.
+    Shutdown(ShutdownArgs),
+    /// Let the backup go, so that another can join.
+    DropBackup(TargetArgs),
+}
+
+/// Which monitor of this host is meant.
+#[derive(Clone, Debug, Args)]
+pub struct TargetArgs {
+    /// The guest's name.
+    #[arg(long, default_value = "guest")]
+    pub name: String,
+    /// The monitor's control socket; default: made from the name.
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+}
+
+/// `vmft status`.
+#[derive(Clone, Debug, Args)]
+pub struct StatusArgs {
+    /// Which monitor.
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// Write the status as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `vmft shutdown`.
+#[derive(Clone, Debug, Args)]
+pub struct ShutdownArgs {
+    /// Which monitor.
+    #[command(flatten)]
+    pub target: TargetArgs,
+    /// Do not ask the guest: end it, and both monitors, as if its plug were pulled.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// What an operator gets to see of a monitor.
+#[derive(Clone, Debug, Args)]
+pub struct OperatorArgs {
+    /// The control socket; default: /run/vmft/NAME.sock, or $XDG_RUNTIME_DIR/vmft/NAME.sock if not root.
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+    /// Where Prometheus may fetch figures, by HTTP. Anyone who can connect can read them.
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub metrics: Option<SocketAddr>,
 }
 
 /// `vmft doctor`.
@@ -168,6 +224,9 @@ pub struct PairArgs {
     /// Most that a backup keeps for a report.
     #[arg(long, value_name = "MIB", default_value_t = 2_048, requires = "report_dir")]
     pub report_mib: u32,
+    /// What an operator gets to see.
+    #[command(flatten)]
+    pub operator: OperatorArgs,
 }
 
 impl PairArgs {

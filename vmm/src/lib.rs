@@ -8,6 +8,7 @@
 pub mod boot;
 pub mod commands;
 pub mod config;
+pub mod control;
 pub mod doctor;
 pub mod ft;
 pub mod guest;

@@ -61,6 +61,7 @@ pub fn messages() -> Vec<Message> {
         Message::Ack(Ack { received: 300, executed: 69_999, executed_time: GuestTime(45_049) }),
         Message::Bye { reason: ByeReason::Diverged, text: "registers".into() },
         Message::Checkpoint(b"piece".to_vec()),
+        Message::Bye { reason: ByeReason::Dismissed, text: String::new() },
     ]
 }
 
@@ -75,6 +76,7 @@ pub fn hello() -> Hello {
         timeout_ms: 500,
         has_network: true,
         positions: PositionSource::Pmu,
+        listen_port: 7_700,
     }
 }
 

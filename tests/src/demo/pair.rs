@@ -24,6 +24,9 @@ const FIGURES_TIME: Duration = Duration::from_secs(5);
 const FIGURES_TIMEOUT: Duration = Duration::from_secs(15);
 /// Limit for the console's answer to a key.
 const CONSOLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Hosts that are network namespaces share the directory where the monitors' sockets would be by default.
+const PRIMARY_CONTROL: &str = "/run/vmft/demo-primary.sock";
+const BACKUP_CONTROL: &str = "/run/vmft/demo-backup.sock";
 /// The primary's lines about what it sent come with this.
 const PRIMARY_LOG: &str = "RUST_LOG=info,vmft::ft::supervise=debug";
 
@@ -152,6 +155,7 @@ fn start_primary(site: &Site, options: &Options) -> Result<Arc<dyn Monitor>, Dem
     line.extend(["--memory-mib", &memory_mib, "--disk", &files.disk, "--tap", &site.tap]);
     line.extend(["--cmdline", cmdline.trim_end(), "--shared", &files.shared, "--listen", &site.listen]);
     line.extend(["--key-file", &files.key]);
+    line.extend(["--control", PRIMARY_CONTROL]);
     site.hosts[0].start(&line)
 }
 
@@ -161,7 +165,7 @@ fn backup_line<'a>(site: &'a Site, keys: &'a str) -> Vec<&'a str> {
     let with_keys = r#"mkfifo "$0" && exec "$@" <>"$0""#;
     let mut line = vec!["sh", "-c", with_keys, keys, &files.monitor, "backup", "--connect", &site.listen];
     line.extend(["--connect-timeout-ms", CONNECT_TIMEOUT_MS, "--disk", &files.disk, "--tap", &site.tap]);
-    line.extend(["--shared", &files.shared, "--key-file", &files.key]);
+    line.extend(["--shared", &files.shared, "--key-file", &files.key, "--control", BACKUP_CONTROL]);
     line
 }
 

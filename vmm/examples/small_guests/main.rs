@@ -184,6 +184,7 @@ fn record(
         deferral,
         wake,
         stop: Arc::new(AtomicBool::new(false)),
+        orders: Arc::default(),
     };
     let mut door = Live::new(machine, host, FileLog::new(outlet, writer, encoder));
     let stopped = run::run(machine, &mut door)?;

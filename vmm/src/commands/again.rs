@@ -1,4 +1,4 @@
-//! Starting over: the process executes its own program again, as a standby.
+//! Starting over: the process executes its own program again, as a standby or as the backup of another.
 //!
 //! Owns: the command line of the new life, made from that of the old one. Must never: let anything of the old life go
 //! on. Executing a program ends all other threads, closes the disk, the tap and the sockets, and gives the guest's
@@ -7,9 +7,11 @@
 //! ```text
 //!   claim lost ─┬─ started with --hosts, not stopped by the operator ──> `vmft standby` in the same process
 //!               └─ otherwise ──> status 3
+//!   handed over (`vmft switch`) ──> `vmft backup --connect`, to the monitor that has the guest now
 //! ```
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -20,6 +22,18 @@ use crate::config::Cli;
 
 /// The subcommand of the new life.
 const STANDBY: &str = "standby";
+const BACKUP: &str = "backup";
+/// Options of a backup that are not those of its old life: whom it follows, and faults for tests.
+const NOT_KEPT: [&str; 6] = [
+    "connect",
+    "connect_timeout_ms",
+    "inject_missed_stop",
+    "inject_corruption",
+    "inject_again",
+    "inject_slowness",
+];
+/// How long it tries to reach the monitor that has the guest now.
+const SUCCESSOR_TIMEOUT_MS: u64 = 30_000;
 
 /// What becomes of a process that has lost its claim. Returns if it ends.
 ///
@@ -55,6 +69,14 @@ pub(super) fn as_standby() -> CommandError {
     }
 }
 
+/// Starts over as the backup of the monitor that takes backups at `successor`. Returns if that is not possible.
+pub(super) fn as_backup_of(successor: SocketAddr) -> CommandError {
+    match backup_words(std::env::args_os(), successor) {
+        Some(words) => execute(&words),
+        None => CommandError::Unfit("this monitor's command line cannot be read again".into()),
+    }
+}
+
 fn execute(words: &[OsString]) -> CommandError {
     // The program that runs, even if another one has its name by now.
     let error = Command::new("/proc/self/exe").args(words).exec();
@@ -64,16 +86,36 @@ fn execute(words: &[OsString]) -> CommandError {
 /// The words behind the program's name with which a process that was started with `words` becomes a standby: each of
 /// its options that `standby` has, as it was given. `None`: it was started without --hosts.
 fn standby_words(words: impl IntoIterator<Item = OsString>) -> Option<Vec<OsString>> {
+    let (words, has_hosts) = words_for(STANDBY, &[], words)?;
+    has_hosts.then_some(words)
+}
+
+/// The same for the backup of the monitor at `successor`.
+fn backup_words(words: impl IntoIterator<Item = OsString>, successor: SocketAddr) -> Option<Vec<OsString>> {
+    let (mut words, _) = words_for(BACKUP, &NOT_KEPT, words)?;
+    words.push(format!("--connect={successor}").into());
+    words.push(format!("--connect-timeout-ms={SUCCESSOR_TIMEOUT_MS}").into());
+    Some(words)
+}
+
+/// The subcommand `name` with each option that a process which was started with `words` was given and the subcommand
+/// has, but for `not_kept`. And whether --hosts is one of them.
+fn words_for(
+    name: &str,
+    not_kept: &[&str],
+    words: impl IntoIterator<Item = OsString>,
+) -> Option<(Vec<OsString>, bool)> {
     let mut command = Cli::command();
     // Options that all commands share reach the subcommands now.
     command.build();
     let matches = command.clone().try_get_matches_from(words).ok()?;
     let (_, given) = matches.subcommand()?;
-    let mut standby = vec![OsString::from(STANDBY)];
+    let mut again = vec![OsString::from(name)];
     let mut has_hosts = false;
-    for option in command.find_subcommand(STANDBY)?.get_arguments() {
+    for option in command.find_subcommand(name)?.get_arguments() {
         let (id, Some(name)) = (option.get_id().as_str(), option.get_long()) else { continue };
-        if !matches!(given.try_contains_id(id), Ok(true))
+        if not_kept.contains(&id)
+            || !matches!(given.try_contains_id(id), Ok(true))
             || given.value_source(id) != Some(clap::parser::ValueSource::CommandLine)
         {
             continue;
@@ -81,19 +123,19 @@ fn standby_words(words: impl IntoIterator<Item = OsString>) -> Option<Vec<OsStri
         has_hosts |= id == "hosts";
         match option.get_action() {
             ArgAction::Count => {
-                standby.extend((0..given.get_count(id)).map(|_| OsString::from(format!("--{name}"))));
+                again.extend((0..given.get_count(id)).map(|_| OsString::from(format!("--{name}"))));
             }
-            ArgAction::SetTrue => standby.push(format!("--{name}").into()),
+            ArgAction::SetTrue => again.push(format!("--{name}").into()),
             _ => {
                 for value in given.get_raw(id)? {
                     let mut word = OsString::from(format!("--{name}="));
                     word.push(value);
-                    standby.push(word);
+                    again.push(word);
                 }
             }
         }
     }
-    has_hosts.then_some(standby)
+    Some((again, has_hosts))
 }
 
 #[cfg(test)]
@@ -144,6 +186,33 @@ mod tests {
         let backup = standby(&format!("vmft backup --connect 192.0.2.2:7700 {follow}")).unwrap();
         assert_eq!(sorted(backup), expected);
         assert_eq!(sorted(standby(&format!("vmft standby {follow}")).unwrap()), expected);
+    }
+
+    #[test]
+    fn who_hands_the_guest_over_follows_with_what_it_was_given() {
+        let successor = "192.0.2.2:7701".parse().unwrap();
+        let backup = |line: &str| {
+            let words = backup_words(line.split_whitespace().map(OsString::from), successor)?;
+            let words: Vec<String> = words.into_iter().map(|word| word.into_string().unwrap()).collect();
+            Cli::try_parse_from([&["vmft".to_owned()][..], &words].concat()).unwrap();
+            let mut words = words.join(" ").split(' ').map(String::from).collect::<Vec<_>>();
+            words[1..].sort_unstable();
+            Some(words.join(" "))
+        };
+        let kept = "--connect-timeout-ms=30000 --connect=192.0.2.2:7701 --control=/c --defer-ms=7 --key-file=/k \
+                    --listen=192.0.2.1:7700 --metrics=127.0.0.1:9 --name=web --shared=/s --tap=t0";
+        let given = "--control /c --defer-ms 7 --key-file /k --listen 192.0.2.1:7700 --metrics 127.0.0.1:9 --name web \
+                     --shared /s --tap t0";
+        let expected = Some(format!("backup {kept}"));
+        assert_eq!(backup(&format!("vmft primary --kernel k --memory-mib 64 {given}")), expected);
+        let old =
+            "--connect 192.0.2.9:1 --connect-timeout-ms 9 --inject-missed-stop 3 --inject-slowness 1:2:3";
+        assert_eq!(backup(&format!("vmft backup {old} {given}")), expected);
+        assert_eq!(
+            backup(&format!("vmft standby --hosts 192.0.2.2 {given}")).unwrap().matches("--hosts").count(),
+            1
+        );
+        assert_eq!(backup("vmft run --kernel k --no-such-option"), None);
     }
 
     #[test]

@@ -71,7 +71,14 @@ fn play<L: LogSink>(
         })
         .map_err(CommandError::host("start a thread"))?;
     let time = HostTime::starting_at(machine.now());
-    let host = HostSide { time, inbox: (sender, receiver), deferral, wake, stop: stop.flag() };
+    let host = HostSide {
+        time,
+        inbox: (sender, receiver),
+        deferral,
+        wake,
+        stop: stop.flag(),
+        orders: Arc::default(),
+    };
     let mut door = Live::new(&machine, host, log(outlet));
     let stopped = run::run(&mut machine, &mut door)?;
     Ok(ending(stopped, machine.anchors()))

@@ -11,7 +11,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
@@ -23,7 +23,11 @@ use super::pair::{LiveSide, PairError, Side, other_hosts, spawn};
 use super::stop::Stop;
 use super::{CommandError, Ending, ending};
 use crate::boot;
+use crate::change;
 use crate::config::{BackupArgs, FollowArgs};
+use crate::control::protocol::{self as control, Direction, Peer, Transfer};
+use crate::control::state::TransferOf;
+use crate::control::{Monitor, Server, Standing};
 use crate::ft::accept::Listener;
 use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, connect};
 use crate::ft::channel::Receiving;
@@ -58,6 +62,13 @@ struct Ready<'a> {
 /// `vmft backup`.
 pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
     let mut follower = Follower::new(&args.follow, Some(args.connect), args.listen, args.hosts.as_ref())?;
+    let standing = Standing {
+        role: control::Role::Backup,
+        cause: "vmft backup was started".into(),
+        ..Standing::default()
+    };
+    change!(info, follower.monitor(), standing, primary = %args.connect, "looking for the primary");
+    follower.monitor().set_peer(Some(Peer { address: args.connect.to_string(), ..Peer::default() }));
     let resources = follower.open_resources()?;
     let hello = follower.hello(&resources)?;
     let mut connection =
@@ -83,6 +94,8 @@ pub(super) struct Follower<'a> {
     positions: PositionSource,
     listener: Option<Listener>,
     hosts: Vec<SocketAddr>,
+    listen_port: u16,
+    server: Server,
     stop: (Stop, Receiver<()>),
 }
 
@@ -102,12 +115,27 @@ impl<'a> Follower<'a> {
             .chain(listen.map(|address| ("--listen", address)))
             .collect();
         let side = Side::new(&args.pair, &addresses, args.delivery, &args.name, ClaimRole::Backup)?;
+        let server = side.serve(&args.pair.operator, &args.name)?;
         let kvm = Kvm::open()?;
         let hosts = other_hosts(hosts, listen)?;
         let listener = listen.map(Listener::bind).transpose().map_err(PairError::from)?;
         let (table, cpu) = boot::cpuid_table(&kvm.supported_cpuid()?).map_err(GuestError::from)?;
         let positions = position::source_of(counter.as_deref());
-        Ok(Self { args, side, kvm, table, cpu, counter, positions, listener, hosts, stop })
+        let listen_port = listen.map_or(0, |listen| listen.port());
+        Ok(Self {
+            args,
+            side,
+            kvm,
+            table,
+            cpu,
+            counter,
+            positions,
+            listener,
+            hosts,
+            listen_port,
+            server,
+            stop,
+        })
     }
 
     /// The guest's disk and network on this host.
@@ -134,7 +162,13 @@ impl<'a> Follower<'a> {
             timeout_ms: self.side.timeout.as_millis() as u32,
             has_network: resources.tap.is_some(),
             positions: self.positions,
+            listen_port: self.listen_port,
         })
+    }
+
+    /// What an operator sees.
+    pub(super) fn monitor(&self) -> &Monitor {
+        &self.side.monitor
     }
 
     /// The guest that it is for.
@@ -183,7 +217,7 @@ impl<'a> Follower<'a> {
             return Err(PairError::WelcomeMismatch { what: "CPUID table" }.into());
         }
         let mut kept = self.side.reports.as_ref().map(Reports::keep);
-        let (config, mut machine) = receive_guest(&self.kvm, connection, kept.as_mut())?;
+        let (config, mut machine) = receive_guest(&self.kvm, connection, kept.as_mut(), &self.side.monitor)?;
         machine.count_branches(self.counter.take());
         Ok(Received { config, machine, kept })
     }
@@ -252,6 +286,7 @@ fn receive_guest(
     kvm: &Kvm,
     connection: &mut Connection,
     kept: Option<&mut Kept>,
+    monitor: &Monitor,
 ) -> Result<(GuestConfig, Machine), CommandError> {
     let started = Instant::now();
     let total_mib = connection.welcome.memory_bytes >> 20;
@@ -259,7 +294,12 @@ fn receive_guest(
     let mut quarter = 0;
     let total_bytes = connection.welcome.memory_bytes.max(1);
     let address = connection.address;
+    let host = connection.welcome.host_name.clone();
+    monitor.set_peer(Some(Peer { host: Some(host.clone()), address: address.to_string(), listen: None }));
+    let percent = Arc::new(AtomicU32::new(0));
+    monitor.set_transfer(Some(watch_transfer(host, Arc::clone(&percent))));
     let progress = |gpa: u64| {
+        percent.store((gpa.min(total_bytes) * 100 / total_bytes) as u32, Ordering::Relaxed);
         let now = gpa.min(total_bytes) * 4 / total_bytes;
         if now > quarter {
             quarter = now;
@@ -284,8 +324,21 @@ fn receive_guest(
             return Err(PairError::WelcomeMismatch { what }.into());
         }
     }
-    tracing::info!(anchor = machine.anchors(), took_ms = started.elapsed().as_millis() as u64, "following");
+    monitor.set_transfer(None);
+    let cause = format!("the guest of {} is loaded", welcome.host_name);
+    let standing = Standing { role: control::Role::Backup, view: welcome.view, protected: true, cause };
+    let took_ms = started.elapsed().as_millis() as u64;
+    change!(info, monitor, standing, anchor = machine.anchors(), took_ms, "following");
     Ok((config, machine))
+}
+
+fn watch_transfer(host: String, percent: Arc<AtomicU32>) -> TransferOf {
+    Box::new(move || Transfer {
+        direction: Direction::Receiving,
+        host: host.clone(),
+        percent: percent.load(Ordering::Relaxed),
+        ..Transfer::default()
+    })
 }
 
 /// How following ended.
@@ -313,6 +366,7 @@ fn follow(
     let cursor = snapshot::cursor(&machine);
     let (inflow, frames) =
         connection.follow(cursor).map_err(|source: StreamError| PairError::NotFormed(source.to_string()))?;
+    ready.follower.side.monitor.set_figures(inflow.watch());
     // The primary was busy with the snapshot, and this host with loading it.
     ready.heartbeats.note_heard();
     let (verdict_in, verdict) = bounded(1);
@@ -359,8 +413,14 @@ fn follow(
         Verdict::Won => {}
         Verdict::GuestEnded | Verdict::Stopped => return Ok(Followed::Ended(Ending::Orderly)),
         Verdict::Lost(holder) => {
-            tracing::error!(view = view + 1, host = %holder.host, pid = holder.pid,
-                "the primary goes on alone; this backup stops");
+            let cause = format!("{} (process {}) has claimed the view", holder.host, holder.pid);
+            let standing = Standing { role: control::Role::None, view: view + 1, protected: false, cause };
+            change!(
+                error,
+                ready.follower.side.monitor,
+                standing,
+                "the primary goes on alone; this backup stops"
+            );
             return Ok(Followed::Ended(Ending::LostClaim));
         }
     }
@@ -377,12 +437,23 @@ fn receiver(
     let (side, main) = (&ready.follower.side, ready.follower.stop.0.clone());
     let stop = main.flag();
     let (claims, owner, timeout) = (side.claims.clone(), side.owner.clone(), side.timeout);
+    let monitor = Arc::clone(&side.monitor);
     move |frames| {
         let end = inflow.receive(frames, || heartbeats.note_heard());
         let noticed = Instant::now();
         // An answer from here would let the primary act on; whoever claims is silent first.
         heartbeats.fall_silent();
         let may_claim = || !stop.load(Ordering::Relaxed) && !inflow.is_retired();
+        if let LinkEnd::Lost { why, .. } = &end
+            && may_claim()
+        {
+            change!(warn, monitor, unprotected(view, why.clone()), "primary lost");
+        }
+        if end == LinkEnd::Dismissed {
+            let cause = "the operator of the primary wants it".into();
+            let standing = Standing { role: control::Role::None, view, protected: false, cause };
+            change!(info, monitor, standing, "dismissed: the primary goes on without this backup");
+        }
         let silent = || heartbeats.silent_for() > timeout;
         let verdict = judge(&end, &claims, view + 1, &owner, silent, may_claim);
         if let Verdict::Lost(_) = verdict {
@@ -402,8 +473,8 @@ fn go_live(
     mut door: Follow<FromPrimary>,
     (view, noticed): (u64, Instant),
 ) -> Result<Ending, CommandError> {
-    let Ready { follower: Follower { side, listener, hosts, stop, .. }, mut resources, heartbeats, .. } =
-        ready;
+    let Ready { follower, mut resources, heartbeats, .. } = ready;
+    let Follower { side, listener, hosts, stop, server: _server, .. } = follower;
     if let Some(disk) = &mut resources.disk {
         match disk.lock() {
             // A file server may hold the lock of a host that died; the claim is what counts.
@@ -415,8 +486,13 @@ fn go_live(
     let again = door.into_unreleased();
     heartbeats.set_view(view, Role::Primary);
     heartbeats.set_peer(None);
-    tracing::warn!(
-        view,
+    let cause = side.monitor.status().cause;
+    let standing = Standing { role: control::Role::Primary, view, protected: false, cause };
+    side.monitor.set_peer(None);
+    change!(
+        warn,
+        side.monitor,
+        standing,
         anchor = machine.anchors(),
         outputs_again = again.len(),
         disk_again = machine.board().outstanding_disk_requests().len(),
@@ -427,11 +503,16 @@ fn go_live(
     live.run(again, Some(time.unwrap_or(GuestTime(0))), stop)
 }
 
+/// A backup that could not take over at this moment, because of `cause`.
+fn unprotected(view: u64, cause: String) -> Standing {
+    Standing { role: control::Role::Backup, view, protected: false, cause }
+}
+
 /// What becomes of a backup whose link has ended.
 enum Verdict {
     /// The guest's life is over.
     GuestEnded,
-    /// The operator stopped this monitor, or it is out of the running. It claims nothing: the primary goes on.
+    /// The operator stopped this monitor or had it let go, or it is out of the running. It claims nothing: the primary goes on.
     Stopped,
     /// The guest is ours.
     Won,
@@ -452,8 +533,11 @@ fn judge(
     if !may_claim() {
         return Verdict::Stopped;
     }
-    let LinkEnd::Lost { why, by_peer } = end else { return Verdict::GuestEnded };
-    tracing::warn!("primary lost: {why}");
+    let by_peer = match end {
+        LinkEnd::GuestEnded => return Verdict::GuestEnded,
+        LinkEnd::Dismissed => return Verdict::Stopped,
+        LinkEnd::Lost { by_peer, .. } => by_peer,
+    };
     while !by_peer && !silent() {
         std::thread::sleep(SILENCE_POLL);
     }

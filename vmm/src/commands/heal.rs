@@ -18,6 +18,9 @@ use thiserror::Error;
 
 use super::CommandError;
 use super::pair::Side;
+use crate::change;
+use crate::control::Standing;
+use crate::control::protocol::Role;
 use crate::machine::{Machine, Missed};
 use crate::report::{Kept, listed};
 use crate::run::Divergence;
@@ -165,15 +168,14 @@ impl Attempts {
 
 /// Says what is wrong with a guest, and writes it down.
 pub(super) fn report(why: &Useless, side: &Side, machine: &Machine, view: u64, kept: Option<Kept>) {
-    let divergence = match why {
-        Useless::Missed(missed) => {
-            tracing::error!("{missed}; this backup asks for the guest anew");
-            return;
-        }
-        Useless::Differs(divergence) => divergence,
+    let cause = match why {
+        Useless::Missed(missed) => missed.to_string(),
+        Useless::Differs(_) => why.brief(),
     };
+    let standing = Standing { role: Role::Backup, view, protected: false, cause };
+    change!(error, side.monitor, standing, "this backup is out of the running; it asks for the guest anew");
+    let Useless::Differs(divergence) = why else { return };
     tracing::error!("{divergence}");
-    tracing::error!("this backup is out of the running; it asks for the guest anew");
     let Some(reports) = &side.reports else { return };
     let state = match machine.special_registers() {
         Ok(special) => format!("{special:x?}"),

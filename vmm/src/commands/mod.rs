@@ -9,11 +9,14 @@ mod backup;
 mod doctor;
 mod heal;
 mod keygen;
+mod operate;
+mod orders;
 mod pair;
 pub mod replay;
 mod standby;
 mod stop;
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -24,6 +27,8 @@ use stop::Stop;
 use thiserror::Error;
 
 use crate::config::{Cli, Command, GuestArgs};
+use crate::control::metrics::MetricsError;
+use crate::control::socket::SocketError;
 use crate::guest::{BootFiles, GuestConfig, GuestError};
 use crate::host::console::{ConsoleReader, RawTerminal};
 use crate::host::deferral::{Deferral, Inbox, Watch};
@@ -45,13 +50,16 @@ pub enum Ending {
     GuestCrashed,
     /// Another monitor owns the guest now. Status 3.
     LostClaim,
+    /// The backup runs the guest now, as the operator wanted, and takes backups at this address. No status: this
+    /// monitor goes on as its backup.
+    HandedOver(SocketAddr),
 }
 
 impl Ending {
     /// The process's exit status. 1 is an error, 2 a wrong command line, 4 a divergence.
     pub fn status(self) -> u8 {
         match self {
-            Self::Orderly => 0,
+            Self::Orderly | Self::HandedOver(_) => 0,
             Self::LostClaim => 3,
             Self::GuestCrashed => 5,
         }
@@ -84,6 +92,12 @@ pub enum CommandError {
     Pair(#[from] pair::PairError),
     #[error(transparent)]
     Heal(#[from] heal::HealError),
+    #[error(transparent)]
+    Control(#[from] SocketError),
+    #[error(transparent)]
+    Metrics(#[from] MetricsError),
+    #[error(transparent)]
+    Operate(#[from] operate::OperateError),
     /// The guest at the start of a recording.
     #[error("the recording {path} cannot be replayed from its start: {source}", path = path.display())]
     RecordingStart {
@@ -128,8 +142,18 @@ pub fn execute(cli: Cli) -> Result<Ending, CommandError> {
         Command::Keygen { file } => keygen::keygen(&file),
         Command::Standby(args) => standby::standby(&args),
         Command::Doctor(args) => doctor::doctor(&args),
+        Command::Status(args) => operate::status(&args),
+        Command::Switch(target) => operate::switch(&target),
+        Command::Pause(target) => operate::pause(&target),
+        Command::Resume(target) => operate::resume(&target),
+        Command::Shutdown(args) => operate::shutdown(&args),
+        Command::DropBackup(target) => operate::drop_backup(&target),
     }?;
-    if ending == Ending::LostClaim { again::after_lost_claim() } else { Ok(ending) }
+    match ending {
+        Ending::LostClaim => again::after_lost_claim(),
+        Ending::HandedOver(successor) => Err(again::as_backup_of(successor)),
+        ending => Ok(ending),
+    }
 }
 
 /// A guest that has not run yet, with the host's resources for it opened and checked.

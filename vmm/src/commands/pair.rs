@@ -18,9 +18,17 @@ use devices::Effect;
 use ft_log::{Expected, GuestTime, Key, Role};
 use thiserror::Error;
 
+use super::orders::Desk;
 use super::stop::Stop;
 use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, watch};
-use crate::config::{DeliveryArgs, PairArgs, PrimaryArgs};
+use crate::change;
+use crate::config::{DeliveryArgs, OperatorArgs, PairArgs, PrimaryArgs};
+use crate::control::metrics::MetricsSocket;
+use crate::control::orders::Orders;
+use crate::control::protocol::{self as control, Figures, LogFigures, PrimaryFigures};
+use crate::control::socket::{self, ControlSocket};
+use crate::control::state::{self, FiguresOf};
+use crate::control::{Identity, Monitor, Server, Standing};
 use crate::ft::accept::{AcceptError, Listener, Reception};
 use crate::ft::backup::BackupError;
 use crate::ft::claim::{ClaimError, ClaimRole, Claims, Outcome, Owner, random_id};
@@ -31,7 +39,7 @@ use crate::ft::link::{Link, Phase};
 use crate::ft::output_gate::{Limits, Mode, OutputGate};
 use crate::ft::primary::{Join, PairLog, PairParts};
 use crate::ft::search::{self, Search};
-use crate::ft::supervise::Supervisor;
+use crate::ft::supervise::{LinkEvent, Supervisor};
 use crate::guest::GuestConfig;
 use crate::host::deferral::{Deferral, Inbox};
 use crate::host::disk::{Caching, Guard};
@@ -39,7 +47,7 @@ use crate::machine::Machine;
 use crate::outlet::{Outlet, Resources};
 use crate::position;
 use crate::report::{ReportError, Reports};
-use crate::run::{self, HostSide, HostTime, INBOX_EVENTS, Live, Stopped};
+use crate::run::{self, HostSide, HostTime, INBOX_EVENTS, Live, RunError, Stopped};
 
 /// Outputs that may wait for acknowledgements before the guest waits too.
 const GATE_LIMITS: Limits = Limits { count: 16_384, bytes: 16 << 20 };
@@ -103,6 +111,7 @@ pub(super) struct Side {
     pub(super) version: String,
     /// What both hosts know; `None` if they talk in the open.
     pub(super) key: Option<Key>,
+    pub(super) monitor: Arc<Monitor>,
 }
 
 impl Side {
@@ -121,19 +130,37 @@ impl Side {
         let key = key_file::for_pair(args.key_file.as_deref(), args.insecure, addresses)
             .map_err(PairError::from)?;
         let uuid = random_id().map_err(CommandError::host("give random bytes"))?;
+        let (host, version) = (host_name(), build_version()?);
         let limit_bytes = u64::from(args.report_mib) << 20;
-        let open = |directory| Reports::open(directory, name, &host_name(), limit_bytes);
+        let open = |directory| Reports::open(directory, name, &host, limit_bytes);
+        let reports = args.report_dir.as_deref().map(open).transpose().map_err(PairError::from)?;
         Ok(Self {
             claims: Claims::open(&args.shared, name).map_err(PairError::from)?,
-            owner: Owner { host: host_name(), pid: std::process::id(), uuid, role },
-            version: build_version()?,
+            monitor: Monitor::new(Identity {
+                name: name.to_owned(),
+                host: host.clone(),
+                version: version.clone(),
+            }),
+            owner: Owner { host, pid: std::process::id(), uuid, role },
+            version,
             timeout: Duration::from_millis(args.timeout_ms),
             heartbeat: Duration::from_millis(args.heartbeat_ms),
             defer: delivery.budget(),
             lag_limit: args.lag_limit(),
-            reports: args.report_dir.as_deref().map(open).transpose().map_err(PairError::from)?,
+            reports,
             key,
         })
+    }
+
+    /// Lets operators ask this monitor, until dropped.
+    pub(super) fn serve(&self, args: &OperatorArgs, name: &str) -> Result<Server, CommandError> {
+        let path = match &args.control {
+            Some(path) => path.clone(),
+            None => socket::default_path(name)?,
+        };
+        let metrics = args.metrics.map(MetricsSocket::bind).transpose()?;
+        Server::start(ControlSocket::open(&path)?, metrics, Arc::clone(&self.monitor))
+            .map_err(CommandError::host("start the control thread"))
     }
 
     fn lease(&self) -> Duration {
@@ -158,6 +185,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     let counter = position::choose(args.position.position)?;
     let addresses = [("--listen", args.listen)];
     let side = Side::new(&args.pair, &addresses, args.guest.delivery, &args.guest.name, ClaimRole::Primary)?;
+    let _server = side.serve(&args.pair.operator, &args.guest.name)?;
     let view = first_view(&side.claims, &args.guest.name, &args.pair.shared)?;
     let hosts = other_hosts(args.hosts.as_ref(), Some(args.listen))?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
@@ -179,6 +207,9 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
         }
     }
     heartbeats.set_view(view, Role::Primary);
+    let cause = "vmft primary was started".into();
+    let standing = Standing { role: control::Role::Primary, view, protected: false, cause };
+    change!(info, side.monitor, standing, "the guest runs here, without a backup so far");
     let Prepared { config, machine, resources } = prepared;
     let listener = Some(listener);
     let live = LiveSide { side, config, machine, resources, heartbeats, listener, hosts, view };
@@ -240,6 +271,7 @@ struct Shared {
     view: Arc<AtomicU64>,
     search: Arc<Search>,
     lost: Arc<AtomicBool>,
+    orders: Arc<Orders>,
 }
 
 impl LiveSide {
@@ -275,6 +307,7 @@ impl LiveSide {
                 .map_err(CommandError::host("start a thread"))?;
         }
         let (events, event_queue) = bounded(64);
+        side.monitor.set_desk(desk(&shared, &inbox, &events, &stop));
         let _terminal = Terminal::start(&inbox)?;
         let log = PairLog::new(PairParts {
             config,
@@ -286,30 +319,61 @@ impl LiveSide {
             view: Arc::clone(&shared.view),
             reports: side.reports.clone(),
             search: Arc::clone(&shared.search),
+            monitor: Arc::clone(&side.monitor),
+            orders: Arc::clone(&shared.orders),
             ask: ask(&stop),
         });
+        side.monitor.set_figures(figures(&shared, &heartbeats, &deferral));
         let supervisor = supervisor(&side, &shared, heartbeats, Arc::clone(&deferral), &stop);
         spawn("supervisor", move || supervisor.run(&event_queue))?;
-        let start = time.unwrap_or(GuestTime(0)).max(machine.now());
+        let time = HostTime::starting_at(time.unwrap_or(GuestTime(0)).max(machine.now()));
         let _watch = watch(&deferral, &stop)?;
-        let time = HostTime::starting_at(start);
-        let host = HostSide { time, inbox: (sender, receiver), deferral, wake, stop: stop.flag() };
+        let (inbox, orders) = ((sender, receiver), Arc::clone(&shared.orders));
+        let host = HostSide { time, inbox, deferral, wake, stop: stop.flag(), orders };
         let mut door = Live::new(&machine, host, log);
         if let Some(len_bytes) = machine.board().outstanding_entropy() {
             door.supply_entropy(len_bytes)?;
         }
         let outcome = run::run(&mut machine, &mut door);
-        if shared.lost.load(Ordering::SeqCst) {
+        shared.conclude(&side, outcome, door.log_mut(), machine.anchors())
+    }
+}
+
+impl Shared {
+    /// What is left to do when the guest does not run here any more.
+    fn conclude(
+        &self,
+        side: &Side,
+        outcome: Result<Stopped, RunError>,
+        log: &PairLog,
+        anchors: u64,
+    ) -> Result<Ending, CommandError> {
+        if self.lost.load(Ordering::SeqCst) {
             return Ok(Ending::LostClaim);
         }
-        let ended = matches!(outcome, Ok(Stopped::GuestEnded(_)));
-        let goes_on = shared.link.phase() != Phase::Alone || door.log_mut().had_backup();
+        if let Some(successor) = log.successor() {
+            return Ok(Ending::HandedOver(successor));
+        }
+        let ended = matches!(outcome, Ok(Stopped::GuestEnded(_))) || self.orders.plug_is_pulled();
+        let goes_on = self.link.phase() != Phase::Alone || log.had_backup();
         if ended || !goes_on {
             // Nobody runs the guest any more, and nobody in this pair will.
-            side.claims.end(shared.view.load(Ordering::SeqCst), &side.owner).map_err(PairError::from)?;
+            side.claims.end(self.view.load(Ordering::SeqCst), &side.owner).map_err(PairError::from)?;
         }
-        Ok(ending(outcome?, machine.anchors()))
+        Ok(ending(outcome?, anchors))
     }
+}
+
+/// Passes an operator's orders on to those who carry them out.
+fn desk(shared: &Shared, inbox: &Inbox, events: &Sender<LinkEvent>, stop: &Stop) -> state::Desk {
+    let desk = Desk {
+        orders: Arc::clone(&shared.orders),
+        inbox: inbox.clone(),
+        link: Arc::clone(&shared.link),
+        events: events.clone(),
+        stop: stop.clone(),
+    };
+    Box::new(move |command, monitor| desk.take(command, monitor))
 }
 
 /// Gets the vCPU's thread to a boundary.
@@ -337,7 +401,8 @@ fn open_gate(
     first(&outlet);
     let lease = Box::new(move || may_act());
     let gate = Arc::new(OutputGate::new(Mode::Unprotected, GATE_LIMITS, outlet, lease));
-    Ok(Shared { link, gate, view: Arc::new(AtomicU64::new(view)), search: Arc::new(search), lost })
+    let (view, search) = (Arc::new(AtomicU64::new(view)), Arc::new(search));
+    Ok(Shared { link, gate, view, search, lost, orders: Arc::default() })
 }
 
 /// May this monitor let output go and touch the disk? Alone: unless the claim was lost. With a backup: while
@@ -403,7 +468,40 @@ fn supervisor(
         search: Arc::clone(&shared.search),
         lost: Arc::clone(&shared.lost),
         stop_guest: Box::new(move || stop.request()),
+        monitor: Arc::clone(&side.monitor),
     }
+}
+
+/// The figures of a guest that runs here.
+fn figures(shared: &Shared, heartbeats: &Arc<Heartbeats>, deferral: &Arc<Deferral>) -> FiguresOf {
+    let (link, gate, orders) =
+        (Arc::clone(&shared.link), Arc::clone(&shared.gate), Arc::clone(&shared.orders));
+    let (heartbeats, deferral) = (Arc::clone(heartbeats), Arc::clone(deferral));
+    Box::new(move || {
+        let (sent, outputs) = (link.figures(), gate.stats());
+        Figures {
+            anchors: link.position(),
+            log: LogFigures { bytes: sent.log_bytes, batches: sent.batches, ..LogFigures::default() },
+            primary: Some(PrimaryFigures {
+                paused: orders.stands(),
+                lag_ms: link.lag().as_millis() as u64,
+                lag_p50_us: sent.lag_p50_us,
+                lag_p99_us: sent.lag_p99_us,
+                paced_ms: sent.paced.as_millis() as u64,
+                outputs: outputs.released,
+                outputs_held: outputs.held as u64,
+                output_delay_sum_us: outputs.delay_sum_us,
+                output_delay_max_us: outputs.delay_max_us,
+                lease_refusals: outputs.lease_refusals,
+                checkpoints: sent.checkpoints,
+                checkpoint_pages: sent.checkpoint_pages,
+                checkpoint_pause_p50_us: sent.pause_p50_us,
+                checkpoint_pause_p99_us: sent.pause_p99_us,
+                defer_ms: deferral.budget().as_millis() as u64,
+                silence_max_ms: heartbeats.silence_max().as_millis() as u64,
+            }),
+        }
+    })
 }
 
 pub(super) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), CommandError> {

@@ -22,7 +22,9 @@ use super::backup::{Follower, Received};
 use super::heal::HealError;
 use super::pair::PairError;
 use super::{CommandError, Ending, again};
+use crate::change;
 use crate::config::StandbyArgs;
+use crate::control::{Standing, protocol as control};
 use crate::ft::backup::{BackupError, Connection, connect};
 use crate::ft::heartbeat::{Call, Heartbeats};
 use crate::ft::hosts::Memory;
@@ -38,6 +40,11 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 pub fn standby(args: &StandbyArgs) -> Result<Ending, CommandError> {
     let follower = Follower::new(&args.follow, None, Some(args.listen), Some(&args.hosts))?;
     drop(follower.open_resources()?);
+    let standing = Standing {
+        role: control::Role::Standby,
+        cause: "vmft standby was started".into(),
+        ..Standing::default()
+    };
     let heartbeats = Arc::new(
         Heartbeats::start(args.listen, &args.follow.name, Role::Backup, follower.heartbeat())
             .map_err(PairError::from)?,
@@ -47,7 +54,14 @@ pub fn standby(args: &StandbyArgs) -> Result<Ending, CommandError> {
     let mut standby =
         Standby { follower, heartbeats, called, memory: Memory::default(), strangers: Memory::default() };
     let names: Vec<String> = standby.follower.hosts().iter().map(ToString::to_string).collect();
-    tracing::info!(listen = %args.listen, hosts = %names.join(","), "standby: waiting for a primary without a backup");
+    change!(
+        info,
+        standby.follower.monitor(),
+        standing,
+        listen = %args.listen,
+        hosts = %names.join(","),
+        "standby: waiting for a primary without a backup"
+    );
     loop {
         let Some(primary) = standby.wait() else {
             tracing::info!("the operator stopped this standby");
@@ -134,6 +148,8 @@ impl Standby<'_> {
         let received = self.follower.receive(&mut connection, &self.heartbeats);
         if received.is_err() {
             self.heartbeats.set_peer(None);
+            self.follower.monitor().set_peer(None);
+            self.follower.monitor().set_transfer(None);
         }
         Ok((received?, resources, connection))
     }

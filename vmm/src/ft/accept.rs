@@ -167,7 +167,8 @@ fn greet(
     if reception.link.phase() != Phase::Alone {
         return refused(&mut channel, Refusal::Busy, "this guest has a backup already".into());
     }
-    let join = Join { channel, host: hello.host_name, address };
+    let listen = (hello.listen_port != 0).then(|| SocketAddr::new(address.ip(), hello.listen_port));
+    let join = Join { channel, host: hello.host_name, address, listen };
     match reception.joins.try_send(join) {
         Ok(()) => (reception.wake)(),
         Err(TrySendError::Full(mut join) | TrySendError::Disconnected(mut join)) => {

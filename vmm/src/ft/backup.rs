@@ -23,6 +23,8 @@ use ft_log::{
 use thiserror::Error;
 
 use super::channel::{Channel, Receiving, Sending};
+use crate::control::protocol::{Figures, LogFigures};
+use crate::control::state::FiguresOf;
 use crate::report::Kept;
 use crate::run::{PartSource, RunError};
 use crate::with_causes;
@@ -136,6 +138,8 @@ pub fn connect(
 pub enum LinkEnd {
     /// The guest's life ended in an orderly way.
     GuestEnded,
+    /// The primary has let this backup go: the guest runs on there.
+    Dismissed,
     /// The primary is gone or silent.
     Lost {
         /// How it was noticed.
@@ -182,6 +186,7 @@ pub struct Inflow {
     received: AtomicU64,
     executed: AtomicU64,
     executed_time: AtomicU64,
+    bytes: AtomicU64,
     gave_up: AtomicBool,
     retired: AtomicBool,
     abandoned: AtomicBool,
@@ -218,6 +223,7 @@ impl Connection {
             received: AtomicU64::new(0),
             executed: AtomicU64::new(start.anchor),
             executed_time: AtomicU64::new(start.time.0),
+            bytes: AtomicU64::new(0),
             gave_up: AtomicBool::new(false),
             retired: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
@@ -245,6 +251,21 @@ impl Inflow {
     /// How the link ended, if it has.
     pub fn end(&self) -> Option<LinkEnd> {
         self.lock().end.clone()
+    }
+
+    /// The figures of the guest that follows here.
+    pub fn watch(self: &Arc<Self>) -> FiguresOf {
+        let inflow = Arc::clone(self);
+        Box::new(move || Figures {
+            anchors: inflow.executed.load(Ordering::SeqCst),
+            log: LogFigures {
+                bytes: inflow.bytes.load(Ordering::Relaxed),
+                batches: inflow.received.load(Ordering::SeqCst),
+                queued_bytes: Some(inflow.lock().bytes as u64),
+                ..LogFigures::default()
+            },
+            primary: None,
+        })
     }
 
     fn acknowledge(&self) -> Result<(), StreamError> {
@@ -279,6 +300,7 @@ impl Inflow {
                     self.push(LogPart::Checkpoint(piece));
                 }
                 Ok(Some(Message::Bye { reason: ByeReason::GuestEnded, .. })) => break LinkEnd::GuestEnded,
+                Ok(Some(Message::Bye { reason: ByeReason::Dismissed, .. })) => break LinkEnd::Dismissed,
                 Ok(Some(Message::Bye { reason, text })) => {
                     break LinkEnd::Lost {
                         why: format!("the primary left: {reason:?} {text}"),
@@ -313,6 +335,7 @@ impl Inflow {
             queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
         queue.bytes += len_bytes(&part);
+        self.bytes.fetch_add(len_bytes(&part) as u64, Ordering::Relaxed);
         queue.parts.push_back(part);
         self.changed.notify_all();
     }

@@ -175,6 +175,7 @@ pub struct Link {
     has_room: Condvar,
     all_acked: Condvar,
     bytes_sent: AtomicU64,
+    position: AtomicU64,
 }
 
 impl Default for Link {
@@ -185,6 +186,7 @@ impl Default for Link {
             has_room: Condvar::new(),
             all_acked: Condvar::new(),
             bytes_sent: AtomicU64::new(0),
+            position: AtomicU64::new(0),
         }
     }
 }
@@ -198,6 +200,16 @@ impl Link {
     /// The present phase.
     pub fn phase(&self) -> Phase {
         self.lock().phase
+    }
+
+    /// The guest is at `anchor`, for those who want to know.
+    pub fn note_position(&self, anchor: u64) {
+        self.position.store(anchor, Ordering::Relaxed);
+    }
+
+    /// Where the guest was when that was noted last.
+    pub fn position(&self) -> u64 {
+        self.position.load(Ordering::Relaxed)
     }
 
     /// A backup has been given everything up to `anchor`; numbering starts anew.
@@ -436,8 +448,8 @@ impl Link {
         }
     }
 
-    /// Sends what there is and waits until the backup has all of it, it is lost, or `timeout` is over.
-    pub fn drain(&self, timeout: Duration) {
+    /// Sends what there is and waits until the backup has all of it, it is lost, or `timeout` is over. True: it has.
+    pub fn drain(&self, timeout: Duration) -> bool {
         let deadline = Instant::now() + timeout;
         let mut state = self.lock();
         state.urgent = true;
@@ -449,10 +461,11 @@ impl Link {
         {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return;
+                return false;
             }
             state = self.all_acked.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+        state.phase == Phase::Paired
     }
 }
 

@@ -21,6 +21,7 @@ pub mod hosts;
 pub mod key_file;
 pub mod link;
 pub mod output_gate;
+pub mod planned;
 pub mod primary;
 pub mod search;
 pub mod supervise;

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use devices::Effect;
 use ft_log::{
     ByeReason, CheckpointEncoder, Encoder, Entry, FrameWriter, Message, Position, Refusal, SealKey,
@@ -26,6 +26,9 @@ use super::output_gate::{OutputGate, Room};
 use super::search::Search;
 use super::supervise::LinkEvent;
 use super::transfer::{self, Copied, Transfer};
+use crate::control::Monitor;
+use crate::control::orders::Orders;
+use crate::control::protocol::Peer;
 use crate::guest::GuestConfig;
 use crate::machine::Machine;
 use crate::outlet::Outlet;
@@ -61,6 +64,8 @@ pub struct Join {
     pub host: String,
     /// Where it connected from.
     pub address: SocketAddr,
+    /// Where it would take a backup of its own.
+    pub listen: Option<SocketAddr>,
 }
 
 /// A log whose other end is a backup, when there is one.
@@ -75,6 +80,7 @@ pub struct PairLog {
     events: Sender<LinkEvent>,
     view: Arc<AtomicU64>,
     search: Arc<Search>,
+    monitor: Arc<Monitor>,
     encoder: Option<Encoder>,
     recent: Recent,
     reports: Option<Reports>,
@@ -83,6 +89,10 @@ pub struct PairLog {
     pause_due: Duration,
     sender: Option<JoinHandle<()>>,
     had_backup: bool,
+    orders: Arc<Orders>,
+    /// Where the present backup would take a backup.
+    listen: Option<SocketAddr>,
+    successor: Option<SocketAddr>,
 }
 
 /// A backup that is being given the guest.
@@ -92,6 +102,7 @@ struct Joining {
     stream: TcpStream,
     host: String,
     address: SocketAddr,
+    listen: Option<SocketAddr>,
     transfer: Transfer,
     started: Instant,
     /// How long the guest stood still at the start.
@@ -120,12 +131,17 @@ pub struct PairParts {
     pub ask: Arc<dyn Fn() + Send + Sync>,
     /// Where the report of a backup that differed goes.
     pub reports: Option<Reports>,
+    /// What an operator sees.
+    pub monitor: Arc<Monitor>,
+    /// What an operator wants.
+    pub orders: Arc<Orders>,
 }
 
 impl PairLog {
     /// A log without a backup yet.
     pub fn new(parts: PairParts) -> Self {
-        let PairParts { config, host, link, gate, joins, events, view, search, ask, reports } = parts;
+        let PairParts { config, host, link, gate, joins, events, view, search, ask, .. } = parts;
+        let PairParts { reports, monitor, orders, .. } = parts;
         Self {
             config,
             host,
@@ -137,6 +153,7 @@ impl PairLog {
             events,
             view,
             search,
+            monitor,
             encoder: None,
             recent: Recent::keeping(ENTRIES_REMEMBERED),
             reports,
@@ -145,7 +162,15 @@ impl PairLog {
             pause_due: Duration::ZERO,
             sender: None,
             had_backup: false,
+            orders,
+            listen: None,
+            successor: None,
         }
+    }
+
+    /// Where the monitor takes backups that the guest was handed to.
+    pub fn successor(&self) -> Option<SocketAddr> {
+        self.successor
     }
 
     /// Did a backup follow when the log was finished? Then it takes over, unless the guest has ended.
@@ -168,7 +193,8 @@ impl PairLog {
         };
         // From here on heartbeats tell whether the backup lives, however long it takes to load.
         join.channel.unhurried()?;
-        let Join { channel: Channel { frames, mut out, heartbeat_key, stream }, host, address } = join;
+        let Join { channel: Channel { frames, mut out, heartbeat_key, stream }, host, address, listen } =
+            join;
         stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(StreamError::Io)?;
         let to_close = stream.try_clone().map_err(StreamError::Io)?;
         let (config, ask, link) = (self.config.to_payload(), Arc::clone(&self.ask), Arc::clone(&self.link));
@@ -188,16 +214,25 @@ impl PairLog {
             send_batches(&link, out, &to_close, &events);
         };
         self.sender = Some(spawn("log-sender", send)?);
+        self.monitor.set_transfer(Some(transfer.watch(&host)));
         let first_pause = started.elapsed();
-        let joining =
-            Joining { frames, heartbeat_key, stream, host, address, transfer, started, first_pause };
-        self.joining = Some(joining);
+        self.joining = Some(Joining {
+            frames,
+            heartbeat_key,
+            stream,
+            host,
+            address,
+            listen,
+            transfer,
+            started,
+            first_pause,
+        });
         Ok(())
     }
 
     /// Hands over what is left of the guest, and starts the log behind it. The machine has been settled.
     fn finish_transfer(&mut self, machine: &mut Machine, joining: Joining) -> Result<(), RunError> {
-        let Joining { frames, heartbeat_key, stream, host, address, transfer, started, first_pause } =
+        let Joining { frames, heartbeat_key, stream, host, address, listen, transfer, started, first_pause } =
             joining;
         let stopped = Instant::now();
         let last = machine.last_part(&transfer.log)?;
@@ -210,6 +245,13 @@ impl PairLog {
         self.checked = machine.anchors();
         let (link, gate, events) = (Arc::clone(&self.link), Arc::clone(&self.gate), self.events.clone());
         spawn("log-acks", move || receive_acks(&link, &gate, frames, &events))?;
+        self.monitor.set_transfer(None);
+        self.listen = listen;
+        self.monitor.set_peer(Some(Peer {
+            host: Some(host.clone()),
+            address: address.to_string(),
+            listen: listen.map(|listen| listen.to_string()),
+        }));
         let _ = self.events.send(LinkEvent::Paired { stream, address, heartbeat_key });
         transfer.finish(last);
         tracing::info!(
@@ -337,6 +379,7 @@ impl LogSink for PairLog {
     }
 
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
+        self.link.note_position(machine.anchors());
         let seq = self.publish_to_backup(machine, effects)?;
         for effect in effects.drain(..) {
             let mut room = self.gate.push(seq.unwrap_or(0), effect);
@@ -382,7 +425,9 @@ impl LogSink for PairLog {
         if self.encoder.is_some() {
             machine.renew_base()?;
         } else if self.joining.as_ref().is_none_or(|joining| joining.transfer.has_failed()) {
-            self.joining = None;
+            if self.joining.take().is_some() {
+                self.monitor.set_transfer(None);
+            }
             machine.end_checkpoints()?;
         }
         if let Ok(join) = self.joins.try_recv() {
@@ -406,8 +451,29 @@ impl LogSink for PairLog {
         Ok(false)
     }
 
+    fn hand_over(&mut self, machine: &Machine) -> Result<bool, RunError> {
+        let (Some(encoder), Some(listen)) = (&mut self.encoder, self.listen) else { return Ok(false) };
+        self.link.publish(&encoder.take(), machine.anchors(), Mood::Urgent);
+        if !self.link.drain(DRAIN_TIMEOUT) {
+            tracing::warn!("the roles are not switched: the backup does not acknowledge the log");
+            return Ok(false);
+        }
+        // From here on the lease and the disk's guard say no; then nothing is under way any more.
+        self.link.end(None);
+        self.gate.quiesce(DRAIN_TIMEOUT);
+        self.gate.performer().quiesce(DRAIN_TIMEOUT);
+        self.link.close();
+        let (outcome, taken) = bounded(1);
+        // A supervisor that is gone has lost the claim.
+        let _ = self.events.send(LinkEvent::HandedOver(outcome));
+        let taken = taken.recv().unwrap_or(true);
+        self.successor = taken.then_some(listen);
+        Ok(taken)
+    }
+
     fn finish(&mut self, machine: &Machine) -> Result<(), RunError> {
         let ended = machine.end().is_some();
+        let over = ended || self.orders.plug_is_pulled();
         if let Some(joining) = self.joining.take() {
             let _ = joining.stream.shutdown(Shutdown::Both);
         }
@@ -419,7 +485,7 @@ impl LogSink for PairLog {
             self.link.publish(&encoder.take(), machine.anchors(), Mood::Urgent);
             self.link.drain(DRAIN_TIMEOUT);
             // From here on the lease and the disk's guard say no; then nothing is under way any more.
-            self.link.end(ended.then_some(ByeReason::GuestEnded));
+            self.link.end(over.then_some(ByeReason::GuestEnded));
             self.gate.quiesce(DRAIN_TIMEOUT);
             self.gate.performer().quiesce(DRAIN_TIMEOUT);
             self.link.close();

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 
 use ft_log::{Role, SealKey};
 
@@ -26,11 +26,13 @@ use super::heartbeat::Heartbeats;
 use super::link::{Link, Phase};
 use super::output_gate::OutputGate;
 use super::search::Search;
+use crate::change;
+use crate::control::{Monitor, Standing, protocol as control};
 use crate::host::deferral::Deferral;
 use crate::outlet::Outlet;
 
 /// How long the connection stays open for the output that is under way when the backup is given up.
-const QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) const QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time between two reports of numbers, at debug level.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// Silence that is borne from a backup that is loading its snapshot: its host is at its busiest then, and it
@@ -56,6 +58,10 @@ pub enum LinkEvent {
     Protected,
     /// The link is broken, and why.
     Down(String),
+    /// The operator lets the backup go.
+    Dismiss,
+    /// The log was ended for the backup to take over. Wants to know whether it did.
+    HandedOver(Sender<bool>),
 }
 
 /// A backup that counts as lost.
@@ -92,6 +98,8 @@ pub struct Supervisor {
     pub lost: Arc<AtomicBool>,
     /// Stops the guest.
     pub stop_guest: Box<dyn Fn() + Send>,
+    /// What an operator sees.
+    pub monitor: Arc<Monitor>,
 }
 
 impl Supervisor {
@@ -110,12 +118,24 @@ impl Supervisor {
                     continue;
                 }
                 Ok(LinkEvent::Protected) => {
-                    let view = self.view.load(Ordering::SeqCst);
-                    tracing::info!(view, "protected: the backup follows");
+                    let backup =
+                        self.monitor.peer().map_or_else(|| "the backup".into(), |peer| peer.to_string());
+                    let standing = self.standing(true, format!("{backup} has loaded the guest"));
+                    change!(info, self.monitor, standing, "protected: the backup follows");
                     limit = self.timeout;
                     continue;
                 }
                 Ok(LinkEvent::Down(why)) => Loss { why, answers: false },
+                Ok(LinkEvent::Dismiss) => {
+                    if !self.dismiss_backup() {
+                        return;
+                    }
+                    continue;
+                }
+                Ok(LinkEvent::HandedOver(outcome)) => {
+                    self.hand_over(&outcome);
+                    continue;
+                }
                 Err(RecvTimeoutError::Timeout) => match self.look(limit) {
                     Some(loss) => loss,
                     None => {
@@ -134,9 +154,10 @@ impl Supervisor {
             if !self.link.detach() {
                 continue;
             }
-            tracing::warn!("backup lost: {}", loss.why);
+            let standing = self.standing(false, loss.why.clone());
+            change!(warn, self.monitor, standing, "backup lost: output waits for the claim of the next view");
             self.report();
-            if !self.go_on_without(&loss, connection.take()) {
+            if !self.go_on_without(loss, connection.take()) {
                 return;
             }
         }
@@ -160,13 +181,13 @@ impl Supervisor {
     }
 
     /// Claims the next view and ends the connection, in the order that is safe. False: another monitor owns the guest.
-    fn go_on_without(&self, loss: &Loss, connection: Option<(TcpStream, SocketAddr)>) -> bool {
+    fn go_on_without(&self, loss: Loss, connection: Option<(TcpStream, SocketAddr)>) -> bool {
         let close = |(stream, _): (TcpStream, SocketAddr)| drop(stream.shutdown(Shutdown::Both));
         if let Some((_, address)) = &connection {
             self.search.failed(address.ip(), &loss.why);
         }
         if loss.answers {
-            let won = self.claim_next_view();
+            let won = self.claim_next_view(loss.why);
             self.heartbeats.set_peer(None);
             connection.into_iter().for_each(close);
             return won;
@@ -176,7 +197,11 @@ impl Supervisor {
         // If something is stuck, the backup has to find out by the silence.
         let quiet = self.gate.quiesce(QUIESCE_TIMEOUT) && self.gate.performer().quiesce(QUIESCE_TIMEOUT);
         connection.into_iter().filter(|_| quiet).for_each(close);
-        self.claim_next_view()
+        self.claim_next_view(loss.why)
+    }
+
+    pub(super) fn standing(&self, protected: bool, cause: String) -> Standing {
+        Standing { role: control::Role::Primary, view: self.view.load(Ordering::SeqCst), protected, cause }
     }
 
     fn report(&self) {
@@ -202,23 +227,33 @@ impl Supervisor {
         );
     }
 
-    /// Claims until there is an answer. False: another monitor owns the guest.
-    fn claim_next_view(&self) -> bool {
+    /// The claim of view `next` is won.
+    pub(super) fn go_on_alone(&self, next: u64, why: String) {
+        self.view.store(next, Ordering::SeqCst);
+        self.heartbeats.set_view(next, Role::Primary);
+        // A backup that is let go learns it now.
+        self.link.close();
+        self.link.alone();
+        self.gate.unprotect();
+        let standing = self.standing(false, why);
+        change!(warn, self.monitor, standing, "unprotected: the guest goes on without a backup");
+        self.monitor.set_peer(None);
+    }
+
+    /// Claims, because of `why`, until there is an answer. False: another monitor owns the guest.
+    pub(super) fn claim_next_view(&self, why: String) -> bool {
         let next = self.view.load(Ordering::SeqCst) + 1;
         match claim_until_known(&self.claims, next, &self.owner) {
             None => {
-                self.view.store(next, Ordering::SeqCst);
-                self.heartbeats.set_view(next, Role::Primary);
-                self.link.alone();
-                self.gate.unprotect();
-                tracing::warn!(view = next, "unprotected: the guest goes on without a backup");
+                self.go_on_alone(next, why);
                 true
             }
             Some(holder) => {
                 // The lease and the disk's guard look at this.
                 self.lost.store(true, Ordering::SeqCst);
-                tracing::error!(view = next, host = %holder.host, pid = holder.pid,
-                    "the backup has taken over; this monitor stops");
+                let cause = format!("{} (process {}) has claimed the view", holder.host, holder.pid);
+                let standing = Standing { role: control::Role::None, view: next, protected: false, cause };
+                change!(error, self.monitor, standing, "the backup has taken over; this monitor stops");
                 (self.stop_guest)();
                 std::thread::sleep(STOP_TIMEOUT);
                 // The guest's thread is stuck in a system call; nothing here may act any more.

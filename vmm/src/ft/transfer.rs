@@ -20,6 +20,8 @@ use devices::Payload;
 use ft_log::{FrameWriter, Message, Pages, SnapshotWriter, StreamError, Welcome};
 use thiserror::Error;
 
+use crate::control::protocol::{self as control, Direction};
+use crate::control::state::TransferOf;
 use crate::kvm::{DirtyLog, KvmError, page_count};
 use crate::snapshot::{self, SnapshotError};
 
@@ -61,6 +63,7 @@ struct Progress {
     ready: AtomicBool,
     failed: AtomicBool,
     slower_percent: AtomicU32,
+    percent: AtomicU32,
     rounds: AtomicU32,
     pages: AtomicU64,
 }
@@ -101,6 +104,18 @@ impl Transfer {
     /// How much of its time the guest must not run, in percent.
     pub fn slower_percent(&self) -> u32 {
         self.progress.slower_percent.load(Ordering::Relaxed)
+    }
+
+    /// What an operator is shown of it, on its way to `host`.
+    pub fn watch(&self, host: &str) -> TransferOf {
+        let (progress, host) = (Arc::clone(&self.progress), host.to_owned());
+        Box::new(move || control::Transfer {
+            direction: Direction::Sending,
+            host: host.clone(),
+            percent: progress.percent.load(Ordering::Relaxed),
+            rounds: Some(progress.rounds.load(Ordering::Relaxed)),
+            pages_again: Some(progress.pages.load(Ordering::Relaxed)),
+        })
     }
 
     /// Rounds of copying so far, and pages in all.
@@ -154,6 +169,7 @@ impl Copying {
                 tracing::info!(percent = now, "sending the guest to {}", copied.backup);
             }
             percent = now;
+            self.progress.percent.store(now as u32, Ordering::Relaxed);
         })?;
         self.rounds(copied, &mut writer)?;
         let (state, pages) = self.wait_for_last_part(copied.ask)?;

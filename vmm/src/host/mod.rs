@@ -96,6 +96,11 @@ impl StopToken {
         sent
     }
 
+    /// Becomes readable when the thread is to end.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.pipe.as_fd()
+    }
+
     /// Whether the thread is to end.
     pub(crate) fn stopped(&self) -> bool {
         self.channel.try_recv() == Err(TryRecvError::Disconnected)

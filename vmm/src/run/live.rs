@@ -13,6 +13,7 @@ use devices::Effect;
 use ft_log::{CLOCK_TOLERANCE, ClockModel, Entry, Event, GuestTime, Position};
 
 use super::{Door, Next, RunError, Stopped};
+use crate::control::orders::Orders;
 use crate::host::deferral::Deferral;
 use crate::machine::{Clock, GuestEnd, Kicked, Machine};
 
@@ -46,6 +47,11 @@ pub trait LogSink {
     /// A chance to look after the log's other end. The machine stands at a boundary. True: a snapshot was
     /// taken here and the log starts anew.
     fn at_boundary(&mut self, machine: &mut Machine) -> Result<bool, RunError>;
+    /// An operator wants the log's other end to take the guest over; the machine stands at a boundary. True: it did, and
+    /// the guest must not run here any more.
+    fn hand_over(&mut self, _: &Machine) -> Result<bool, RunError> {
+        Ok(false)
+    }
     /// No entries will follow.
     fn finish(&mut self, machine: &Machine) -> Result<(), RunError>;
     /// May the guest be broken off between anchors? Not where its state then must be named.
@@ -86,6 +92,7 @@ pub struct Live<L> {
     wake: Receiver<()>,
     own: VecDeque<Event>,
     stop: Arc<AtomicBool>,
+    orders: Arc<Orders>,
     deferral: Arc<Deferral>,
     log: L,
 }
@@ -102,15 +109,17 @@ pub struct HostSide {
     pub wake: Receiver<()>,
     /// The monitor is to stop.
     pub stop: Arc<AtomicBool>,
+    /// What an operator wants.
+    pub orders: Arc<Orders>,
 }
 
 impl<L: LogSink> Live<L> {
     /// A door between `host` and the guest.
     pub fn new(machine: &Machine, host: HostSide, log: L) -> Self {
-        let HostSide { time, inbox: (_keep_open, inbox), deferral, wake, stop } = host;
+        let HostSide { time, inbox: (_keep_open, inbox), deferral, wake, stop, orders } = host;
         let model = ClockModel::starting_at(machine.now());
         let own = VecDeque::new();
-        Self { time, model, inbox, _keep_open, wake, own, stop, deferral, log }
+        Self { time, model, inbox, _keep_open, wake, own, stop, orders, deferral, log }
     }
 
     /// The log, for what comes after the loop.
@@ -197,7 +206,7 @@ impl<L: LogSink> Clock for Live<L> {
         if self.stop.load(Ordering::Relaxed) && self.log.may_break_off() {
             return Err(RunError::StopRequested);
         }
-        if self.log.wants_boundary() {
+        if self.log.wants_boundary() || (self.orders.want_boundary() && self.log.may_checkpoint()) {
             return Ok(Kicked::Stop);
         }
         if !self.deferral.is_due() {
@@ -225,12 +234,23 @@ impl<L: LogSink> Door for Live<L> {
                 self.log.finish(machine)?;
                 return Ok(Next::Stop(Stopped::Requested));
             }
-            self.apply_due(machine, effects)?;
-            if !machine.waiting() {
-                return Ok(Next::Enter);
+            if self.orders.take_switch() && self.log.hand_over(machine)? {
+                return Ok(Next::Stop(Stopped::Requested));
+            }
+            // What arrives meanwhile waits in the inbox; frames that find no room there are dropped.
+            let pause = self.orders.pause();
+            self.orders.set_stands(pause);
+            if !pause {
+                self.apply_due(machine, effects)?;
+                if !machine.waiting() {
+                    return Ok(Next::Enter);
+                }
             }
             self.publish(machine, effects)?;
-            if self.own.is_empty() {
+            if pause {
+                // Its other end is in a `Stop` that outlives this door.
+                let _ = self.wake.recv();
+            } else if self.own.is_empty() {
                 self.wait(machine);
             }
         }
