@@ -317,7 +317,7 @@ fn get_hello(input: &mut &[u8]) -> Result<Hello, LogError> {
             HAS_DISK => Some(get_u64(input, "disk size")?),
             tag => return Err(LogError::UnknownTag { what: "disk tag", tag }),
         },
-        claims_id: get_array(input, "claims directory id")?,
+        claims_id: get_array(input, "arbiter id")?,
         host_name: get_text(input, "host name", MAX_NAME_BYTES)?,
         timeout_ms: get_u32(input, "timeout")?,
         has_network: match get_u8(input, "network tag")? {

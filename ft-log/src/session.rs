@@ -50,7 +50,7 @@ pub struct Hello {
     pub guest_name: String,
     /// Size of its copy of the guest's disk, if it has one.
     pub disk_bytes: Option<u64>,
-    /// The id stored in the claims directory that it sees: both hosts must share one directory.
+    /// The id of the arbiter that it asks: both hosts must ask the same one.
     pub claims_id: [u8; 16],
     /// The name of its host.
     pub host_name: String,
@@ -92,7 +92,7 @@ pub struct Expected {
     pub guest_name: String,
     /// Size of the guest's disk, if it has one.
     pub disk_bytes: Option<u64>,
-    /// The id stored in the claims directory that the primary sees.
+    /// The id of the arbiter that the primary asks.
     pub claims_id: [u8; 16],
     /// The primary's own timeout: what it lets out on an answer of the backup relies on the backup's.
     pub timeout_ms: u32,
@@ -182,9 +182,9 @@ pub enum Mismatch {
         /// The primary's timeout.
         primary: u32,
     },
-    /// Claims directories that are not the same: both sides could claim the guest.
+    /// Arbiters that are not the same: both sides could win the guest.
     #[error(
-        "Backup host {host} sees claims directory {}, the primary sees {}: both must mount the same directory",
+        "Backup host {host} asks the arbiter {}, the primary asks {}: both must name the same one with --arbiter",
         hex(backup),
         hex(primary)
     )]

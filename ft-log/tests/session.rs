@@ -72,8 +72,8 @@ fn a_backup_that_differs_is_told_in_what() {
         ),
         (
             Hello { claims_id: [0xab; 16], ..common::hello() },
-            "Backup host beta sees claims directory abababababababababababababababab, the primary sees \
-             30313233343536373839616263646566: both must mount the same directory",
+            "Backup host beta asks the arbiter abababababababababababababababab, the primary asks \
+             30313233343536373839616263646566: both must name the same one with --arbiter",
         ),
     ];
     for (hello, sentence) in cases {

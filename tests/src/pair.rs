@@ -104,6 +104,11 @@ impl Volume {
         format!("{}/disk.img", self.path)
     }
 
+    /// The arbiter that the monitors use: this directory.
+    pub fn arbiter(&self) -> String {
+        format!("dir:{}", self.path)
+    }
+
     /// The option for [`Volume::key`].
     pub fn security(&self) -> Vec<&str> {
         self.key.as_deref().map_or_else(|| vec!["--insecure"], |key| vec!["--key-file", key])
@@ -296,7 +301,7 @@ impl Site {
         let listen = self.log_address(number);
         let timeout = guest.timeout_ms.to_string();
         // The details are for the log of a failed test.
-        ["-v", "--shared", &volume.path, "--listen", &listen, "--timeout-ms", &timeout]
+        ["-v", "--arbiter", &volume.arbiter(), "--listen", &listen, "--timeout-ms", &timeout]
             .into_iter()
             .chain(volume.security())
             .map(String::from)

@@ -84,13 +84,15 @@ fn wrong_command_lines_are_refused() -> TestResult {
         let path = &volume.path;
         let run = format!("run --kernel {} --memory-mib", site.kernel());
         let security = volume.security().join(" ");
-        let pair = format!("--shared {path} --listen 10.78.0.101:7000 --kernel {} {security}", site.kernel());
+        let pair =
+            format!("--arbiter dir:{path} --listen 10.78.0.101:7000 --kernel {} {security}", site.kernel());
+        let kernel = format!("--kernel {} {security}", site.kernel());
         for (line, status, says) in [
             ("walk", 2, &["walk"][..]),
             ("run --kernel /images/vmlinuz --frobnicate", 2, &["--frobnicate"]),
             ("run", 2, &["--kernel"]),
             ("replay", 2, &["FILE"]),
-            (&format!("primary --kernel /images/vmlinuz --shared {path}"), 2, &["--listen"]),
+            (&format!("primary --kernel /images/vmlinuz --arbiter dir:{path}"), 2, &["--listen"]),
             (&format!("{run} much"), 2, &["--memory-mib", "much"]),
             (&format!("{run} 99999999999999999999"), 2, &["--memory-mib"]),
             (&format!("{run} 0"), 1, &["--memory-mib 0", "between 32 and"]),
@@ -121,7 +123,13 @@ fn wrong_command_lines_are_refused() -> TestResult {
                 1,
                 &["'../guest' is not a guest name", "use 1 to 64 of"],
             ),
-            (&format!("backup --shared {path} --connect nowhere"), 2, &["--connect", "nowhere"]),
+            (&format!("backup --arbiter dir:{path} --connect nowhere"), 2, &["--connect", "nowhere"]),
+            (
+                &format!("primary --arbiter {path} --listen 10.78.0.101:7000 {kernel}"),
+                2,
+                &["--arbiter", "dir:"],
+            ),
+            ("doctor --arbiter zookeeper:a", 2, &["--arbiter", "'zookeeper' is no kind of arbiter"]),
         ] {
             refused(site, 1, line, status, says)?;
         }
@@ -134,23 +142,23 @@ fn wrong_hosts_are_refused() -> TestResult {
         let volume = site.volume()?;
         let path = &volume.path;
         let security = volume.security().join(" ");
-        let pair = format!("--shared {path} --listen 10.78.0.101:7000 --kernel {} {security}", site.kernel());
+        let pair = format!("--arbiter dir:{path} --listen 10.78.0.101:7000 --kernel {} {security}", site.kernel());
         for (line, status, says) in [
-            (&format!("standby --shared {path} --listen 10.78.0.101:7000"), 2, &["--hosts"][..]),
+            (&format!("standby --arbiter dir:{path} --listen 10.78.0.101:7000"), 2, &["--hosts"][..]),
             (
-                &format!("standby --shared {path} --listen 10.78.0.101:7000 --hosts host-b:7000"),
+                &format!("standby --arbiter dir:{path} --listen 10.78.0.101:7000 --hosts host-b:7000"),
                 2,
                 &["--hosts", "'host-b:7000' is not an IP address", "ADDR:PORT"],
             ),
             (
                 &format!(
-                    "standby {security} --shared {path} --listen 10.78.0.101:7000 --hosts 10.78.0.101:7000"
+                    "standby {security} --arbiter dir:{path} --listen 10.78.0.101:7000 --hosts 10.78.0.101:7000"
                 ),
                 1,
                 &["--hosts names this host alone", "name the others"],
             ),
             (
-                &format!("standby {security} --shared {path} --listen 0.0.0.0:7000 --hosts 10.78.0.101:7000"),
+                &format!("standby {security} --arbiter dir:{path} --listen 0.0.0.0:7000 --hosts 10.78.0.101:7000"),
                 1,
                 &["--hosts names this host alone"],
             ),
@@ -221,8 +229,8 @@ fn unusable_networks_are_refused() -> TestResult {
         let kernel = site.kernel();
         let own = site.host(1).address(Link::Log);
         let security = volume.security().join(" ");
-        let primary = format!("primary --kernel {kernel} {security} --shared {path} --listen");
-        let backup = format!("backup {security} --shared {path} --connect-timeout-ms 300 --connect");
+        let primary = format!("primary --kernel {kernel} {security} --arbiter dir:{path} --listen");
+        let backup = format!("backup {security} --arbiter dir:{path} --connect-timeout-ms 300 --connect");
         // Something else on the ports that are to be used.
         let _silent = site.host(1).spawn(&["nc", "-l", "-p", "7001"])?;
         let _talking = site.host(1).spawn(&["sh", "-c", "yes | nc -l -p 7002"])?;
@@ -241,28 +249,28 @@ fn unusable_networks_are_refused() -> TestResult {
             (format!("{backup} 10.78.0.250:7000"), &["no primary answers at 10.78.0.250:7000"]),
             (format!("{backup} {own}:7002"), &["primary at", ":7002"]),
             (
-                format!("primary --kernel {kernel} {security} --listen {own}:7000 --shared {path}/none"),
+                format!("primary --kernel {kernel} {security} --listen {own}:7000 --arbiter dir:{path}/none"),
                 &["none' does not exist", "create it"],
             ),
             (
-                format!("primary --kernel {kernel} {security} --listen {own}:7000 --shared {path}/file"),
+                format!("primary --kernel {kernel} {security} --listen {own}:7000 --arbiter dir:{path}/file"),
                 &["file' is not a directory"],
             ),
             (
-                format!("primary --kernel {kernel} {security} --listen {own}:7000 --shared /images"),
+                format!("primary --kernel {kernel} {security} --listen {own}:7000 --arbiter dir:/images"),
                 &["/images' cannot be written", "Read-only"],
             ),
             (
-                format!("backup --connect {own}:7000 {security} --shared /images"),
+                format!("backup --connect {own}:7000 {security} --arbiter dir:/images"),
                 &["/images' cannot be written"],
             ),
             (
-                format!("standby --listen {own}:7000 --hosts 10.78.0.102 {security} --shared {path} --tap none0"),
+                format!("standby --listen {own}:7000 --hosts 10.78.0.102 {security} --arbiter dir:{path} --tap none0"),
                 &["Tap 'none0' does not exist", "ip tuntap add none0"],
             ),
             (
                 format!(
-                    "standby --listen {own}:7000 --hosts 10.78.0.102 {security} --shared {path} --disk {path}/none.img"
+                    "standby --listen {own}:7000 --hosts 10.78.0.102 {security} --arbiter dir:{path} --disk {path}/none.img"
                 ),
                 &["none.img' does not exist"],
             ),
@@ -283,8 +291,8 @@ fn unusable_keys_are_refused() -> TestResult {
         fs::write(local.join("cut.key"), "vmft-key 1\nkey 00010203\n")?;
         fs::set_permissions(local.join("cut.key"), Permissions::from_mode(0o600))?;
         fs::set_permissions(local.join("text"), Permissions::from_mode(0o600))?;
-        let backup = format!("backup --shared {path} --connect");
-        let primary = format!("primary --kernel {} --shared {path} --listen", site.kernel());
+        let backup = format!("backup --arbiter dir:{path} --connect");
+        let primary = format!("primary --kernel {} --arbiter dir:{path} --listen", site.kernel());
         let with_key = format!("{backup} 10.78.0.101:7000 --key-file {path}");
         let open = ["is not a loopback address", "vmft keygen FILE", "--key-file", "--insecure"];
         for (line, status, says) in [
@@ -366,7 +374,7 @@ fn what_another_monitor_has_is_refused() -> TestResult {
         let (kernel, path) = (site.kernel(), &volume.path);
         let run = format!("run --kernel {kernel}");
         let security = volume.security().join(" ");
-        let second = format!("primary --kernel {kernel} {security} --shared {path}");
+        let second = format!("primary --kernel {kernel} {security} --arbiter dir:{path}");
         for (line, says) in [
             (format!("{run} --disk {path}/disk.img"), &["disk.img' is in use by another monitor"][..]),
             (format!("{run} --tap tap0"), &["Tap 'tap0' is in use", "its own tap"]),
@@ -381,7 +389,9 @@ fn what_another_monitor_has_is_refused() -> TestResult {
         let timeout = Guest::default().timeout_ms;
         let address = "the primary at 10.78.0.101:7000 refuses this backup: ";
         let backup = |shared: &str, disk: &str, rest: &str| {
-            format!("backup --connect 10.78.0.101:7000 {security} --shared {shared} --disk {disk} {rest}")
+            format!(
+                "backup --connect 10.78.0.101:7000 {security} --arbiter dir:{shared} --disk {disk} {rest}"
+            )
         };
         let disk = volume.disk();
         let fitting = format!("--tap tap0 --timeout-ms {timeout}");
@@ -395,7 +405,10 @@ fn what_another_monitor_has_is_refused() -> TestResult {
                 backup(path, &format!("{path}/small.img"), &fitting),
                 &[address, "33554432 bytes", "67108864 bytes"],
             ),
-            (backup(&other.path, &disk, &fitting), &[address, "sees claims directory", "mount the same"]),
+            (
+                backup(&other.path, &disk, &fitting),
+                &[address, "asks the arbiter", "the same one with --arbiter"],
+            ),
             (backup(path, &disk, &slower), &[address, "--timeout-ms", "must be equal"]),
             (
                 backup(path, &disk, &format!("{fitting} --position step")),
@@ -419,7 +432,7 @@ fn other_keys_are_refused() -> TestResult {
         let client = site.client(Config { interval: Duration::from_millis(20), ..Config::default() })?;
         let address = "the primary at 10.78.0.101:7000 cannot be followed: ";
         let backup = format!(
-            "backup --connect 10.78.0.101:7000 --shared {} --disk {} --tap tap0 --timeout-ms {}",
+            "backup --connect 10.78.0.101:7000 --arbiter dir:{} --disk {} --tap tap0 --timeout-ms {}",
             volume.path,
             volume.disk(),
             Guest::default().timeout_ms

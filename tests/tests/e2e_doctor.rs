@@ -131,20 +131,20 @@ fn the_shared_directory() -> TestResult {
         let volume = site.volume()?;
         let names = || fs::read_dir(&volume.local).map(|entries| entries.count());
         let before = names()?;
-        let output = doctor(site, &format!("--shared {}", volume.path))?;
+        let output = doctor(site, &format!("--arbiter dir:{}", volume.path))?;
         assert_verdict(&output, "fit (checkpoint)");
-        let seen = line(&output, "shared directory");
+        let seen = line(&output, "arbiter");
         assert!(seen.contains("a name is created once only; fsync takes"), "{seen}");
         assert_eq!(names()?, before, "the doctor left something behind");
 
         for (path, words) in [
             ("/images", ["'/images' cannot be written", "Read-only file system"]),
             ("/shared/none", ["'/shared/none' does not exist", "create it on storage that both hosts see"]),
-            ("/images/vmft", ["'/images/vmft' is not a directory", "--shared"]),
+            ("/images/vmft", ["'/images/vmft' is not a directory", "--arbiter"]),
         ] {
-            let output = doctor(site, &format!("--shared {path}"))?;
+            let output = doctor(site, &format!("--arbiter dir:{path}"))?;
             assert_verdict(&output, "unfit");
-            let seen = line(&output, "shared directory");
+            let seen = line(&output, "arbiter");
             assert!(seen.contains("failed") && words.iter().all(|words| seen.contains(words)), "{seen}");
             assert!(line(&output, "dirty log").contains("ok"), "the host itself is as it was");
         }

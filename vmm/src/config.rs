@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::ft::arbiter::ArbiterSpec;
 use crate::ft::hosts::HostList;
 use crate::position::Wanted;
 use crate::run::{CorruptAt, Faults, Slowness};
@@ -125,9 +126,9 @@ pub struct DoctorArgs {
     /// Write the report as JSON.
     #[arg(long)]
     pub json: bool,
-    /// Also look at the directory that both hosts share.
-    #[arg(long, value_name = "DIR")]
-    pub shared: Option<PathBuf>,
+    /// Also try the arbiter that both hosts will ask.
+    #[arg(long, value_name = "SPEC")]
+    pub arbiter: Option<ArbiterSpec>,
     /// Also measure the round trip to the peer: a primary's --listen address.
     #[arg(long, value_name = "ADDR:PORT")]
     pub peer: Option<SocketAddr>,
@@ -197,9 +198,9 @@ pub struct PositionArgs {
 /// What both sides of a pair need.
 #[derive(Clone, Debug, Args)]
 pub struct PairArgs {
-    /// Directory on storage that both hosts share; the two arbitrate there over who goes on.
-    #[arg(long, value_name = "DIR")]
-    pub shared: PathBuf,
+    /// Who decides which side goes on: dir:PATH, a directory on storage that both hosts share.
+    #[arg(long, value_name = "SPEC")]
+    pub arbiter: ArbiterSpec,
     /// Silence after which the other side counts as failed.
     #[arg(long, value_name = "MS", default_value_t = 500, value_parser = clap::value_parser!(u64).range(20..=60_000))]
     pub timeout_ms: u64,

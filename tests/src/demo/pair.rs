@@ -153,7 +153,7 @@ fn start_primary(site: &Site, options: &Options) -> Result<Arc<dyn Monitor>, Dem
         line.extend(["--initrd", initrd]);
     }
     line.extend(["--memory-mib", &memory_mib, "--disk", &files.disk, "--tap", &site.tap]);
-    line.extend(["--cmdline", cmdline.trim_end(), "--shared", &files.shared, "--listen", &site.listen]);
+    line.extend(["--cmdline", cmdline.trim_end(), "--arbiter", &files.arbiter, "--listen", &site.listen]);
     line.extend(["--key-file", &files.key]);
     line.extend(["--control", PRIMARY_CONTROL]);
     site.hosts[0].start(&line)
@@ -165,7 +165,7 @@ fn backup_line<'a>(site: &'a Site, keys: &'a str) -> Vec<&'a str> {
     let with_keys = r#"mkfifo "$0" && exec "$@" <>"$0""#;
     let mut line = vec!["sh", "-c", with_keys, keys, &files.monitor, "backup", "--connect", &site.listen];
     line.extend(["--connect-timeout-ms", CONNECT_TIMEOUT_MS, "--disk", &files.disk, "--tap", &site.tap]);
-    line.extend(["--shared", &files.shared, "--key-file", &files.key, "--control", BACKUP_CONTROL]);
+    line.extend(["--arbiter", &files.arbiter, "--key-file", &files.key, "--control", BACKUP_CONTROL]);
     line
 }
 

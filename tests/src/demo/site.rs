@@ -55,6 +55,7 @@ pub(super) struct Files {
     pub(super) disk: String,
     pub(super) shared: String,
     pub(super) key: String,
+    pub(super) arbiter: String,
 }
 
 impl Site {
@@ -115,6 +116,7 @@ impl Site {
             initrd: initrd.map(|name| on_host(&name)),
             disk: format!("{shared}/disk.img"),
             key: format!("{shared}/{KEY_FILE}"),
+            arbiter: format!("dir:{shared}"),
             shared,
         };
         let listen = SocketAddr::from((first.address(Link::Log), LOG_PORT)).to_string();
@@ -157,6 +159,7 @@ impl Site {
                 Initrd::None => None,
             },
             disk: disk?,
+            arbiter: format!("dir:{path}"),
             shared: path.clone(),
             key: format!("{path}/{KEY_FILE}"),
         };

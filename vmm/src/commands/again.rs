@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn a_primary_keeps_what_a_standby_needs() {
         let line = "vmft -v primary --kernel k --initrd i --memory-mib 128 --disk /d.img --tap tap0 \
-                    --mac 52:54:00:12:34:56 --name web --shared /s --listen 192.0.2.1:7700 --timeout-ms 800 \
+                    --mac 52:54:00:12:34:56 --name web --arbiter dir:/s --listen 192.0.2.1:7700 --timeout-ms 800 \
                     --hosts 192.0.2.1,192.0.2.2";
         let words = standby(line).unwrap();
         let (command, mut options) =
@@ -162,11 +162,11 @@ mod tests {
         options.sort_unstable();
         assert_eq!(command, "standby");
         let kept = [
+            "--arbiter=dir:/s",
             "--disk=/d.img",
             "--hosts=192.0.2.1,192.0.2.2",
             "--listen=192.0.2.1:7700",
             "--name=web",
-            "--shared=/s",
             "--tap=tap0",
             "--timeout-ms=800",
             "--verbose",
@@ -176,7 +176,7 @@ mod tests {
 
     #[test]
     fn a_backup_keeps_all_but_its_primary_and_a_standby_stays_as_it_is() {
-        let follow = "--shared=/s --disk=/d --listen=192.0.2.1:7700 --hosts=192.0.2.2 --position=step";
+        let follow = "--arbiter=dir:/s --disk=/d --listen=192.0.2.1:7700 --hosts=192.0.2.2 --position=step";
         let sorted = |line: String| {
             let mut words: Vec<String> = line.split(' ').map(String::from).collect();
             words.sort_unstable();
@@ -199,10 +199,10 @@ mod tests {
             words[1..].sort_unstable();
             Some(words.join(" "))
         };
-        let kept = "--connect-timeout-ms=30000 --connect=192.0.2.2:7701 --control=/c --defer-ms=7 --key-file=/k \
-                    --listen=192.0.2.1:7700 --metrics=127.0.0.1:9 --name=web --shared=/s --tap=t0";
+        let kept = "--arbiter=dir:/s --connect-timeout-ms=30000 --connect=192.0.2.2:7701 --control=/c --defer-ms=7 \
+                    --key-file=/k --listen=192.0.2.1:7700 --metrics=127.0.0.1:9 --name=web --tap=t0";
         let given = "--control /c --defer-ms 7 --key-file /k --listen 192.0.2.1:7700 --metrics 127.0.0.1:9 --name web \
-                     --shared /s --tap t0";
+                     --arbiter dir:/s --tap t0";
         let expected = Some(format!("backup {kept}"));
         assert_eq!(backup(&format!("vmft primary --kernel k --memory-mib 64 {given}")), expected);
         let old =
@@ -217,7 +217,10 @@ mod tests {
 
     #[test]
     fn a_monitor_without_hosts_does_not_start_over() {
-        assert_eq!(standby("vmft backup --connect 192.0.2.2:7700 --shared /s --listen 192.0.2.1:7700"), None);
+        assert_eq!(
+            standby("vmft backup --connect 192.0.2.2:7700 --arbiter dir:/s --listen 192.0.2.1:7700"),
+            None
+        );
         assert_eq!(standby("vmft run --kernel k"), None);
     }
 }

@@ -157,7 +157,7 @@ impl<'a> Follower<'a> {
             cpu: self.cpu,
             guest_name: self.args.name.clone(),
             disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
-            claims_id: self.side.claims.directory_id().map_err(PairError::from)?,
+            claims_id: self.side.claims.arbiter_id(),
             host_name: self.side.owner.host.clone(),
             timeout_ms: self.side.timeout.as_millis() as u32,
             has_network: resources.tap.is_some(),

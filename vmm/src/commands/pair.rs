@@ -8,7 +8,6 @@
 //! ```
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -30,8 +29,9 @@ use crate::control::socket::{self, ControlSocket};
 use crate::control::state::{self, FiguresOf};
 use crate::control::{Identity, Monitor, Server, Standing};
 use crate::ft::accept::{AcceptError, Listener, Reception};
+use crate::ft::arbiter::random_id;
 use crate::ft::backup::BackupError;
-use crate::ft::claim::{ClaimError, ClaimRole, Claims, Outcome, Owner, random_id};
+use crate::ft::claim::{ClaimError, ClaimRole, Claims, Outcome, Owner};
 use crate::ft::heartbeat::{HeartbeatError, Heartbeats};
 use crate::ft::hosts::{HostList, HostsError};
 use crate::ft::key_file::{self, KeyFileError};
@@ -76,11 +76,11 @@ pub enum PairError {
     KeyFile(#[from] KeyFileError),
     /// The guest's name is taken.
     #[error(
-        "guest '{name}' is already run by {} (process {}): it holds view {view} in {directory}. \
-         If that monitor is certainly gone, remove {name}.view-* there and start again",
+        "guest '{name}' is already run by {} (process {}): it holds view {view} at {arbiter}. \
+         If that monitor is certainly gone, {removal} and start again",
         holder.host, holder.pid
     )]
-    Claimed { name: String, view: u64, directory: String, holder: Box<Owner> },
+    Claimed { name: String, view: u64, arbiter: String, removal: String, holder: Box<Owner> },
     #[error(
         "--heartbeat-ms {heartbeat_ms} is too long for --timeout-ms {timeout_ms}; it may be a third of it at most"
     )]
@@ -135,7 +135,7 @@ impl Side {
         let open = |directory| Reports::open(directory, name, &host, limit_bytes);
         let reports = args.report_dir.as_deref().map(open).transpose().map_err(PairError::from)?;
         Ok(Self {
-            claims: Claims::open(&args.shared, name).map_err(PairError::from)?,
+            claims: Claims::open(&args.arbiter, name).map_err(PairError::from)?,
             monitor: Monitor::new(Identity {
                 name: name.to_owned(),
                 host: host.clone(),
@@ -186,7 +186,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     let addresses = [("--listen", args.listen)];
     let side = Side::new(&args.pair, &addresses, args.guest.delivery, &args.guest.name, ClaimRole::Primary)?;
     let _server = side.serve(&args.pair.operator, &args.guest.name)?;
-    let view = first_view(&side.claims, &args.guest.name, &args.pair.shared)?;
+    let view = first_view(&side.claims, &args.guest.name)?;
     let hosts = other_hosts(args.hosts.as_ref(), Some(args.listen))?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
     let heartbeats = Arc::new(
@@ -197,12 +197,12 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     match side.claims.claim(view, &side.owner).map_err(PairError::from)? {
         Outcome::Won => {}
         Outcome::Lost { holder } => {
-            return Err(claimed(&args.guest.name, &args.pair.shared, view, holder).into());
+            return Err(claimed(&side.claims, &args.guest.name, view, holder).into());
         }
         Outcome::Unknown { why } => {
             return Err(CommandError::Unfit(format!(
-                "the shared directory {} does not say whether the guest may be started: {why}",
-                args.pair.shared.display()
+                "the arbiter {} does not say whether the guest may be started: {why}",
+                args.pair.arbiter
             )));
         }
     }
@@ -234,19 +234,20 @@ pub(super) fn other_hosts(
 }
 
 /// The view in which a guest may be started: the first, or the one behind its last orderly end.
-fn first_view(claims: &Claims, name: &str, directory: &Path) -> Result<u64, PairError> {
+fn first_view(claims: &Claims, name: &str) -> Result<u64, PairError> {
     match claims.latest()? {
         None => Ok(1),
         Some((view, Owner { role: ClaimRole::Ended, .. })) => Ok(view + 1),
-        Some((view, holder)) => Err(claimed(name, directory, view, holder)),
+        Some((view, holder)) => Err(claimed(claims, name, view, holder)),
     }
 }
 
-fn claimed(name: &str, directory: &Path, view: u64, holder: Owner) -> PairError {
+fn claimed(claims: &Claims, name: &str, view: u64, holder: Owner) -> PairError {
     PairError::Claimed {
         name: name.to_owned(),
         view,
-        directory: directory.display().to_string(),
+        arbiter: claims.arbiter().to_string(),
+        removal: claims.removal(),
         holder: Box::new(holder),
     }
 }
@@ -436,7 +437,7 @@ fn reception(
         cpu: config.cpu,
         guest_name: config.name.clone(),
         disk_bytes: config.board.disk_bytes,
-        claims_id: side.claims.directory_id().map_err(PairError::from)?,
+        claims_id: side.claims.arbiter_id(),
         timeout_ms: side.timeout.as_millis() as u32,
         has_network: config.board.net_mac.is_some(),
         positions: config.positions,

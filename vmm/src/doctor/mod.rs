@@ -6,10 +6,11 @@
 //! ```text
 //! /dev/kvm ─> flavour, capabilities, cpu ─(well)─> Bench ─> execution, isolation ─┐
 //!                                      └(not)─> not measured ──────────────────┼─> Report ─> Fitness
-//! counting (counters), surroundings (tun, --shared, --peer) ───────────────────┘
+//! counting (counters), arbiter, surroundings (tun, peer) ──────────────────────┘
 //! ```
 //! A guest is started only where the structural checks hold, one at a time, each for one measurement.
 
+mod arbiter;
 mod counting;
 mod execution;
 mod guest;
@@ -19,7 +20,6 @@ mod watchdog;
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 pub use counting::Measured;
 use ft_log::CpuIdentity;
@@ -29,6 +29,7 @@ use serde::Serialize;
 use watchdog::Watchdog;
 
 use crate::boot::cpuid_table;
+use crate::ft::arbiter::ArbiterSpec;
 use crate::kvm::{Kvm, KvmError, Unfit, host_flavour, install_kick_handler};
 
 /// What came of a check.
@@ -169,8 +170,8 @@ impl Report {
 /// What shall be looked at besides the host itself.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// The directory for claims.
-    pub shared: Option<PathBuf>,
+    /// Where claims will be made.
+    pub arbiter: Option<ArbiterSpec>,
     /// A primary's --listen address.
     pub peer: Option<SocketAddr>,
 }
@@ -228,8 +229,8 @@ pub fn examine(options: &Options) -> Report {
     }
     checks.extend(counting::checks(bench.as_ref()));
     checks.push(Check::new("tun", surroundings::tun()));
-    if let Some(directory) = &options.shared {
-        checks.push(Check::new("shared directory", surroundings::shared_directory(directory)));
+    if let Some(arbiter) = &options.arbiter {
+        checks.push(Check::new("arbiter", arbiter::examine(arbiter)));
     }
     if let Some(address) = options.peer {
         checks.push(Check::new("peer", surroundings::peer(address)));

@@ -13,6 +13,7 @@
 //! ```
 
 pub mod accept;
+pub mod arbiter;
 pub mod backup;
 pub mod channel;
 pub mod claim;

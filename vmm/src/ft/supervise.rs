@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use ft_log::{Role, SealKey};
 
@@ -30,6 +30,7 @@ use crate::change;
 use crate::control::{Monitor, Standing, protocol as control};
 use crate::host::deferral::Deferral;
 use crate::outlet::Outlet;
+use crate::with_causes;
 
 /// How long the connection stays open for the output that is under way when the backup is given up.
 pub(super) const QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -40,6 +41,8 @@ const REPORT_EVERY: Duration = Duration::from_secs(1);
 const LOADING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause before an unanswered claim is made again.
 const CLAIM_AGAIN: Duration = Duration::from_millis(50);
+/// How long a claim may hang before it is said.
+const CLAIM_SAID_AFTER: Duration = Duration::from_secs(2);
 /// How long the guest's thread may take to stop after a lost claim before the process ends regardless.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -78,7 +81,7 @@ pub struct Supervisor {
     pub link: Arc<Link>,
     /// Where output waits.
     pub gate: Arc<OutputGate<Outlet>>,
-    /// The shared directory.
+    /// Where the right to run the guest is claimed.
     pub claims: Claims,
     /// Who claims.
     pub owner: Owner,
@@ -263,20 +266,50 @@ impl Supervisor {
     }
 }
 
-/// Claims `view` until the answer is known. `None`: won. While the shared directory does not answer, nobody
-/// goes on: neither side can know that the other has not.
+/// Claims `view` until the answer is known. `None`: won. While the arbiter does not answer, nobody goes on: neither
+/// side can know that the other has not.
 pub fn claim_until_known(claims: &Claims, view: u64, owner: &Owner) -> Option<Owner> {
     let mut said = false;
-    loop {
-        let why = match claims.claim(view, owner) {
-            Ok(Outcome::Won) => return None,
-            Ok(Outcome::Lost { holder }) => return Some(holder),
-            Ok(Outcome::Unknown { why }) => why,
-            Err(error) => error.to_string(),
-        };
+    let mut say = |why: &str| {
         if !std::mem::replace(&mut said, true) {
             tracing::warn!(view, "the claim is undecided, asking again until there is an answer: {why}");
         }
+    };
+    loop {
+        let why = match claim_on_a_thread(claims, view, owner, &mut say) {
+            Ok(Outcome::Won) => return None,
+            Ok(Outcome::Lost { holder }) => return Some(holder),
+            Ok(Outcome::Unknown { why }) => why,
+            Err(why) => why,
+        };
+        say(&why);
         std::thread::sleep(CLAIM_AGAIN);
+    }
+}
+
+/// One attempt. It may hang in the kernel, as on a file server that does not answer; that is said meanwhile.
+fn claim_on_a_thread(
+    claims: &Claims,
+    view: u64,
+    owner: &Owner,
+    say: &mut impl FnMut(&str),
+) -> Result<Outcome, String> {
+    let (answer, answered) = bounded(1);
+    let (asked, owner) = (claims.clone(), owner.clone());
+    std::thread::Builder::new()
+        .name("claim".into())
+        .spawn(move || {
+            // This function waits for exactly this.
+            let _ = answer.send(asked.claim(view, &owner).map_err(|error| with_causes(&error)));
+        })
+        .map_err(|error| format!("no thread for it: {error}"))?;
+    loop {
+        match answered.recv_timeout(CLAIM_SAID_AFTER) {
+            Ok(outcome) => return outcome,
+            Err(RecvTimeoutError::Timeout) => {
+                say(&format!("{} has not answered for {} s", claims.arbiter(), CLAIM_SAID_AFTER.as_secs()));
+            }
+            Err(RecvTimeoutError::Disconnected) => return Err("its thread has ended".into()),
+        }
     }
 }

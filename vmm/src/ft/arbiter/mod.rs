@@ -1,0 +1,185 @@
+//! Where claims are kept: something that both hosts can ask, and that gives each name a record once.
+//!
+//! Owns: what `--arbiter` may say, and what every arbiter promises. Must never: know what is in a record
+//! (`ft/claim.rs` does), or take silence for an answer.
+//!
+//! ```text
+//!   Claims ── create(guest, view, record) ──> New       the view had no record, and has this one for good
+//!                                             Exists    it has one for good: another's, or ours from an attempt
+//!                                                       of which the answer was lost
+//!                                             Unknown   nothing is known; ask again
+//! ```
+//!
+//! An arbiter has an id that both sides compare before they form a pair: two arbiters would give two winners. It
+//! looks at the id again with every record, so that one that was replaced meanwhile (a directory that is not mounted
+//! any more, an etcd that lost its data) decides nothing.
+//!
+//! Not covered: an arbiter that forgets records and keeps its id.
+
+pub mod dir;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use crate::host::random_bytes;
+
+/// The answer to [`Arbiter::create`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Created {
+    /// The view had no record and now has this one. It outlives a crash of the arbiter.
+    New,
+    /// The view has a record, which outlives a crash of the arbiter.
+    Exists(Vec<u8>),
+    /// The record may or may not have been made, now or later. Ask again with the same one.
+    Unknown {
+        /// What went wrong.
+        why: String,
+    },
+}
+
+/// Keeps a record for each view of each guest, written once and never changed. All methods may be called from any
+/// thread; how long they may take is each arbiter's to say.
+pub trait Arbiter: fmt::Debug + fmt::Display + Send + Sync {
+    /// Equal on two hosts that ask the same arbiter.
+    fn id(&self) -> [u8; 16];
+
+    /// Makes `record` the record of `view`, if it has none.
+    fn create(&self, guest: &str, view: u64, record: &[u8]) -> Result<Created, ArbiterError>;
+
+    /// The highest view that has a record, and the record.
+    fn latest(&self, guest: &str) -> Result<Option<(u64, Vec<u8>)>, ArbiterError>;
+
+    /// Where the record of `view` is kept, as an operator would look for it.
+    fn place(&self, guest: &str, view: u64) -> String;
+
+    /// How an operator removes all records of `guest`: an imperative.
+    fn removal(&self, guest: &str) -> String;
+}
+
+/// Why an arbiter cannot be used. None of these means that a view was lost.
+#[derive(Debug, thiserror::Error)]
+pub enum ArbiterError {
+    /// There is no such directory.
+    #[error(
+        "Claims directory '{path}' does not exist; create it on storage that both hosts see, and mount it here"
+    )]
+    Missing {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// It is something else.
+    #[error("Claims directory '{path}' is not a directory")]
+    NotADirectory {
+        /// What is there.
+        path: PathBuf,
+    },
+    /// Nothing can be created in it.
+    #[error("Claims directory '{path}' cannot be written; both monitors need to create files in it")]
+    NotWritable {
+        /// The directory.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// It has no room for a claim.
+    #[error("Claims directory '{path}' is full; free some space there, a claim needs less than 1 KiB")]
+    Full {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The file system refused for certain: no claim was made.
+    #[error("No claim was made, since '{path}' cannot be created (hard links must be possible there)")]
+    NotMade {
+        /// The claim.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Its id is not as this module writes it.
+    #[error(
+        "The arbiter's id, {place}, is damaged ({why}); find out whether monitors use it before it is removed by hand"
+    )]
+    DamagedId {
+        /// Where it is.
+        place: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A file that the host refuses to read.
+    #[error("'{path}' cannot be used")]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+/// What `--arbiter` says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ArbiterSpec {
+    /// A directory that both hosts share.
+    Directory(PathBuf),
+}
+
+impl ArbiterSpec {
+    /// Checks that the arbiter can be used from this host, and finds or makes its id.
+    pub fn open(&self) -> Result<Arc<dyn Arbiter>, ArbiterError> {
+        match self {
+            Self::Directory(path) => Ok(Arc::new(dir::Directory::open(path)?)),
+        }
+    }
+}
+
+impl FromStr for ArbiterSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, rest) =
+            text.split_once(':').ok_or_else(|| format!("'{text}' has no kind: use dir:PATH"))?;
+        match kind {
+            "dir" if rest.is_empty() => Err("the path behind 'dir:' is missing".into()),
+            "dir" => Ok(Self::Directory(rest.into())),
+            other => Err(format!("'{other}' is no kind of arbiter: use dir:PATH")),
+        }
+    }
+}
+
+impl fmt::Display for ArbiterSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Directory(path) => write!(f, "dir:{}", path.display()),
+        }
+    }
+}
+
+/// Sixteen random bytes: the id of an arbiter or of one life of a monitor.
+pub fn random_id() -> io::Result<[u8; 16]> {
+    let mut id = [0; 16];
+    random_bytes(&mut id)?;
+    Ok(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_parsed_and_shown_alike_or_refused_by_its_part() {
+        for text in ["dir:/srv/vmft/claims", "dir:claims", "dir:/a:b"] {
+            assert_eq!(text.parse::<ArbiterSpec>().unwrap().to_string(), text);
+        }
+        for (text, part) in [
+            ("", "'' has no kind"),
+            ("/srv/vmft", "'/srv/vmft' has no kind"),
+            ("dir:", "behind 'dir:' is missing"),
+            ("zookeeper:a:1", "'zookeeper' is no kind"),
+        ] {
+            let refusal = text.parse::<ArbiterSpec>().unwrap_err();
+            assert!(refusal.contains(part) && refusal.contains("dir:"), "{text}: {refusal}");
+        }
+    }
+}
