@@ -22,6 +22,9 @@ static SITE: SharedSite = SharedSite::new(2);
 /// How often something that changes by itself is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 
+/// Options of a backup that is started with its primary, which takes long to start on an emulated host.
+const PATIENT: &[&str] = &["--connect-timeout-ms", "60000"];
+
 fn main() -> ExitCode {
     let status = harness::run(&[
         Case::on_hosts("killed_primary_is_survived_at_any_moment", killed_primary_is_survived_at_any_moment),
@@ -116,7 +119,7 @@ fn kill_during_transfer(site: &mut Site, percent: u64) -> TestResult {
 fn kill_during_boot(site: &mut Site, after: Duration) -> TestResult {
     let (guest, volume) = (Guest::default(), site.volume()?);
     let primary = site.start_primary(1, &guest, &volume)?;
-    let backup = site.start_backup(2, 1, &guest, &volume)?;
+    let backup = site.start_backup_with(2, 1, &guest, &volume, PATIENT)?;
     primary.wait_for_line(PROTECTED, LONG)?;
     // Not a condition to wait for: the moment that was drawn.
     thread::sleep(after);
@@ -351,7 +354,7 @@ fn guest_that_powers_off_ends_both() -> TestResult {
     SITE.run(|site| {
         let (guest, volume) = (Guest { work: "poweroff-after-ready", ..Guest::default() }, site.volume()?);
         let primary = site.start_primary(1, &guest, &volume)?;
-        let backup = site.start_backup(2, 1, &guest, &volume)?;
+        let backup = site.start_backup_with(2, 1, &guest, &volume, PATIENT)?;
         primary.wait_for_line(PROTECTED, LONG)?;
         for monitor in [&primary, &backup] {
             let output = monitor.wait(LONG)?;

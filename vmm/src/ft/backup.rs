@@ -117,14 +117,19 @@ pub fn connect(
         }
     };
     let broken = |source| BackupError::Stream { address, source };
+    // A primary that is still starting has bound its port and takes nothing from it yet.
+    let patience = deadline.saturating_duration_since(Instant::now()).max(READ_TIMEOUT);
     let mut channel =
-        Channel::connect(stream, key, &hello.guest_name, READ_TIMEOUT).map_err(|error| match error {
+        Channel::connect(stream, key, &hello.guest_name, patience).map_err(|error| match error {
             ChannelError::Stream(source) => broken(source),
             source => BackupError::Channel { address, source },
         })?;
     FrameWriter::new(&mut channel.out).send(&Message::Hello(hello)).map_err(broken)?;
     match channel.frames.receive().map_err(broken)? {
-        Some(Message::Welcome(welcome)) => Ok(Connection { address, welcome, channel }),
+        Some(Message::Welcome(welcome)) => {
+            channel.stream.set_read_timeout(Some(READ_TIMEOUT)).map_err(StreamError::Io).map_err(broken)?;
+            Ok(Connection { address, welcome, channel })
+        }
         Some(Message::Refuse { refusal, reason }) => Err(BackupError::Refused { address, refusal, reason }),
         Some(other) => {
             Err(BackupError::Unexpected { address, found: format!("a {} message", other.kind().name()) })
