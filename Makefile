@@ -2,10 +2,13 @@
 
 # Seconds for each fuzz target.
 FUZZ_S ?= 60
+# What `make campaign` repeats, and how long it goes on.
+SEED ?= 1
+FAULTS ?= 50
 
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: build test lint fmt unit e2e test-long bench fuzz guest clean help
+.PHONY: build test lint fmt unit e2e test-long campaign bench fuzz guest clean help
 
 help: ## This list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -42,6 +45,9 @@ test-long: export VMFT_COMPUTE_KILLS ?= 20
 test-long: export VMFT_INTERRUPTS ?= 1000
 test-long: ## `make test` with more cases and more replays: hours
 	@MAKE=$(MAKE) scripts/test.sh lint guest unit e2e
+
+campaign: build guest ## SEED=1 FAULTS=50: faults one after the other on three test hosts, as root
+	cargo run -q -p vmft-tests --bin vmft-campaign -- $(SEED) $(FAULTS)
 
 bench: ## Benchmarks
 	cargo bench --workspace --bench '*'

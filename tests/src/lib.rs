@@ -8,6 +8,7 @@
 //!
 //! Nothing here is part of the product, and the product depends on nothing here.
 
+pub mod campaign;
 pub mod client;
 pub mod demo;
 pub mod harness;

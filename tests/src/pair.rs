@@ -56,7 +56,7 @@ const KEY_FILE: &str = "pair.key";
 #[derive(Debug)]
 pub struct Site {
     // The hosts go before the network that they are in.
-    hosts: Vec<TestHost>,
+    hosts: Vec<Arc<TestHost>>,
     started: Vec<Started>,
     net: Arc<Net>,
     config: HostConfig,
@@ -96,12 +96,13 @@ pub struct Volume {
     pub path: String,
     /// The pair's key file as the hosts see it. `None`: its monitors talk in the open.
     pub key: Option<String>,
+    disk: String,
 }
 
 impl Volume {
     /// The guest's disk image as the hosts see it.
     pub fn disk(&self) -> String {
-        format!("{}/disk.img", self.path)
+        self.disk.clone()
     }
 
     /// The arbiter that the monitors use: this directory.
@@ -152,9 +153,18 @@ impl Site {
     /// Boots `count` hosts. The guests' kernel is the file that the environment variable `VMFT_GUEST_KERNEL` names,
     /// or else Debian's.
     pub fn boot(count: u8) -> Result<Site, HostError> {
+        Site::boot_with(count, |_, _| Ok(()))
+    }
+
+    /// As [`Site::boot`]; `prepare` gets the network and the directory that the hosts are going to share.
+    pub fn boot_with(
+        count: u8,
+        prepare: impl FnOnce(&Net, &Path) -> Result<(), HostError>,
+    ) -> Result<Site, HostError> {
         let net = Arc::new(Net::new()?);
         let shared = net.run_dir().join("shared");
         fs::create_dir(&shared).map_err(|source| HostError::File { path: shared.clone(), source })?;
+        prepare(&net, &shared)?;
         let images = Images::ensure()?;
         let kernel = std::env::var_os("VMFT_GUEST_KERNEL").map_or_else(|| images.kernel(), PathBuf::from);
         let name = kernel.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -167,6 +177,7 @@ impl Site {
         let config = HostConfig { kind: HostKind::Qemu, ..HostConfig::new(1, &shared, &staged) };
         let hosts = TestHost::boot_all(&net, count, &config)?;
         hosts.iter().try_for_each(give_name)?;
+        let hosts = hosts.into_iter().map(Arc::new).collect();
         Ok(Site { hosts, started: Vec::new(), net, config, monitor, kernel: name, volumes: 0 })
     }
 
@@ -180,12 +191,31 @@ impl Site {
         &self.hosts[usize::from(number) - 1]
     }
 
+    /// Host `number`, for a thread of its own.
+    pub fn shared_host(&self, number: u8) -> Arc<TestHost> {
+        Arc::clone(&self.hosts[usize::from(number) - 1])
+    }
+
     /// Boots host `number` again after a loss of power.
     pub fn reboot(&mut self, number: u8) -> Result<(), HostError> {
+        self.power_on(number)?;
+        self.host(number).wait_ready()?;
+        self.greet(number)
+    }
+
+    /// Gives host `number` power after a loss of it. It boots meanwhile; once [`TestHost::is_ready`],
+    /// [`Site::greet`] makes it one of the site.
+    pub fn power_on(&mut self, number: u8) -> Result<(), HostError> {
         let index = usize::from(number) - 1;
         self.hosts[index].kill();
-        self.hosts[index] = TestHost::boot(&self.net, HostConfig { index: number, ..self.config.clone() })?;
-        give_name(&self.hosts[index])
+        let config = HostConfig { index: number, ..self.config.clone() };
+        self.hosts[index] = Arc::new(TestHost::start(&self.net, config)?);
+        Ok(())
+    }
+
+    /// Gives a host that has just booted its name.
+    pub fn greet(&self, number: u8) -> Result<(), HostError> {
+        give_name(self.host(number))
     }
 
     /// Undoes what a test did to the hosts and their links.
@@ -231,6 +261,36 @@ impl Site {
         text
     }
 
+    /// What each process of the present test has written, with the seconds since `epoch` before each line, and a name
+    /// for its file.
+    pub fn timed_logs(&self, epoch: Instant) -> Vec<(String, String)> {
+        let one = |(number, Started { what, process }): (usize, &Started)| {
+            let ending =
+                process.ending().map_or_else(|| "still runs".to_owned(), |ending| ending.to_string());
+            let mut text = format!("{what}: {ending}\n");
+            for (at, line) in process.timed_output() {
+                let at_s = at.saturating_duration_since(epoch).as_secs_f64();
+                let _ = writeln!(text, "{at_s:9.3} {line}");
+            }
+            let host = what.split(':').next().unwrap_or_default().replace(' ', "");
+            (format!("{number:03}-{host}.log"), text)
+        };
+        self.started.iter().enumerate().map(one).collect()
+    }
+
+    /// Path on this machine of a file that the hosts share.
+    pub fn local_path(&self, shared: &str) -> PathBuf {
+        let within = Path::new(shared).strip_prefix(self.host(1).shared_dir());
+        self.config.shared.join(within.unwrap_or(Path::new(shared)))
+    }
+
+    /// A fresh disk, with claims in `name`, a directory inside the one that the hosts share.
+    pub fn volume_with_claims_in(&mut self, name: &str) -> Result<Volume, HostError> {
+        let volume = self.volume()?;
+        let path = self.host(1).shared_dir().join(name).display().to_string();
+        Ok(Volume { local: self.config.shared.join(name), path, ..volume })
+    }
+
     /// A fresh directory, disk and key.
     pub fn volume(&mut self) -> Result<Volume, HostError> {
         self.volumes += 1;
@@ -240,8 +300,8 @@ impl Site {
         make_disk(&local.join("disk.img"), DISK_MIB)?;
         make_key(&self.monitor, &local.join(KEY_FILE))?;
         let path = self.host(1).shared_dir().join(&name).display().to_string();
-        let key = Some(format!("{path}/{KEY_FILE}"));
-        Ok(Volume { local, path, key })
+        let (key, disk) = (Some(format!("{path}/{KEY_FILE}")), format!("{path}/disk.img"));
+        Ok(Volume { local, path, key, disk })
     }
 
     /// Path on the hosts of a file among their images.
@@ -479,6 +539,11 @@ fn panic_text(panic: &(dyn Any + Send)) -> String {
 pub struct Random(u64);
 
 impl Random {
+    /// The numbers of this seed.
+    pub fn new(seed: u64) -> Random {
+        Random(seed)
+    }
+
     /// Numbers from the seed in the environment variable `VMFT_SEED`, else from one made of the time. Prints it.
     pub fn from_environment() -> Random {
         let given = std::env::var("VMFT_SEED").ok().and_then(|text| text.parse().ok());

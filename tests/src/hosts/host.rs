@@ -119,6 +119,11 @@ impl TestHost {
         })
     }
 
+    /// True once the agent of the host listens.
+    pub fn is_ready(&self) -> bool {
+        self.console().contains("vmft-agent: listening")
+    }
+
     /// Waits until the agent of the host listens.
     pub fn wait_ready(&self) -> Result<(), HostError> {
         let failed = |reason: &str| HostError::Boot {
@@ -128,7 +133,7 @@ impl TestHost {
             console: tail(&self.console()),
         };
         loop {
-            if self.console().contains("vmft-agent: listening") {
+            if self.is_ready() {
                 return Ok(());
             }
             if !self.is_running() {
@@ -253,6 +258,15 @@ impl TestHost {
     pub fn resume_storage(&self) {
         if let Machine::Qemu(machine) = &mut *lock(&self.machine) {
             machine.hang_storage(false);
+        }
+    }
+
+    /// Number of the process of this machine that writes what the host writes to the shared directory; `None` where the
+    /// host's own processes do.
+    pub fn storage_pid(&self) -> Option<u32> {
+        match &*lock(&self.machine) {
+            Machine::Qemu(machine) => machine.storage_pid(),
+            Machine::Netns(_) => None,
         }
     }
 

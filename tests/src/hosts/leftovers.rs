@@ -4,9 +4,10 @@
 //! long as there is a process with this number that started at this time (field 22 of /proc/PID/stat).
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -42,6 +43,7 @@ pub(super) fn remove_orphans() -> Result<(), HostError> {
     fs::create_dir_all(&runs).map_err(HostError::file(&runs))?;
     for entry in fs::read_dir(&runs).map_err(HostError::file(&runs))?.flatten() {
         if is_orphan(&entry.file_name().to_string_lossy()) {
+            unmount_below(&entry.path());
             let _ = fs::remove_dir_all(entry.path());
         }
     }
@@ -64,6 +66,19 @@ pub(super) fn signal_namespace(name: &str, signal: Signal) -> Result<(), HostErr
         let _ = kill(Pid::from_raw(pid), signal);
     }
     Ok(())
+}
+
+/// Takes away the file systems that a test has mounted inside its directory.
+pub(super) fn unmount_below(dir: &Path) {
+    // A mount of this machine's own cannot be told from a directory without this file; then removal says what is left.
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    for mounted in mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new) {
+        if mounted.starts_with(dir)
+            && let Err(error) = umount2(mounted, MntFlags::MNT_DETACH)
+        {
+            eprintln!("{} cannot be unmounted: {error}", mounted.display());
+        }
+    }
 }
 
 fn runs() -> PathBuf {

@@ -22,6 +22,8 @@ mod netns;
 mod process;
 pub mod protocol;
 mod qemu;
+mod senders;
+mod storage;
 mod tool;
 
 pub use capture::Capture;
@@ -30,3 +32,5 @@ pub use host::{HostConfig, HostKind, TestHost};
 pub use images::{Images, build_small_guests, build_vmft, make_disk, make_key};
 pub use net::{Link, Net};
 pub use process::{Ending, HostProcess, Output};
+pub use senders::Senders;
+pub use storage::{SmallDir, Writers};

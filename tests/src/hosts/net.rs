@@ -180,6 +180,7 @@ impl Drop for Net {
         if let Err(error) = leftovers::remove_namespace(&self.namespace) {
             eprintln!("{error}");
         }
+        leftovers::unmount_below(&self.run_dir);
         if let Err(error) = std::fs::remove_dir_all(&self.run_dir) {
             eprintln!("Cannot remove {}: {error}", self.run_dir.display());
         }

@@ -117,6 +117,11 @@ impl QemuMachine {
         }
     }
 
+    /// Number of the process that writes what the host writes to the first share.
+    pub(super) fn storage_pid(&self) -> Option<u32> {
+        self.file_servers.first().map(Background::pid)
+    }
+
     /// Stops the server of the first share, or lets it go on.
     pub(super) fn hang_storage(&mut self, hang: bool) {
         if let Some(server) = self.file_servers.first_mut() {

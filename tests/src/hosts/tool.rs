@@ -54,6 +54,11 @@ impl Background {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
+    /// Number of the process.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(super) fn signal(&mut self, signal: Signal) {
         if self.is_running() {
             // It has not been waited for, so the number is its own; an error means that it has just ended.
