@@ -83,8 +83,7 @@ impl Standing {
     pub fn protected_after(&self, moment: Duration) -> Option<Duration> {
         let later = || self.statements.iter().filter(|statement| statement.at > moment);
         later().find(|statement| !matches!(statement.change, Change::Protected(_)))?;
-        let protected =
-            later().filter(|statement| matches!(statement.change, Change::Protected(_))).last()?;
+        let protected = later().rfind(|statement| matches!(statement.change, Change::Protected(_)))?;
         Some(protected.at - moment)
     }
 

@@ -45,6 +45,11 @@ impl Link {
         self.address(1)
     }
 
+    /// Hardware address of the test itself on it.
+    fn own_mac(self) -> String {
+        format!("52:54:00:79:{:02x}:01", self as u8)
+    }
+
     /// Address of host `index` (1 or 2, up to 99) on it: .101, .102, ...
     pub fn host_address(self, index: u8) -> Ipv4Addr {
         self.address(100 + index)
@@ -84,7 +89,10 @@ impl Net {
         net.ip("link set lo up")?;
         for link in Link::ALL {
             let bridge = link.bridge();
-            net.ip(&format!("link add {bridge} type bridge mcast_snooping 0"))?;
+            // An address of its own: else a bridge has that of one of its ports, and another one once that host has lost
+            // its power, and all others send to the old one until they ask again.
+            let mac = link.own_mac();
+            net.ip(&format!("link add {bridge} address {mac} type bridge mcast_snooping 0"))?;
             net.ip(&format!("addr add {}/24 dev {bridge}", link.own_address()))?;
             net.ip(&format!("link set {bridge} up"))?;
         }
