@@ -2,7 +2,7 @@
 # Installs what is missing to build vmft and run it on test hosts, on Debian 12. Installs nothing if nothing is missing.
 #
 #   setup.sh run    to build and run
-#   setup.sh test   to run `make test` too: formatter and linter
+#   setup.sh test   to run `make test` too: formatter and linter, and an etcd
 #
 # Packages are installed as root only; else it says what is missing. A Rust that is there but too old is left alone.
 set -euo pipefail
@@ -30,6 +30,8 @@ cargo                                   cargo-web
 rustc                                   rustc-web
 "
 test_needs="
+etcd                                    etcd-server
+etcdctl                                 etcd-client
 rustfmt                                 rustfmt-web
 clippy-driver                           rust-web-clippy
 "

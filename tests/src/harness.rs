@@ -20,6 +20,8 @@ pub enum Need {
     Root,
     /// /dev/net/tun.
     Tun,
+    /// etcd and its control program.
+    Etcd,
     /// QEMU, its virtiofsd and what `guest-images/build.sh` uses.
     Qemu,
 }
@@ -33,6 +35,7 @@ impl Need {
         match self {
             Need::Root => (!nix::unistd::geteuid().is_root()).then(|| "it needs root".to_owned()),
             Need::Tun => missing_file("/dev/net/tun"),
+            Need::Etcd => ["etcd", "etcdctl"].into_iter().find_map(missing_program),
             Need::Qemu => ["ip", "qemu-system-x86_64", "busybox", "cpio", "modprobe", "mke2fs"]
                 .into_iter()
                 .find_map(missing_program)

@@ -97,17 +97,14 @@ pub struct Volume {
     /// The pair's key file as the hosts see it. `None`: its monitors talk in the open.
     pub key: Option<String>,
     disk: String,
+    /// The arbiter that the monitors use: this directory, unless a test has another.
+    pub arbiter: String,
 }
 
 impl Volume {
     /// The guest's disk image as the hosts see it.
     pub fn disk(&self) -> String {
         self.disk.clone()
-    }
-
-    /// The arbiter that the monitors use: this directory.
-    pub fn arbiter(&self) -> String {
-        format!("dir:{}", self.path)
     }
 
     /// The option for [`Volume::key`].
@@ -288,7 +285,8 @@ impl Site {
     pub fn volume_with_claims_in(&mut self, name: &str) -> Result<Volume, HostError> {
         let volume = self.volume()?;
         let path = self.host(1).shared_dir().join(name).display().to_string();
-        Ok(Volume { local: self.config.shared.join(name), path, ..volume })
+        let arbiter = format!("dir:{path}");
+        Ok(Volume { local: self.config.shared.join(name), path, arbiter, ..volume })
     }
 
     /// A fresh directory, disk and key.
@@ -301,7 +299,8 @@ impl Site {
         make_key(&self.monitor, &local.join(KEY_FILE))?;
         let path = self.host(1).shared_dir().join(&name).display().to_string();
         let (key, disk) = (Some(format!("{path}/{KEY_FILE}")), format!("{path}/disk.img"));
-        Ok(Volume { local, path, key, disk })
+        let arbiter = format!("dir:{path}");
+        Ok(Volume { local, path, key, arbiter, disk })
     }
 
     /// Path on the hosts of a file among their images.
@@ -361,7 +360,7 @@ impl Site {
         let listen = self.log_address(number);
         let timeout = guest.timeout_ms.to_string();
         // The details are for the log of a failed test.
-        ["-v", "--arbiter", &volume.arbiter(), "--listen", &listen, "--timeout-ms", &timeout]
+        ["-v", "--arbiter", &volume.arbiter, "--listen", &listen, "--timeout-ms", &timeout]
             .into_iter()
             .chain(volume.security())
             .map(String::from)

@@ -25,6 +25,7 @@ const GREETING_MAX: Duration = Duration::from_secs(15);
 fn main() -> ExitCode {
     let status = harness::run(&[
         Case::on_hosts("wrong_command_lines_are_refused", wrong_command_lines_are_refused),
+        Case::on_hosts("wrong_arbiters_and_fences_are_refused", wrong_arbiters_and_fences_are_refused),
         Case::on_hosts("wrong_hosts_are_refused", wrong_hosts_are_refused),
         Case::on_hosts("unusable_files_are_refused", unusable_files_are_refused),
         Case::on_hosts("unusable_networks_and_directories_are_refused", unusable_networks_are_refused),
@@ -86,7 +87,6 @@ fn wrong_command_lines_are_refused() -> TestResult {
         let security = volume.security().join(" ");
         let pair =
             format!("--arbiter dir:{path} --listen 10.78.0.101:7000 --kernel {} {security}", site.kernel());
-        let kernel = format!("--kernel {} {security}", site.kernel());
         for (line, status, says) in [
             ("walk", 2, &["walk"][..]),
             ("run --kernel /images/vmlinuz --frobnicate", 2, &["--frobnicate"]),
@@ -124,12 +124,42 @@ fn wrong_command_lines_are_refused() -> TestResult {
                 &["'../guest' is not a guest name", "use 1 to 64 of"],
             ),
             (&format!("backup --arbiter dir:{path} --connect nowhere"), 2, &["--connect", "nowhere"]),
+        ] {
+            refused(site, 1, line, status, says)?;
+        }
+        Ok(())
+    })
+}
+
+fn wrong_arbiters_and_fences_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let path = &volume.path;
+        let kernel = format!("--kernel {} {}", site.kernel(), volume.security().join(" "));
+        let pair = format!("--arbiter dir:{path} --listen 10.78.0.101:7000 {kernel}");
+        for (line, status, says) in [
             (
-                &format!("primary --arbiter {path} --listen 10.78.0.101:7000 {kernel}"),
+                format!("primary --arbiter {path} --listen 10.78.0.101:7000 {kernel}").as_str(),
                 2,
-                &["--arbiter", "dir:"],
+                &["--arbiter", "dir:"][..],
             ),
             ("doctor --arbiter zookeeper:a", 2, &["--arbiter", "'zookeeper' is no kind of arbiter"]),
+            ("doctor --arbiter etcd:10.78.0.9", 2, &["--arbiter", "has no port", "192.0.2.9:2379"]),
+            (
+                &format!("primary --arbiter etcd:10.78.0.1:9 --listen 10.78.0.101:7000 {kernel}"),
+                1,
+                &["etcd:10.78.0.1:9 does not answer", "Connection refused", "correct --arbiter"],
+            ),
+            (
+                &format!("primary {pair} --fence-cmd fence"),
+                2,
+                &["--fence-cmd", "'fence' is not the absolute path"],
+            ),
+            (
+                &format!("primary {pair} --fence-cmd {path}/fence"),
+                1,
+                &["--fence-cmd", &format!("'{path}/fence' cannot be run"), "No such file"],
+            ),
         ] {
             refused(site, 1, line, status, says)?;
         }
@@ -375,13 +405,14 @@ fn what_another_monitor_has_is_refused() -> TestResult {
         let run = format!("run --kernel {kernel}");
         let security = volume.security().join(" ");
         let second = format!("primary --kernel {kernel} {security} --arbiter dir:{path}");
+        let process = format!("process {}", primary.pid());
         for (line, says) in [
             (format!("{run} --disk {path}/disk.img"), &["disk.img' is in use by another monitor"][..]),
             (format!("{run} --tap tap0"), &["Tap 'tap0' is in use", "its own tap"]),
             (format!("{second} --name other --listen 10.78.0.101:7000"), &[":7000", "in use", "--listen"]),
             (
                 format!("{second} --listen 10.78.0.101:7001"),
-                &["guest 'guest' is already run by host1", &format!("process {}", primary.pid()), "view 1"],
+                &["guest 'guest' is already run by host1", &process, "view 1"],
             ),
         ] {
             refused(site, 1, &line, 1, says)?;
@@ -415,6 +446,13 @@ fn what_another_monitor_has_is_refused() -> TestResult {
                 &[address, "finds forced stops by step", "the primary by checkpoint", "--position"],
             ),
             (backup(path, &disk, &format!("--timeout-ms {timeout}")), &["--tap"]),
+            (
+                format!(
+                    "primary --kernel {kernel} {security} --arbiter dir:{} --listen 10.78.0.102:7000 --disk {disk}",
+                    other.path
+                ),
+                &["disk.img' belongs to guest 'guest', which host1", &process, "view 1", "disk.img.vmft-owner"],
+            ),
         ] {
             refused(site, 2, &line, 1, says)?;
         }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::ft::arbiter::ArbiterSpec;
+use crate::ft::fence::FenceCommand;
 use crate::ft::hosts::HostList;
 use crate::position::Wanted;
 use crate::run::{CorruptAt, Faults, Slowness};
@@ -198,9 +199,18 @@ pub struct PositionArgs {
 /// What both sides of a pair need.
 #[derive(Clone, Debug, Args)]
 pub struct PairArgs {
-    /// Who decides which side goes on: dir:PATH, a directory on storage that both hosts share.
+    /// Who decides which side goes on: dir:PATH, a directory on storage that both hosts share, or
+    /// etcd:HOST:PORT[,HOST:PORT...], an etcd.
     #[arg(long, value_name = "SPEC")]
     pub arbiter: ArbiterSpec,
+    /// A command that makes sure of the primary's host, with a power switch or at the storage. It runs when a backup has
+    /// won the claim; the guest goes on there only once it has ended with exit status 0. It gets VMFT_GUEST, VMFT_VIEW,
+    /// VMFT_PEER_HOST, VMFT_PEER_ADDRESS and VMFT_REASON in its environment. A primary keeps it for when it is a backup.
+    #[arg(long, value_name = "'PROGRAM ARGS'")]
+    pub fence_cmd: Option<FenceCommand>,
+    /// How long one run of that command may take before it is killed and run again.
+    #[arg(long, value_name = "MS", default_value_t = 10_000, requires = "fence_cmd", value_parser = clap::value_parser!(u64).range(100..=600_000))]
+    pub fence_timeout_ms: u64,
     /// Silence after which the other side counts as failed.
     #[arg(long, value_name = "MS", default_value_t = 500, value_parser = clap::value_parser!(u64).range(20..=60_000))]
     pub timeout_ms: u64,

@@ -14,6 +14,7 @@
 
 mod capture;
 mod error;
+mod etcd;
 mod host;
 mod images;
 mod leftovers;
@@ -28,6 +29,7 @@ mod tool;
 
 pub use capture::Capture;
 pub use error::HostError;
+pub use etcd::Etcd;
 pub use host::{HostConfig, HostKind, TestHost};
 pub use images::{Images, build_small_guests, build_vmft, make_disk, make_key};
 pub use net::{Link, Net};

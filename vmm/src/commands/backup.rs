@@ -21,6 +21,7 @@ use kvm_bindings::CpuId;
 use super::heal::{self, Attempts, HealError, Useless};
 use super::pair::{LiveSide, PairError, Side, other_hosts, spawn};
 use super::stop::Stop;
+use super::takeover::Takeover;
 use super::{CommandError, Ending, ending};
 use crate::boot;
 use crate::change;
@@ -29,14 +30,16 @@ use crate::control::protocol::{self as control, Direction, Peer, Transfer};
 use crate::control::state::TransferOf;
 use crate::control::{Monitor, Server, Standing};
 use crate::ft::accept::Listener;
-use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, connect};
+use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, Left, LinkEnd, connect};
 use crate::ft::channel::Receiving;
 use crate::ft::claim::{ClaimRole, Claims, Owner};
+use crate::ft::fence::Occasion;
 use crate::ft::heartbeat::Heartbeats;
 use crate::ft::hosts::HostList;
 use crate::ft::supervise::claim_until_known;
 use crate::guest::{GuestConfig, GuestError};
 use crate::host::disk::{Caching, Disk, DiskError};
+use crate::host::owner::Ownership;
 use crate::host::tap::Tap;
 use crate::kvm::Kvm;
 use crate::machine::Machine;
@@ -364,6 +367,7 @@ fn follow(
 ) -> Result<Followed<'_>, CommandError> {
     let view = connection.welcome.view;
     let cursor = snapshot::cursor(&machine);
+    let takeover = takeover(&ready, &connection, &config);
     let (inflow, frames) =
         connection.follow(cursor).map_err(|source: StreamError| PairError::NotFormed(source.to_string()))?;
     ready.follower.side.monitor.set_figures(inflow.watch());
@@ -371,7 +375,7 @@ fn follow(
     ready.heartbeats.note_heard();
     let (verdict_in, verdict) = bounded(1);
     spawn("log-receiver", {
-        let receive = receiver(&ready, &inflow, view);
+        let receive = receiver(&ready, &inflow, takeover, view);
         // The main thread waits for exactly this.
         move || drop(verdict_in.send(receive(frames)))
     })?;
@@ -393,7 +397,7 @@ fn follow(
             heal::report(&why, &ready.follower.side, &machine, view, door.source_mut().take_kept());
             return match verdict.recv().map(|(verdict, _)| verdict) {
                 // The primary had been lost, and the claim been made, before this was known.
-                Ok(Verdict::Won) => Err(HealError::lost(&why, view + 1).into()),
+                Ok(Verdict::Won(_) | Verdict::NotLive(_)) => Err(HealError::lost(&why, view + 1).into()),
                 // The guest's life has ended where the log says so, or there is nobody left to ask.
                 Ok(Verdict::GuestEnded) => Err(HealError::ended(&why).into()),
                 // Its threads have ended with the connection; the primary goes on alone.
@@ -409,28 +413,43 @@ fn follow(
     let Ok((verdict, noticed)) = verdict.recv() else {
         return Err(PairError::NotFormed("the receiver's thread is gone".into()).into());
     };
-    match verdict {
-        Verdict::Won => {}
+    let owned = match verdict {
+        Verdict::Won(owned) => owned,
         Verdict::GuestEnded | Verdict::Stopped => return Ok(Followed::Ended(Ending::Orderly)),
+        Verdict::NotLive(what) => return Err(PairError::NotLive { view: view + 1, what }.into()),
         Verdict::Lost(holder) => {
-            let cause = format!("{} (process {}) has claimed the view", holder.host, holder.pid);
-            let standing = Standing { role: control::Role::None, view: view + 1, protected: false, cause };
-            change!(
-                error,
-                ready.follower.side.monitor,
-                standing,
-                "the primary goes on alone; this backup stops"
-            );
+            say_lost(&ready.follower.side.monitor, view + 1, &holder);
             return Ok(Followed::Ended(Ending::LostClaim));
         }
-    }
-    go_live(ready, config, machine, door, (view + 1, noticed)).map(Followed::Ended)
+    };
+    go_live(ready, config, machine, door, (view + 1, noticed, owned)).map(Followed::Ended)
+}
+
+fn say_lost(monitor: &Monitor, view: u64, holder: &Owner) {
+    let cause = format!("{} (process {}) has claimed the view", holder.host, holder.pid);
+    let standing = Standing { role: control::Role::None, view, protected: false, cause };
+    change!(error, monitor, standing, "the primary goes on alone; this backup stops");
+}
+
+/// What is to be done before the guest goes live here.
+fn takeover(ready: &Ready<'_>, connection: &Connection, config: &GuestConfig) -> Takeover {
+    let welcome = &connection.welcome;
+    let occasion = Occasion {
+        guest: ready.follower.guest_name().to_owned(),
+        view: welcome.view + 1,
+        peer_host: welcome.host_name.clone(),
+        peer_address: connection.address.ip(),
+        reason: String::new(),
+    };
+    let image = ready.follower.args.disk.as_deref().filter(|_| !config.board.disk_read_only);
+    Takeover::new(&ready.follower.side, occasion, image, ready.follower.stop.0.flag())
 }
 
 /// Takes the log in until the connection ends, and says what follows from that, and when it was noticed.
 fn receiver(
     ready: &Ready<'_>,
     inflow: &Arc<Inflow>,
+    takeover: Takeover,
     view: u64,
 ) -> impl FnOnce(Receiving) -> (Verdict, Instant) + Send + 'static {
     let (inflow, heartbeats) = (Arc::clone(inflow), Arc::clone(&ready.heartbeats));
@@ -455,8 +474,13 @@ fn receiver(
             change!(info, monitor, standing, "dismissed: the primary goes on without this backup");
         }
         let silent = || heartbeats.silent_for() > timeout;
-        let verdict = judge(&end, &claims, view + 1, &owner, silent, may_claim);
-        if let Verdict::Lost(_) = verdict {
+        let verdict = match (judge(&end, &claims, view + 1, &owner, silent, may_claim), &end) {
+            (Verdict::Won(_), LinkEnd::Lost { why, primary }) => {
+                takeover.prepare(why, *primary).map_or_else(Verdict::NotLive, Verdict::Won)
+            }
+            (verdict, _) => verdict,
+        };
+        if let Verdict::Lost(_) | Verdict::NotLive(_) = verdict {
             // The guest may be far behind, or nowhere that leads back.
             inflow.abandon();
             main.kick();
@@ -465,13 +489,14 @@ fn receiver(
     }
 }
 
-/// Runs the guest in the view that was won, which was noticed to be necessary at `noticed`.
+/// Runs the guest in the view that was won, which was noticed to be necessary at `noticed`, with the image that is
+/// `owned`.
 fn go_live(
     ready: Ready<'_>,
     config: GuestConfig,
     machine: Machine,
     mut door: Follow<FromPrimary>,
-    (view, noticed): (u64, Instant),
+    (view, noticed, owned): (u64, Instant, Option<Ownership>),
 ) -> Result<Ending, CommandError> {
     let Ready { follower, mut resources, heartbeats, .. } = ready;
     let Follower { side, listener, hosts, stop, server: _server, .. } = follower;
@@ -481,6 +506,7 @@ fn go_live(
             Ok(()) | Err(DiskError::InUse { .. }) => {}
             Err(error) => return Err(error.into()),
         }
+        owned.into_iter().for_each(|owned| disk.own(owned));
     }
     let time = door.source_mut().primary_time();
     let again = door.into_unreleased();
@@ -514,8 +540,10 @@ enum Verdict {
     GuestEnded,
     /// The operator stopped this monitor or had it let go, or it is out of the running. It claims nothing: the primary goes on.
     Stopped,
-    /// The guest is ours.
-    Won,
+    /// The guest is ours, and so is its disk image.
+    Won(Option<Ownership>),
+    /// The guest is ours, and the operator stopped this monitor while it waited for this.
+    NotLive(&'static str),
     /// The guest is the holder's.
     Lost(Owner),
 }
@@ -536,7 +564,7 @@ fn judge(
     let by_peer = match end {
         LinkEnd::GuestEnded => return Verdict::GuestEnded,
         LinkEnd::Dismissed => return Verdict::Stopped,
-        LinkEnd::Lost { by_peer, .. } => by_peer,
+        LinkEnd::Lost { primary, .. } => *primary != Left::Unsure,
     };
     while !by_peer && !silent() {
         std::thread::sleep(SILENCE_POLL);
@@ -544,7 +572,7 @@ fn judge(
     if !may_claim() {
         return Verdict::Stopped;
     }
-    claim_until_known(claims, view, owner).map_or(Verdict::Won, Verdict::Lost)
+    claim_until_known(claims, view, owner).map_or(Verdict::Won(None), Verdict::Lost)
 }
 
 /// Gives the primary up when nothing has been heard of it for `timeout`.

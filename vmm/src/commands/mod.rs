@@ -15,6 +15,7 @@ mod pair;
 pub mod replay;
 mod standby;
 mod stop;
+mod takeover;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -8,6 +8,7 @@
 //! ```
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -19,6 +20,7 @@ use thiserror::Error;
 
 use super::orders::Desk;
 use super::stop::Stop;
+use super::takeover;
 use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, watch};
 use crate::change;
 use crate::config::{DeliveryArgs, OperatorArgs, PairArgs, PrimaryArgs};
@@ -32,6 +34,7 @@ use crate::ft::accept::{AcceptError, Listener, Reception};
 use crate::ft::arbiter::random_id;
 use crate::ft::backup::BackupError;
 use crate::ft::claim::{ClaimError, ClaimRole, Claims, Outcome, Owner};
+use crate::ft::fence::{Fence, FenceError};
 use crate::ft::heartbeat::{HeartbeatError, Heartbeats};
 use crate::ft::hosts::{HostList, HostsError};
 use crate::ft::key_file::{self, KeyFileError};
@@ -42,7 +45,8 @@ use crate::ft::search::{self, Search};
 use crate::ft::supervise::{LinkEvent, Supervisor};
 use crate::guest::GuestConfig;
 use crate::host::deferral::{Deferral, Inbox};
-use crate::host::disk::{Caching, Guard};
+use crate::host::disk::{Caching, Disk, Guard};
+use crate::host::owner::Ownership;
 use crate::machine::Machine;
 use crate::outlet::{Outlet, Resources};
 use crate::position;
@@ -67,6 +71,8 @@ pub enum PairError {
     #[error(transparent)]
     Claim(#[from] ClaimError),
     #[error(transparent)]
+    Fence(#[from] FenceError),
+    #[error(transparent)]
     Heartbeat(#[from] HeartbeatError),
     #[error(transparent)]
     Hosts(#[from] HostsError),
@@ -89,6 +95,25 @@ pub enum PairError {
         "the primary's {what} is not the one here; both hosts must have the same CPU, kernel and monitor"
     )]
     WelcomeMismatch { what: &'static str },
+    #[error(
+        "this backup was stopped while it held view {view} and waited for {what}: nobody runs the guest. \
+         Make sure of the other host by hand, then remove the guest's claims and start it again"
+    )]
+    NotLive { view: u64, what: &'static str },
+    #[error(
+        "disk image '{}' belongs to guest '{guest}', which {} (process {}) runs in view {view}. If that monitor is \
+         certainly gone, remove {} and start again",
+        image.display(), holder.host, holder.pid, record.display()
+    )]
+    ImageOwned { image: PathBuf, record: PathBuf, guest: String, view: u64, holder: Box<Owner> },
+    #[error(
+        "the record of the disk image's owner, {}, is damaged ({why}); find out which monitor writes to the image \
+         before it is removed by hand",
+        record.display()
+    )]
+    ImageOwnerDamaged { record: PathBuf, why: String },
+    #[error("the record of the disk image's owner, {}, cannot be read or written: {source}", record.display())]
+    ImageOwner { record: PathBuf, source: std::io::Error },
     #[error("the primary was lost before the pair was formed: {0}")]
     NotFormed(String),
     #[error("the primary at {address} was lost before the pair was formed: {source}")]
@@ -102,6 +127,7 @@ pub enum PairError {
 /// What both sides have before there is a guest.
 pub(super) struct Side {
     pub(super) claims: Claims,
+    pub(super) fence: Option<Fence>,
     pub(super) owner: Owner,
     pub(super) timeout: Duration,
     pub(super) heartbeat: Duration,
@@ -129,12 +155,15 @@ impl Side {
         }
         let key = key_file::for_pair(args.key_file.as_deref(), args.insecure, addresses)
             .map_err(PairError::from)?;
+        let limit = Duration::from_millis(args.fence_timeout_ms);
+        let fence = args.fence_cmd.as_ref().map(|command| Fence::new(command, limit)).transpose();
         let uuid = random_id().map_err(CommandError::host("give random bytes"))?;
         let (host, version) = (host_name(), build_version()?);
         let limit_bytes = u64::from(args.report_mib) << 20;
         let open = |directory| Reports::open(directory, name, &host, limit_bytes);
         let reports = args.report_dir.as_deref().map(open).transpose().map_err(PairError::from)?;
         Ok(Self {
+            fence: fence.map_err(PairError::from)?,
             claims: Claims::open(&args.arbiter, name).map_err(PairError::from)?,
             monitor: Monitor::new(Identity {
                 name: name.to_owned(),
@@ -185,8 +214,11 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     let counter = position::choose(args.position.position)?;
     let addresses = [("--listen", args.listen)];
     let side = Side::new(&args.pair, &addresses, args.guest.delivery, &args.guest.name, ClaimRole::Primary)?;
-    let _server = side.serve(&args.pair.operator, &args.guest.name)?;
+    // Who runs the guest says more than whose control socket is here.
     let view = first_view(&side.claims, &args.guest.name)?;
+    let image = args.guest.disk.as_deref().filter(|_| !args.guest.disk_read_only);
+    image.map_or(Ok(()), |image| takeover::check_image(image, &args.guest.name, view))?;
+    let _server = side.serve(&args.pair.operator, &args.guest.name)?;
     let hosts = other_hosts(args.hosts.as_ref(), Some(args.listen))?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
     let heartbeats = Arc::new(
@@ -207,10 +239,11 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
         }
     }
     heartbeats.set_view(view, Role::Primary);
+    let Prepared { config, machine, mut resources } = prepared;
+    takeover::take_disk(&side, view, image, &mut resources)?;
     let cause = "vmft primary was started".into();
     let standing = Standing { role: control::Role::Primary, view, protected: false, cause };
     change!(info, side.monitor, standing, "the guest runs here, without a backup so far");
-    let Prepared { config, machine, resources } = prepared;
     let listener = Some(listener);
     let live = LiveSide { side, config, machine, resources, heartbeats, listener, hosts, view };
     live.run(Vec::new(), None, stop)
@@ -272,6 +305,8 @@ struct Shared {
     view: Arc<AtomicU64>,
     search: Arc<Search>,
     lost: Arc<AtomicBool>,
+    /// The disk image, to be given back at the guest's end.
+    owned: Option<Arc<Ownership>>,
     orders: Arc<Orders>,
 }
 
@@ -360,6 +395,9 @@ impl Shared {
         if ended || !goes_on {
             // Nobody runs the guest any more, and nobody in this pair will.
             side.claims.end(self.view.load(Ordering::SeqCst), &side.owner).map_err(PairError::from)?;
+            if let Some(Err(error)) = self.owned.as_ref().map(|owned| owned.release()) {
+                tracing::warn!("the record of the disk image's owner stays: {error}");
+            }
         }
         Ok(ending(outcome?, anchors))
     }
@@ -398,12 +436,13 @@ fn open_gate(
     let link = Arc::new(Link::default());
     let lost = Arc::new(AtomicBool::new(false));
     let may_act = lease_check(side.lease(), &link, &lost, heartbeats);
+    let owned = resources.disk.as_ref().and_then(Disk::owned);
     let outlet = resources.start(inbox, Arc::clone(&may_act))?;
     first(&outlet);
     let lease = Box::new(move || may_act());
     let gate = Arc::new(OutputGate::new(Mode::Unprotected, GATE_LIMITS, outlet, lease));
     let (view, search) = (Arc::new(AtomicU64::new(view)), Arc::new(search));
-    Ok(Shared { link, gate, view, search, lost, orders: Arc::default() })
+    Ok(Shared { link, gate, view, search, lost, owned, orders: Arc::default() })
 }
 
 /// May this monitor let output go and touch the disk? Alone: unless the claim was lost. With a backup: while

@@ -9,10 +9,12 @@ use std::time::{Duration, Instant};
 
 use super::Finding;
 use super::surroundings::{median, milliseconds};
+use crate::ft::arbiter::etcd::{CallError, Cluster};
 use crate::ft::arbiter::{ArbiterSpec, dir, random_id};
 use crate::with_causes;
 
 const SYNCS: usize = 5;
+const TRANSACTIONS: usize = 5;
 /// More than this eats into the time that a takeover may take.
 const SYNC_MAX: Duration = Duration::from_millis(100);
 
@@ -20,7 +22,45 @@ const SYNC_MAX: Duration = Duration::from_millis(100);
 pub fn examine(arbiter: &ArbiterSpec) -> Finding {
     match arbiter {
         ArbiterSpec::Directory(path) => directory(path),
+        ArbiterSpec::Etcd(endpoints) => cluster(endpoints),
     }
+}
+
+/// A transaction that changes nothing, at each endpoint.
+fn cluster(endpoints: &[String]) -> Finding {
+    let cluster = Cluster::new(endpoints);
+    let measure = |endpoint: &String| {
+        let version = cluster.version(endpoint)?;
+        let times = (0..TRANSACTIONS).map(|_| cluster.round_trip(endpoint)).collect::<Result<Vec<_>, _>>()?;
+        Ok::<_, CallError>((version, median(times)))
+    };
+    let mut seen = Vec::new();
+    let (mut answer, mut slow) = (0, false);
+    for endpoint in endpoints {
+        seen.push(match measure(endpoint) {
+            Ok((version, round_trip)) => {
+                answer += 1;
+                slow |= round_trip > SYNC_MAX;
+                let time = milliseconds(round_trip);
+                format!("{endpoint}: etcd {version}, a transaction that changes nothing takes {time}")
+            }
+            Err(error) => error.to_string(),
+        });
+    }
+    let seen = seen.join("; ");
+    if answer == 0 {
+        return Finding::failed(seen, "start an etcd 3.4 or newer there, or correct --arbiter");
+    }
+    if answer < endpoints.len() {
+        return Finding::degraded(seen, "the others are asked instead: mend it before they fail too");
+    }
+    if slow {
+        return Finding::degraded(
+            seen,
+            "a takeover waits for that: use a nearer etcd, or faster storage for it",
+        );
+    }
+    Finding::ok(seen)
 }
 
 fn directory(directory: &Path) -> Finding {

@@ -149,15 +149,26 @@ pub enum LinkEnd {
     Lost {
         /// How it was noticed.
         why: String,
-        /// The primary's end closed the connection: the monitor has ended, or has given this backup up, and
-        /// lets nothing out in this view. Otherwise it may still believe that this backup follows.
-        by_peer: bool,
+        /// What that says of the primary.
+        primary: Left,
     },
+}
+
+/// How sure it is that a primary lets nothing out any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// It may still believe that this backup follows.
+    Unsure,
+    /// Its end closed the connection: the monitor has ended, or has given this backup up, and lets nothing out in this
+    /// view. What it let out before may still be on its way.
+    Closed,
+    /// It has said that it ends, and that nothing of it is under way.
+    AtRest,
 }
 
 impl LinkEnd {
     fn unsure(why: String) -> Self {
-        Self::Lost { why, by_peer: false }
+        Self::Lost { why, primary: Left::Unsure }
     }
 
     fn broken(what: &str, error: &StreamError) -> Self {
@@ -172,7 +183,8 @@ impl LinkEnd {
             }
             _ => false,
         };
-        Self::Lost { why: format!("{what}: {}", with_causes(error)), by_peer }
+        let primary = if by_peer { Left::Closed } else { Left::Unsure };
+        Self::Lost { why: format!("{what}: {}", with_causes(error)), primary }
     }
 }
 
@@ -306,17 +318,24 @@ impl Inflow {
                 }
                 Ok(Some(Message::Bye { reason: ByeReason::GuestEnded, .. })) => break LinkEnd::GuestEnded,
                 Ok(Some(Message::Bye { reason: ByeReason::Dismissed, .. })) => break LinkEnd::Dismissed,
-                Ok(Some(Message::Bye { reason, text })) => {
+                Ok(Some(Message::Bye { reason: ByeReason::Shutdown, .. })) => {
                     break LinkEnd::Lost {
-                        why: format!("the primary left: {reason:?} {text}"),
-                        by_peer: true,
+                        why: "the primary hands the guest over".into(),
+                        primary: Left::AtRest,
                     };
+                }
+                Ok(Some(Message::Bye { reason, text })) => {
+                    let why = format!("the primary left: {reason:?} {text}");
+                    break LinkEnd::Lost { why, primary: Left::Closed };
                 }
                 Ok(Some(other)) => {
                     break LinkEnd::unsure(format!("the primary sent a {} message", other.kind().name()));
                 }
                 Ok(None) => {
-                    break LinkEnd::Lost { why: "the primary closed the connection".into(), by_peer: true };
+                    break LinkEnd::Lost {
+                        why: "the primary closed the connection".into(),
+                        primary: Left::Closed,
+                    };
                 }
                 Err(error) => break LinkEnd::broken("the connection to the primary failed", &error),
             }

@@ -173,6 +173,11 @@ impl Claims {
         latest.map(|(view, record)| Ok((view, self.decode(&record, view)?))).transpose()
     }
 
+    /// The claim of `view` by `owner`, for whoever is to read it elsewhere.
+    pub fn record(&self, view: u64, owner: &Owner) -> String {
+        encode_claim(&self.guest, view, owner)
+    }
+
     fn decode(&self, record: &[u8], view: u64) -> Result<Owner, ClaimError> {
         decode_claim(record, &self.guest, view)
             .map_err(|why| ClaimError::Damaged { place: self.arbiter.place(&self.guest, view), why })
@@ -198,14 +203,36 @@ fn encode_claim(guest: &str, view: u64, owner: &Owner) -> String {
 }
 
 fn decode_claim(contents: &[u8], guest: &str, view: u64) -> Result<Owner, String> {
-    let mut lines = Lines::start(contents, CLAIM_HEADER)?;
-    let named = lines.field("guest")?;
-    if named != guest {
-        return Err(format!("it is a claim for guest '{named}'"));
+    let record = read_record(contents)?;
+    if record.guest != guest {
+        return Err(format!("it is a claim for guest '{}'", record.guest));
     }
+    if record.view != view {
+        return Err(format!("it is a claim for view '{}'", record.view));
+    }
+    Ok(record.owner)
+}
+
+/// What a claim says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The guest's name.
+    pub guest: String,
+    /// The view.
+    pub view: u64,
+    /// Who claims it.
+    pub owner: Owner,
+}
+
+/// Reads a claim of whatever guest and view. An error says what is wrong with it.
+pub fn read_record(contents: &[u8]) -> Result<Record, String> {
+    let mut lines = Lines::start(contents, CLAIM_HEADER)?;
+    let guest = lines.field("guest")?.to_owned();
     let numbered = lines.field("view")?;
-    if numbered != view.to_string() {
-        return Err(format!("it is a claim for view '{numbered}'"));
+    let view: u64 = numbered.parse().map_err(|_| format!("'{numbered}' is not a view"))?;
+    // One way to write a number.
+    if view.to_string() != numbered {
+        return Err(format!("'{numbered}' is not a view"));
     }
     let role = match lines.field("role")? {
         name if name == role_name(ClaimRole::Primary) => ClaimRole::Primary,
@@ -218,7 +245,7 @@ fn decode_claim(contents: &[u8], guest: &str, view: u64) -> Result<Owner, String
     let pid = pid.parse().map_err(|_| format!("'{pid}' is not a process"))?;
     let uuid = from_hex(lines.field("uuid")?)?;
     lines.end()?;
-    Ok(Owner { host, pid, uuid, role })
+    Ok(Record { guest, view, owner: Owner { host, pid, uuid, role } })
 }
 
 /// The rest of a file of lines.

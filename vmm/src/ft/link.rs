@@ -257,6 +257,15 @@ impl Link {
         self.wake_all();
     }
 
+    /// As [`Link::close`], and the backup is told that nothing of this monitor is under way, so that it need not make
+    /// sure of that.
+    pub fn close_at_rest(&self) {
+        if let Some(end) = &mut self.lock().end {
+            end.bye.get_or_insert(ByeReason::Shutdown);
+        }
+        self.close();
+    }
+
     /// The sender's, behind the last batch: waits until the connection may be closed, and gives its last
     /// word. `None`: this is no orderly end, and the supervisor closes the connection.
     pub fn last_word(&self) -> Option<Option<ByeReason>> {
@@ -538,6 +547,24 @@ mod tests {
         assert!(!link.takes_checkpoint());
         link.checkpoint_sent();
         assert!(link.takes_checkpoint());
+    }
+
+    #[test]
+    fn who_closes_at_rest_says_so_unless_the_last_word_is_another() {
+        for (bye, last_word) in
+            [(None, ByeReason::Shutdown), (Some(ByeReason::GuestEnded), ByeReason::GuestEnded)]
+        {
+            let link = Link::default();
+            link.attach(10);
+            link.end(bye);
+            link.close_at_rest();
+            assert_eq!(link.last_word(), Some(Some(last_word)));
+        }
+        let link = Link::default();
+        link.attach(10);
+        link.end(None);
+        link.close();
+        assert_eq!(link.last_word(), Some(None), "something may be under way");
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod arbiter;
 pub mod backup;
 pub mod channel;
 pub mod claim;
+pub mod fence;
 pub mod heartbeat;
 pub mod hosts;
 pub mod key_file;

@@ -54,7 +54,7 @@ impl Supervisor {
         let deadline = Instant::now() + CLAIM_TIME;
         let mut taken = false;
         while !taken && Instant::now() < deadline {
-            // A directory that does not answer now may do so later; the claim below asks until it does.
+            // An arbiter that does not answer now may do so later; the claim below asks until it does.
             taken = self.claims.latest().is_ok_and(|latest| latest.is_some_and(|(view, _)| view >= next));
             if !taken {
                 std::thread::sleep(LOOK_EVERY);

@@ -357,6 +357,16 @@ impl PairLog {
         // Without a number the backup is lost and the claim open: such effects wait for the claim.
         Ok(Some(seq.unwrap_or(u64::MAX)))
     }
+
+    /// Ends the connection behind the log's end, once nothing is under way.
+    fn close(&self) {
+        let released = self.gate.quiesce(DRAIN_TIMEOUT);
+        if self.gate.performer().quiesce(DRAIN_TIMEOUT) && released {
+            self.link.close_at_rest();
+        } else {
+            self.link.close();
+        }
+    }
 }
 
 /// Writes an entry down, and remembers it.
@@ -460,9 +470,7 @@ impl LogSink for PairLog {
         }
         // From here on the lease and the disk's guard say no; then nothing is under way any more.
         self.link.end(None);
-        self.gate.quiesce(DRAIN_TIMEOUT);
-        self.gate.performer().quiesce(DRAIN_TIMEOUT);
-        self.link.close();
+        self.close();
         let (outcome, taken) = bounded(1);
         // A supervisor that is gone has lost the claim.
         let _ = self.events.send(LinkEvent::HandedOver(outcome));
@@ -486,9 +494,7 @@ impl LogSink for PairLog {
             self.link.drain(DRAIN_TIMEOUT);
             // From here on the lease and the disk's guard say no; then nothing is under way any more.
             self.link.end(over.then_some(ByeReason::GuestEnded));
-            self.gate.quiesce(DRAIN_TIMEOUT);
-            self.gate.performer().quiesce(DRAIN_TIMEOUT);
-            self.link.close();
+            self.close();
         }
         if let Some(sender) = self.sender.take()
             && sender.join().is_err()

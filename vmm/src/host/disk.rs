@@ -2,14 +2,15 @@
 //!
 //! Owns: the image's descriptor, its lock, and the one thread that does the guest's requests in their order.
 //! Must never: touch the image while the guard says that this monitor has no right to (another one may
-//! run the guest), or write beyond the image's end.
+//! run the guest), write to it when another monitor has taken it (`host/owner.rs`), or write beyond its end.
 //! States: [`Disk`] opened, locked or (on a backup) not yet -> [`Disk::start`] -> [`DiskWorker`] -> dropped.
 //!
 //! The lock only refuses an image that another monitor *of a live host* uses by mistake. Which of a pair may
 //! write is decided by their claims (see `ft/claim.rs`): the file server may hold a dead host's lock for
 //! minutes, so a takeover that finds the image locked may go on if it holds the claim.
 //!
-//! Not covered: a request that the host has already passed to a hung file server can reach the image later.
+//! Not covered: a request that the host has already passed to a hung file server can reach the image later, and one
+//! between the last look at guard and owner and the system call.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -26,6 +27,7 @@ use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use super::deferral::Inbox;
+use super::owner::{Owned, Ownership};
 use super::{StopToken, Worker};
 
 /// Bytes per sector; an image is a whole number of them.
@@ -118,6 +120,7 @@ pub struct Disk {
     read_only: bool,
     caching: Caching,
     capacity_bytes: u64,
+    owned: Option<Arc<Ownership>>,
 }
 
 impl Disk {
@@ -149,7 +152,7 @@ impl Disk {
         if capacity_bytes == 0 || !capacity_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskError::BadSize { path: path.to_owned(), len_bytes: capacity_bytes });
         }
-        Ok(Self { path: path.to_owned(), file, read_only, caching, capacity_bytes })
+        Ok(Self { path: path.to_owned(), file, read_only, caching, capacity_bytes, owned: None })
     }
 
     /// Takes the lock at go-live, and lets go of everything that this host remembers of the image: the other
@@ -184,6 +187,16 @@ impl Disk {
             }
             Err(TryLockError::Error(source)) => Err(DiskError::Io { path: self.path.clone(), source }),
         }
+    }
+
+    /// From now on nothing is written but while the image is `owned`.
+    pub fn own(&mut self, owned: Ownership) {
+        self.owned = Some(Arc::new(owned));
+    }
+
+    /// What says that the image is this monitor's, to give it back one day.
+    pub fn owned(&self) -> Option<Arc<Ownership>> {
+        self.owned.clone()
     }
 
     /// The image's size in bytes.
@@ -233,16 +246,39 @@ impl Disk {
                 if !wait_for(guard, stop, requests, &mut backlog) {
                     return;
                 }
-                let _at_work = busy.lock().unwrap_or_else(PoisonError::into_inner);
+                let at_work = busy.lock().unwrap_or_else(PoisonError::into_inner);
                 // Asked again: a refusal that came before the lock was taken holds.
                 if guard() {
-                    break self.perform(request);
+                    match self.may_perform(&request) {
+                        Owned::Yes => break self.perform(request),
+                        Owned::No => return,
+                        Owned::Unknown(_) => {}
+                    }
                 }
+                drop(at_work);
+                if stop.stopped() {
+                    return;
+                }
+                std::thread::sleep(GUARD_PAUSE);
             };
             if !deliver(done, stop, requests, inbox, &mut backlog) {
                 return;
             }
         }
+    }
+
+    /// Whether nothing but the guard speaks against a request. Only writes can harm a new owner.
+    fn may_perform(&self, request: &DiskRequest) -> Owned {
+        let (Some(owned), DiskOp::Write { .. }) = (&self.owned, &request.op) else { return Owned::Yes };
+        let answer = owned.ask();
+        match &answer {
+            Owned::Yes => {}
+            Owned::No => tracing::error!(image = %self.path.display(), owner = %owned.path().display(),
+                "Another monitor has taken the disk image; this one writes to it no more."),
+            Owned::Unknown(error) => tracing::warn!(image = %self.path.display(), %error,
+                "The disk waits: the storage does not say whether the image is still this monitor's."),
+        }
+        answer
     }
 
     fn perform(&self, request: DiskRequest) -> Event {
@@ -404,6 +440,29 @@ mod tests {
 
     fn done(id: u64, status: DiskStatus, data: &[u8]) -> Event {
         Event::DiskDone { id, status, data: data.to_vec() }
+    }
+
+    #[test]
+    fn nothing_is_written_once_another_has_taken_the_image() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("disk.img");
+        fs::write(&path, [0; 1024]).unwrap();
+        let take = || Ownership::take(&path, b"record").unwrap().unwrap();
+        let (events, answers) = bounded(16);
+        let mut disk = Disk::open(&path, false, Caching::Host).unwrap();
+        disk.own(take());
+        let disk = disk.start(events, always()).unwrap();
+        disk.submit(write(1, 0, &[1; 512]));
+        assert_eq!(answers.recv(), Ok(done(1, DiskStatus::Ok, &[])));
+        let _new_owner = take();
+        disk.submit(read(2, 0, 512));
+        assert_eq!(answers.recv(), Ok(done(2, DiskStatus::Ok, &[1; 512])), "reading harms nobody");
+        disk.submit(write(3, 512, &[3; 512]));
+        assert!(answers.recv().is_err(), "the thread has ended, and answered nothing");
+        assert_eq!(fs::read(&path).unwrap(), [[1; 512], [0; 512]].concat());
+        // Nobody hangs who does not know yet.
+        disk.submit(write(4, 512, &[4; 512]));
+        assert!(disk.quiesce(Duration::ZERO));
     }
 
     #[test]

@@ -9,11 +9,14 @@
 pub mod console;
 pub mod deferral;
 pub mod disk;
+pub mod owner;
 pub mod tap;
 
 use std::convert::Infallible;
+use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -26,6 +29,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 /// How long dropping a [`Worker`] waits for its thread. Only a system call that hangs (a dead file server)
 /// takes longer; the thread then ends by itself when the call returns.
 const STOP_WAIT: Duration = Duration::from_secs(5);
+
+/// Makes what has been created, renamed or removed in `directory` outlive a crash of its storage.
+pub fn sync_directory(directory: &Path) -> io::Result<()> {
+    match File::open(directory)?.sync_all() {
+        // Some network file systems have no fsync for directories; their server is then durable by itself.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        result => result,
+    }
+}
 
 /// Fills `bytes` with random bytes of the host's kernel.
 pub fn random_bytes(bytes: &mut [u8]) -> io::Result<()> {

@@ -28,6 +28,7 @@ use nix::errno::Errno;
 
 use super::{Arbiter, ArbiterError, Created, random_id};
 use crate::ft::claim::{Lines, from_hex, to_hex};
+use crate::host::sync_directory;
 
 const HEADER: &str = "vmft-directory 1";
 const ID_FILE: &str = "vmft-id";
@@ -243,14 +244,6 @@ fn is_refusal(error: &io::Error) -> bool {
     let refusals =
         [Errno::EPERM, Errno::EACCES, Errno::EROFS, Errno::EMLINK, Errno::ENOSYS, Errno::EOPNOTSUPP];
     refusals.iter().any(|errno| error.raw_os_error() == Some(*errno as i32))
-}
-
-fn sync_directory(directory: &Path) -> io::Result<()> {
-    match File::open(directory)?.sync_all() {
-        // Some network file systems have no fsync for directories; their server is then durable by itself.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-        result => result,
-    }
 }
 
 fn read_small(path: &Path) -> io::Result<Vec<u8>> {

@@ -17,9 +17,11 @@
 //! Not covered: an arbiter that forgets records and keeps its id.
 
 pub mod dir;
+pub mod etcd;
 
 use std::fmt;
 use std::io;
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -108,6 +110,34 @@ pub enum ArbiterError {
         /// What is wrong with it.
         why: String,
     },
+    /// This host has no random number for an id.
+    #[error("No random number for the arbiter's id: {source}")]
+    Random {
+        /// What the host said.
+        source: io::Error,
+    },
+    /// No endpoint of an etcd answers.
+    #[error("The arbiter {place} does not answer ({why}); start it, or correct --arbiter")]
+    Unreachable {
+        /// Its endpoints.
+        place: String,
+        /// What came of each.
+        why: String,
+    },
+    /// An etcd does not let this monitor in.
+    #[error("No permission at the arbiter: {why}")]
+    Refused {
+        /// Who refuses, and what to do.
+        why: String,
+    },
+    /// What an etcd has stored, or answers, is not from here.
+    #[error("The arbiter {place} cannot be used: {why}")]
+    Foreign {
+        /// Its endpoints.
+        place: String,
+        /// What is wrong.
+        why: String,
+    },
     /// A file that the host refuses to read.
     #[error("'{path}' cannot be used")]
     Io {
@@ -118,11 +148,15 @@ pub enum ArbiterError {
     },
 }
 
+const KINDS: &str = "dir:PATH or etcd:HOST:PORT[,HOST:PORT...]";
+
 /// What `--arbiter` says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ArbiterSpec {
     /// A directory that both hosts share.
     Directory(PathBuf),
+    /// An etcd with these endpoints, each HOST:PORT.
+    Etcd(Vec<String>),
 }
 
 impl ArbiterSpec {
@@ -130,6 +164,7 @@ impl ArbiterSpec {
     pub fn open(&self) -> Result<Arc<dyn Arbiter>, ArbiterError> {
         match self {
             Self::Directory(path) => Ok(Arc::new(dir::Directory::open(path)?)),
+            Self::Etcd(endpoints) => Ok(Arc::new(etcd::Etcd::open(endpoints)?)),
         }
     }
 }
@@ -139,11 +174,12 @@ impl FromStr for ArbiterSpec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (kind, rest) =
-            text.split_once(':').ok_or_else(|| format!("'{text}' has no kind: use dir:PATH"))?;
+            text.split_once(':').ok_or_else(|| format!("'{text}' has no kind: use {KINDS}"))?;
         match kind {
             "dir" if rest.is_empty() => Err("the path behind 'dir:' is missing".into()),
             "dir" => Ok(Self::Directory(rest.into())),
-            other => Err(format!("'{other}' is no kind of arbiter: use dir:PATH")),
+            "etcd" => parse_endpoints(rest).map(Self::Etcd),
+            other => Err(format!("'{other}' is no kind of arbiter: use {KINDS}")),
         }
     }
 }
@@ -152,7 +188,42 @@ impl fmt::Display for ArbiterSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Directory(path) => write!(f, "dir:{}", path.display()),
+            Self::Etcd(endpoints) => write!(f, "etcd:{}", endpoints.join(",")),
         }
+    }
+}
+
+fn parse_endpoints(text: &str) -> Result<Vec<String>, String> {
+    let endpoints: Vec<&str> = text.split(',').collect();
+    if endpoints.len() > etcd::MAX_ENDPOINTS {
+        return Err(format!(
+            "{} endpoints are more than the {} that can be",
+            endpoints.len(),
+            etcd::MAX_ENDPOINTS
+        ));
+    }
+    endpoints.into_iter().map(|endpoint| parse_endpoint(endpoint).map(|()| endpoint.to_owned())).collect()
+}
+
+/// HOST:PORT, where HOST is a name, an IPv4 address, or an IPv6 address in brackets.
+fn parse_endpoint(text: &str) -> Result<(), String> {
+    let example = "an endpoint is HOST:PORT, such as 192.0.2.9:2379 or [2001:db8::9]:2379";
+    let (host, port) = text
+        .rsplit_once(':')
+        .ok_or_else(|| format!("'{text}' in the list behind 'etcd:' has no port: {example}"))?;
+    let is_host = match host.strip_prefix('[') {
+        Some(rest) => rest.strip_suffix(']').is_some_and(|inside| inside.parse::<Ipv6Addr>().is_ok()),
+        None => {
+            let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-');
+            !host.is_empty() && host.len() <= 253 && host.bytes().all(allowed)
+        }
+    };
+    if !is_host {
+        return Err(format!("'{host}' in '{text}' is not a host: {example}"));
+    }
+    match port.parse::<u16>() {
+        Ok(number) if number > 0 => Ok(()),
+        _ => Err(format!("'{port}' in '{text}' is not a port: {example}")),
     }
 }
 
@@ -169,7 +240,13 @@ mod tests {
 
     #[test]
     fn an_address_is_parsed_and_shown_alike_or_refused_by_its_part() {
-        for text in ["dir:/srv/vmft/claims", "dir:claims", "dir:/a:b"] {
+        for text in [
+            "dir:/srv/vmft/claims",
+            "dir:claims",
+            "dir:/a:b",
+            "etcd:192.0.2.1:2379",
+            "etcd:a.example:2379,b-1:1,[::1]:65535",
+        ] {
             assert_eq!(text.parse::<ArbiterSpec>().unwrap().to_string(), text);
         }
         for (text, part) in [
@@ -177,9 +254,21 @@ mod tests {
             ("/srv/vmft", "'/srv/vmft' has no kind"),
             ("dir:", "behind 'dir:' is missing"),
             ("zookeeper:a:1", "'zookeeper' is no kind"),
+            ("etcd:", "'' in the list behind 'etcd:' has no port"),
+            ("etcd:a:1,", "'' in the list behind 'etcd:' has no port"),
+            ("etcd:a", "'a' in the list behind 'etcd:' has no port"),
+            ("etcd:a:1,b:x", "'x' in 'b:x' is not a port"),
+            ("etcd:a:0", "'0' in 'a:0' is not a port"),
+            ("etcd:a:65536", "'65536' in 'a:65536' is not a port"),
+            ("etcd::2379", "'' in ':2379' is not a host"),
+            ("etcd:http://a:2379", "'http://a' in 'http://a:2379' is not a host"),
+            ("etcd:::1:2379", "'::1' in '::1:2379' is not a host"),
+            ("etcd:[::g]:2379", "'[::g]' in '[::g]:2379' is not a host"),
+            ("etcd:root:pw@a:2379", "is not a host"),
+            (&format!("etcd:{}", ["a:1"; 17].join(",")), "17 endpoints are more than the 16"),
         ] {
             let refusal = text.parse::<ArbiterSpec>().unwrap_err();
-            assert!(refusal.contains(part) && refusal.contains("dir:"), "{text}: {refusal}");
+            assert!(refusal.contains(part), "{text}: {refusal}");
         }
     }
 }

@@ -1,0 +1,219 @@
+//! Who decides when the arbiter is an etcd, what happens while it does not answer, and what a fence holds back.
+
+use std::fs;
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use vmft_tests::client::{Client, Config};
+use vmft_tests::harness::{self, Case, Need, TestResult};
+use vmft_tests::hosts::{Ending, Etcd, Link};
+use vmft_tests::pair::{
+    Guest, LONG, Monitor, PROTECTED, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume,
+};
+
+static SITE: SharedSite = SharedSite::new(2);
+
+const NEEDS: &[Need] = &[Need::Root, Need::Tun, Need::Qemu, Need::Etcd];
+/// What a monitor says once, when a claim gets no answer.
+const UNDECIDED: &str = "the claim is undecided";
+const NOT_FENCED: &str = "not fenced, so the guest waits; trying again";
+/// The record of the disk's owner.
+const OWNER: &str = "disk.img.vmft-owner";
+/// For how long nothing may happen while the arbiter or a fence is awaited.
+const WAITING: Duration = Duration::from_secs(3);
+/// How often something that changes by itself is looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
+fn main() -> ExitCode {
+    let status = harness::run(&[
+        Case { name: "etcd_decides_and_a_silent_one_lets_nobody_go_on", needs: NEEDS, run: etcd_decides },
+        Case::on_hosts("fence_and_disk_hold_a_takeover_and_a_former_primary", fence_and_disk),
+    ]);
+    SITE.close();
+    status
+}
+
+fn load() -> Config {
+    Config { window: 4, value_len: 200, ..Config::default() }
+}
+
+fn more_replies(client: &Client, count: usize) -> TestResult {
+    if client.wait_for_replies(client.answered() + count, LONG) {
+        Ok(())
+    } else {
+        Err(format!("no {count} more replies within {LONG:?}").into())
+    }
+}
+
+fn says(monitor: &Monitor, what: &str) -> usize {
+    monitor.output().iter().filter(|line| line.contains(what)).count()
+}
+
+/// Nothing is answered for a while, and neither monitor goes on or ends.
+fn assert_all_wait(client: &Client, monitors: &[&Monitor], signs: &[&str]) -> TestResult {
+    // What left the guest before is still on its way to the client.
+    thread::sleep(Duration::from_millis(200));
+    let before: Vec<usize> = monitors.iter().map(|monitor| count(monitor, signs)).collect();
+    let answered = client.answered();
+    // Not a condition to wait for: nothing is to happen.
+    thread::sleep(WAITING);
+    let after: Vec<usize> = monitors.iter().map(|monitor| count(monitor, signs)).collect();
+    assert_eq!(client.answered(), answered, "the guest answered while its monitor had no right to run it");
+    assert_eq!(before, after, "a monitor went on");
+    for monitor in monitors {
+        assert_eq!(monitor.ending(), None, "{:?}", monitor.output().last());
+    }
+    Ok(())
+}
+
+fn count(monitor: &Monitor, signs: &[&str]) -> usize {
+    signs.iter().map(|sign| says(monitor, sign)).sum()
+}
+
+/// A volume of which the claims are at an etcd.
+fn volume_with_etcd(site: &mut Site) -> Result<Volume, Box<dyn std::error::Error>> {
+    let mut volume = site.volume()?;
+    volume.arbiter = format!("etcd:{}", Etcd::endpoint());
+    Ok(volume)
+}
+
+/// While `primary` runs the guest, another one is told who does.
+fn second_is_refused(site: &mut Site, guest: &Guest, volume: &Volume, primary: &Monitor) -> TestResult {
+    let refusal = site.start_primary(2, guest, volume)?.wait(SHORT)?;
+    let sentence = refusal.stderr.last().ok_or("the second primary says nothing")?;
+    println!("{sentence}");
+    assert_eq!(refusal.ending, Ending::Exited(1), "{sentence}");
+    let holder = format!("already run by host1 (process {}): it holds view 1", primary.pid());
+    for part in [holder.as_str(), "at etcd:10.78.0.1:2379", "etcdctl --endpoints=10.78.0.1:2379 del"] {
+        assert!(sentence.contains(part), "{sentence}");
+    }
+    Ok(())
+}
+
+fn etcd_decides() -> TestResult {
+    SITE.run(|site| {
+        let mut etcd = Etcd::start(site.net(), "silent")?;
+        let (guest, volume) = (Guest::default(), volume_with_etcd(site)?);
+        let (primary, backup) = site.start_pair(&guest, &volume)?;
+        let client = site.client(load())?;
+        second_is_refused(site, &guest, &volume, &primary)?;
+        etcd.stop();
+        more_replies(&client, 20)?;
+        assert_eq!(says(&primary, UNDECIDED), 0, "as long as both live, nobody asks the arbiter");
+
+        // Both want the next view, and neither is told.
+        site.host(1).cut(Link::Log)?;
+        // The arbiter is on the log link as well: host 1 reaches it again once that is whole.
+        primary.wait_for_line(UNDECIDED, SHORT)?;
+        backup.wait_for_line(UNDECIDED, SHORT)?;
+        site.host(1).restore(Link::Log)?;
+        assert_all_wait(&client, &[&primary, &backup], &[TAKEOVER, UNPROTECTED])?;
+        for monitor in [&primary, &backup] {
+            assert_eq!(says(monitor, UNDECIDED), 1, "it is said once");
+        }
+        etcd.cont();
+        let deadline = Instant::now() + SHORT;
+        while primary.ending().is_none() && backup.ending().is_none() && Instant::now() < deadline {
+            thread::sleep(LOOK);
+        }
+        let (goes_on, stops, sign) = match (primary.ending(), backup.ending()) {
+            (None, Some(_)) => (&primary, &backup, UNPROTECTED),
+            (Some(_), None) => (&backup, &primary, TAKEOVER),
+            both => return Err(format!("one must end and one go on: {both:?}").into()),
+        };
+        assert_eq!(stops.ending(), Some(Ending::Exited(3)));
+        println!("host {} goes on: {}", goes_on.host, goes_on.wait_for_line(sign, SHORT)?);
+        more_replies(&client, 20)?;
+
+        // The one that is left is killed while the arbiter is silent.
+        let next = site.start_backup(stops.host, goes_on.host, &guest, &volume)?;
+        goes_on.wait_for_line(&format!("{PROTECTED} view=2"), LONG)?;
+        more_replies(&client, 20)?;
+        etcd.stop();
+        goes_on.kill(Signal::SIGKILL)?;
+        next.wait_for_line(UNDECIDED, SHORT)?;
+        assert_all_wait(&client, &[&next], &[TAKEOVER])?;
+        etcd.cont();
+        println!("{}", next.wait_for_line(&format!("{TAKEOVER} view=3"), SHORT)?);
+        more_replies(&client, 20)?;
+        let claims: Vec<String> = (1..=3).map(|view| format!("/vmft/claims/guest/view-{view:020}")).collect();
+        assert_eq!(etcd.keys("/vmft/claims/")?, claims);
+        assert_eq!(volume.claims()?, Vec::<String>::new(), "no claim is a file");
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
+
+/// Takes the disk of `primary`, on the storage itself. Its claim and its lease hold, as those of a host that was paused seem
+/// to it to do.
+fn take_disk(primary: &Monitor, view: u64, volume: &Volume) -> TestResult {
+    let (owner, new) = (volume.local.join(OWNER), volume.local.join("new"));
+    let record = fs::read_to_string(&owner)?;
+    let expected = format!("\nview {view}\nrole backup\nhost host{}\npid {}\n", primary.host, primary.pid());
+    assert!(record.contains(&expected), "{record}");
+    fs::write(&new, record.replace(&format!("host{}", primary.host), "host9"))?;
+    fs::rename(&new, &owner)?;
+    println!("{}", primary.wait_for_line("Another monitor has taken the disk image", SHORT)?);
+    let image = fs::read(volume.local.join("disk.img"))?;
+    // Not a condition to wait for: nothing is to happen.
+    thread::sleep(WAITING);
+    assert!(fs::read(volume.local.join("disk.img"))? == image, "it wrote to an image that is another's");
+    assert_eq!(primary.ending(), None);
+    Ok(())
+}
+
+fn fence_and_disk() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let (mode, told) = (volume.local.join("mode"), volume.local.join("told"));
+        let script = "cd \"${0%/*}\"\n\
+                      echo \"$VMFT_GUEST $VMFT_VIEW $VMFT_PEER_HOST $VMFT_PEER_ADDRESS $1\" >>told\n\
+                      case $(cat mode) in fail) exit 3;; hang) sleep 600;; esac\n";
+        fs::write(volume.local.join("fence"), script)?;
+        let command = format!("/bin/sh {}/fence now", volume.path);
+        let fenced = ["--fence-cmd", command.as_str(), "--fence-timeout-ms", "1000"];
+        fs::write(&mode, "fail")?;
+
+        let primary = site.start_primary(1, &guest, &volume)?;
+        primary.wait_for_line(SERVICE_READY, LONG)?;
+        let backup = site.start_backup_with(2, 1, &guest, &volume, &fenced)?;
+        primary.wait_for_line(PROTECTED, LONG)?;
+        let client = site.client(load())?;
+        more_replies(&client, 20)?;
+        primary.kill(Signal::SIGKILL)?;
+        let line = backup.wait_for_line(NOT_FENCED, SHORT)?;
+        println!("{line}");
+        assert!(line.contains("'/bin/sh' ended with exit status 3"), "{line}");
+        assert_all_wait(&client, &[&backup], &[TAKEOVER])?;
+        fs::write(&mode, "hang")?;
+        println!("{}", backup.wait_for_line("'/bin/sh' did not end within 1000 ms", SHORT)?);
+        assert_all_wait(&client, &[&backup], &[TAKEOVER])?;
+        fs::write(&mode, "ok")?;
+        println!("{}", backup.wait_for_line(&format!("{TAKEOVER} view=2"), SHORT)?);
+        more_replies(&client, 20)?;
+        let lines = fs::read_to_string(&told)?;
+        let expected = "guest 2 host1 10.78.0.101 now";
+        assert!(lines.lines().count() > 2 && lines.lines().all(|line| line == expected), "{lines}");
+
+        // A primary that hands its guest over needs no fence, and none would let this backup go live.
+        fs::write(&mode, "fail")?;
+        fs::remove_file(&told)?;
+        let next = site.start_backup_with(1, 2, &guest, &volume, &fenced)?;
+        backup.wait_for_line(&format!("{PROTECTED} view=2"), LONG)?;
+        backup.kill(Signal::SIGTERM)?;
+        println!("{}", next.wait_for_line(&format!("{TAKEOVER} view=3"), SHORT)?);
+        more_replies(&client, 20)?;
+        assert!(!told.exists(), "a primary was fenced that had left");
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)?;
+
+        let client = site.client(load())?;
+        take_disk(&next, 3, &volume)?;
+        client.stop(Duration::ZERO);
+        Ok(())
+    })
+}
