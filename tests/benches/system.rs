@@ -1,7 +1,7 @@
 //! What a pair costs and how fast it takes over, on test hosts: `cargo bench -p vmft-tests --bench system`.
 //!
 //! Arguments are names of sections; none means all. `VMFT_BENCH_ROUNDS` (default 3) is the number of boots of each
-//! kind, of lost hosts and of standbys called in, `VMFT_BENCH_KILLS` (default 10) that of killed monitors.
+//! kind, of transfers, of lost hosts and of standbys called in, `VMFT_BENCH_KILLS` (default 10) that of killed monitors.
 //!
 //! Prints a table for `docs/benchmarks.md`. Nothing here passes or fails by a time: machines are noisy, so that
 //! ratios of one run mean more than any figure.
@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use vmft_tests::client::{Client, Config, Gaps, Report};
 use vmft_tests::harness::{TEST_HOSTS, first_missing};
 use vmft_tests::pair::{
-    Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, SERVICE_READY, SHORT, Site, TAKEOVER,
+    Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, SERVICE_READY, SHORT, Site, TAKEOVER, UNPROTECTED,
     count_from_environment, field,
 };
 
@@ -28,6 +28,7 @@ const SECTIONS: &[(&str, u8, Section)] = &[
     ("requests", 2, requests),
     ("log", 2, log),
     ("compute", 2, compute),
+    ("transfer", 2, transfer),
     ("kill", 2, killed_monitors),
     ("loss", 2, lost_hosts),
     ("protected", 3, protected_again),
@@ -40,6 +41,9 @@ const IDLE_TIME: Duration = Duration::from_secs(60);
 const SETTLE_TIME: Duration = Duration::from_secs(5);
 /// More than the interval between two lines of figures.
 const FIGURES_INTERVAL: Duration = Duration::from_millis(1_500);
+
+/// What a primary says when it stops its guest to send the rest of it.
+const SENT: &str = "the backup gets the rest of the guest";
 
 fn main() -> ExitCode {
     // Cargo adds `--bench`.
@@ -226,7 +230,7 @@ fn pair_rows(when: &str, primary: &Monitor) -> Outcome {
 }
 
 fn snapshot_row(primary: &Monitor, backup: &Monitor) -> Outcome {
-    let sent = primary.wait_for_line("the backup gets the rest of the guest", SHORT)?;
+    let sent = primary.wait_for_line(SENT, SHORT)?;
     let following = backup.wait_for_line("following view=", SHORT)?;
     let ms = |line: &str, name| field(line, name).ok_or(format!("no {name} in: {line}"));
     row(
@@ -238,6 +242,32 @@ fn snapshot_row(primary: &Monitor, backup: &Monitor) -> Outcome {
             ms(&following, "took_ms")?
         ),
     );
+    Ok(())
+}
+
+/// Gives a guest that writes its memory at some rate to a backup, again and again.
+fn transfer(site: &mut Site) -> Outcome {
+    for (what, work) in [("idle", "none"), ("writing 10 MiB/s", "rate10"), ("writing 100 MiB/s", "rate100")] {
+        let (guest, volume) = (guest(work), site.volume()?);
+        let primary = site.start_primary(1, &guest, &volume)?;
+        primary.wait_for_line(SERVICE_READY, LONG)?;
+        std::thread::sleep(SETTLE_TIME);
+        let (mut pause_ms, mut took_ms) = (Vec::new(), Vec::new());
+        for view in 1..=u64::from(rounds()) {
+            let backup = site.start_backup(2, 1, &guest, &volume)?;
+            primary.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
+            let sent =
+                primary.output().into_iter().rfind(|line| line.contains(SENT)).ok_or("nothing was sent")?;
+            let figure = |name| field(&sent, name).ok_or(format!("no {name} in: {sent}"));
+            pause_ms.push(figure("first_pause_ms")?.max(figure("pause_ms")?) as f64);
+            took_ms.push(figure("took_ms")? as f64);
+            backup.kill(Signal::SIGKILL)?;
+            primary.wait_for_line(&format!("{UNPROTECTED} view={}", view + 1), SHORT)?;
+        }
+        let (pause, took) = (spread_text(&mut pause_ms, "ms"), spread_text(&mut took_ms, "ms"));
+        row(&format!("transfer, 256 MiB, {what}"), &format!("longest stop {pause}; sent in {took}"));
+        site.end_processes()?;
+    }
     Ok(())
 }
 

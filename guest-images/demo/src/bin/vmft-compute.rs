@@ -1,11 +1,13 @@
 //! Work for the guest's processor and page tables alone: for guests that make no exits.
 //!
 //! Usage: `vmft-compute loop MILLIONS` counts in a register, `vmft-compute dirty MIB ROUNDS` writes a word of every
-//! page of a buffer in each round, `vmft-compute paging MIB ROUNDS` maps, protects, forks, copies on write and unmaps.
-//! A number of 0 means for ever. It must do the same work at every run.
+//! page of a buffer in each round, `vmft-compute paging MIB ROUNDS` maps, protects, forks, copies on write and unmaps,
+//! `vmft-compute rate MIB MIB_PER_S` writes to pages of a buffer, one after the other, at that rate and for ever.
+//! A number of 0 rounds means for ever. But for the rate it must do the same work at every run.
 
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, mprotect, munmap};
 use nix::sys::wait::waitpid;
@@ -27,8 +29,12 @@ fn main() -> ExitCode {
                 eprintln!("vmft-compute: paging: {error}");
             }
         }),
+        (Some("rate"), Some([mib, mib_per_s])) => dirty_at(*mib as usize, *mib_per_s as usize),
         _ => {
-            eprintln!("usage: vmft-compute loop MILLIONS | vmft-compute (dirty | paging) MIB ROUNDS");
+            eprintln!(
+                "usage: vmft-compute loop MILLIONS | vmft-compute (dirty | paging) MIB ROUNDS | \
+                 vmft-compute rate MIB MIB_PER_S"
+            );
             return ExitCode::from(2);
         }
     }
@@ -56,6 +62,22 @@ fn dirty(buffer: &mut [u64], round: u64) {
         let word = (round as usize * 7) % PAGE_WORDS;
         // Each write counts, whatever the optimiser thinks of a buffer that nobody reads.
         page[word] = std::hint::black_box(page[word].wrapping_mul(31).wrapping_add(round));
+    }
+}
+
+/// Writes to so many pages in each tick; ticks that were missed are made up for, so that the rate holds if it can.
+fn dirty_at(mib: usize, mib_per_s: usize) {
+    const TICK: Duration = Duration::from_millis(10);
+    let mut buffer = vec![0u64; mib << 17];
+    let pages_per_tick = (mib_per_s * 256 / 100).max(1);
+    let (started, mut next) = (Instant::now(), 0);
+    for tick in 1.. {
+        for _ in 0..pages_per_tick {
+            let at = next % buffer.len();
+            dirty(&mut buffer[at..at + PAGE_WORDS], u64::from(tick));
+            next += PAGE_WORDS;
+        }
+        std::thread::sleep((TICK * tick).saturating_sub(started.elapsed()));
     }
 }
 
