@@ -247,13 +247,12 @@ impl Disk {
                     return;
                 }
                 let at_work = busy.lock().unwrap_or_else(PoisonError::into_inner);
-                // Asked again: a refusal that came before the lock was taken holds.
-                if guard() {
-                    match self.may_perform(&request) {
-                        Owned::Yes => break self.perform(request),
-                        Owned::No => return,
-                        Owned::Unknown(_) => {}
-                    }
+                match self.may_perform(&request) {
+                    // The guard is asked again, and last: a refusal that came before the lock was taken holds, and the
+                    // storage's answer may be as old as this host was frozen after it was given.
+                    Owned::Yes if guard() => break self.perform(request),
+                    Owned::No => return,
+                    Owned::Yes | Owned::Unknown(_) => {}
                 }
                 drop(at_work);
                 if stop.stopped() {
