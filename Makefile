@@ -38,6 +38,7 @@ e2e: build guest ## End-to-end tests on test hosts, as root
 	cargo test -p vmft-tests --test 'e2e_*' --no-fail-fast
 
 test-long: export PROPTEST_CASES ?= 20000
+test-long: export VMFT_MODEL ?= long
 test-long: export VMFT_REPLAYS ?= 20
 test-long: export VMFT_KILLS ?= 30
 test-long: export VMFT_COMPUTE_S ?= 600

@@ -30,13 +30,14 @@ use crate::control::protocol::{self as control, Direction, Peer, Transfer};
 use crate::control::state::TransferOf;
 use crate::control::{Monitor, Server, Standing};
 use crate::ft::accept::Listener;
-use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, Left, LinkEnd, connect};
+use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, connect};
 use crate::ft::channel::Receiving;
-use crate::ft::claim::{ClaimRole, Claims, Owner};
+use crate::ft::claim::{ClaimRole, Owner};
 use crate::ft::fence::Occasion;
 use crate::ft::heartbeat::Heartbeats;
 use crate::ft::hosts::HostList;
-use crate::ft::supervise::claim_until_known;
+use crate::ft::protocol::{Next, Verdict};
+use crate::ft::supervise::Claimant;
 use crate::guest::{GuestConfig, GuestError};
 use crate::host::disk::{Caching, Disk, DiskError};
 use crate::host::owner::Ownership;
@@ -162,7 +163,7 @@ impl<'a> Follower<'a> {
             disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
             claims_id: self.side.claims.arbiter_id(),
             host_name: self.side.owner.host.clone(),
-            timeout_ms: self.side.timeout.as_millis() as u32,
+            timeout_ms: self.side.timing.timeout.as_millis() as u32,
             has_network: resources.tap.is_some(),
             positions: self.positions,
             listen_port: self.listen_port,
@@ -368,18 +369,20 @@ fn follow(
     let view = connection.welcome.view;
     let cursor = snapshot::cursor(&machine);
     let takeover = takeover(&ready, &connection, &config);
-    let (inflow, frames) =
-        connection.follow(cursor).map_err(|source: StreamError| PairError::NotFormed(source.to_string()))?;
+    let timeout = ready.follower.side.timing.timeout;
+    let (inflow, frames) = connection
+        .follow(cursor, timeout)
+        .map_err(|source: StreamError| PairError::NotFormed(source.to_string()))?;
     ready.follower.side.monitor.set_figures(inflow.watch());
     // The primary was busy with the snapshot, and this host with loading it.
     ready.heartbeats.note_heard();
     let (verdict_in, verdict) = bounded(1);
     spawn("log-receiver", {
-        let receive = receiver(&ready, &inflow, takeover, view);
+        let receive = receiver(&ready, &inflow, takeover);
         // The main thread waits for exactly this.
         move || drop(verdict_in.send(receive(frames)))
     })?;
-    let (heartbeats, timeout) = (Arc::clone(&ready.heartbeats), ready.follower.side.timeout);
+    let heartbeats = Arc::clone(&ready.heartbeats);
     let stop = ready.follower.stop.0.flag();
     spawn("watchdog", watchdog(Arc::clone(&inflow), heartbeats, timeout, Arc::clone(&stop)))?;
     let source = FromPrimary::new(Arc::clone(&inflow), stop, kept);
@@ -395,13 +398,13 @@ fn follow(
             let (reason, text) = why.bye();
             inflow.retire(reason, &text);
             heal::report(&why, &ready.follower.side, &machine, view, door.source_mut().take_kept());
-            return match verdict.recv().map(|(verdict, _)| verdict) {
+            return match verdict.recv().map(|ended| ended.verdict) {
                 // The primary had been lost, and the claim been made, before this was known.
-                Ok(Verdict::Won(_) | Verdict::NotLive(_)) => Err(HealError::lost(&why, view + 1).into()),
+                Ok(Verdict::Won) => Err(HealError::lost(&why, view + 1).into()),
                 // The guest's life has ended where the log says so, or there is nobody left to ask.
                 Ok(Verdict::GuestEnded) => Err(HealError::ended(&why).into()),
                 // Its threads have ended with the connection; the primary goes on alone.
-                Ok(Verdict::Stopped | Verdict::Lost(_)) | Err(_) => {
+                Ok(Verdict::Stopped | Verdict::Lost) | Err(_) => {
                     Ok(Followed::Useless(Box::new(Again { ready, machine, why })))
                 }
             };
@@ -410,23 +413,25 @@ fn follow(
     if let Stopped::GuestEnded(_) = stopped {
         return Ok(Followed::Ended(ending(stopped, machine.anchors())));
     }
-    let Ok((verdict, noticed)) = verdict.recv() else {
+    let Ok(LinkEnded { verdict, holder, image, noticed }) = verdict.recv() else {
         return Err(PairError::NotFormed("the receiver's thread is gone".into()).into());
     };
-    let owned = match verdict {
-        Verdict::Won(owned) => owned,
-        Verdict::GuestEnded | Verdict::Stopped => return Ok(Followed::Ended(Ending::Orderly)),
-        Verdict::NotLive(what) => return Err(PairError::NotLive { view: view + 1, what }.into()),
-        Verdict::Lost(holder) => {
-            say_lost(&ready.follower.side.monitor, view + 1, &holder);
-            return Ok(Followed::Ended(Ending::LostClaim));
-        }
-    };
-    go_live(ready, config, machine, door, (view + 1, noticed, owned)).map(Followed::Ended)
+    if let Some(view) = inflow.machine(|machine| machine.goes_live()) {
+        let owned = image.map_err(|what| PairError::NotLive { view, what })?;
+        return go_live(ready, config, machine, door, (view, noticed, owned)).map(Followed::Ended);
+    }
+    if verdict != Verdict::Lost {
+        return Ok(Followed::Ended(Ending::Orderly));
+    }
+    say_lost(&ready.follower.side.monitor, view + 1, holder.as_ref());
+    Ok(Followed::Ended(Ending::LostClaim))
 }
 
-fn say_lost(monitor: &Monitor, view: u64, holder: &Owner) {
-    let cause = format!("{} (process {}) has claimed the view", holder.host, holder.pid);
+fn say_lost(monitor: &Monitor, view: u64, holder: Option<&Owner>) {
+    let cause = match holder {
+        Some(holder) => format!("{} (process {}) has claimed the view", holder.host, holder.pid),
+        None => "another monitor has claimed the view".to_owned(),
+    };
     let standing = Standing { role: control::Role::None, view, protected: false, cause };
     change!(error, monitor, standing, "the primary goes on alone; this backup stops");
 }
@@ -445,27 +450,38 @@ fn takeover(ready: &Ready<'_>, connection: &Connection, config: &GuestConfig) ->
     Takeover::new(&ready.follower.side, occasion, image, ready.follower.stop.0.flag())
 }
 
-/// Takes the log in until the connection ends, and says what follows from that, and when it was noticed.
+/// What followed from the end of the link.
+struct LinkEnded {
+    verdict: Verdict,
+    /// Whose the guest is, if the claim was lost.
+    holder: Option<Owner>,
+    /// If it was won: the disk image; or what this monitor waited for when the operator stopped it.
+    image: Result<Option<Ownership>, &'static str>,
+    /// When the end was noticed.
+    noticed: Instant,
+}
+
+/// Takes the log in until the connection ends, and says what follows from that.
 fn receiver(
     ready: &Ready<'_>,
     inflow: &Arc<Inflow>,
     takeover: Takeover,
-    view: u64,
-) -> impl FnOnce(Receiving) -> (Verdict, Instant) + Send + 'static {
+) -> impl FnOnce(Receiving) -> LinkEnded + Send + 'static {
     let (inflow, heartbeats) = (Arc::clone(inflow), Arc::clone(&ready.heartbeats));
     let (side, main) = (&ready.follower.side, ready.follower.stop.0.clone());
     let stop = main.flag();
-    let (claims, owner, timeout) = (side.claims.clone(), side.owner.clone(), side.timeout);
-    let monitor = Arc::clone(&side.monitor);
+    let mut claimant = Claimant::new(side.claims.clone(), side.owner.clone());
+    let (monitor, view) = (Arc::clone(&side.monitor), inflow.machine(|machine| machine.view()));
     move |frames| {
         let end = inflow.receive(frames, || heartbeats.note_heard());
         let noticed = Instant::now();
         // An answer from here would let the primary act on; whoever claims is silent first.
         heartbeats.fall_silent();
-        let may_claim = || !stop.load(Ordering::Relaxed) && !inflow.is_retired();
-        if let LinkEnd::Lost { why, .. } = &end
-            && may_claim()
-        {
+        let next = || {
+            let (silent_for, stopped) = (heartbeats.silent_for(), stop.load(Ordering::Relaxed));
+            inflow.machine(|machine| machine.next(silent_for, stopped))
+        };
+        if let (LinkEnd::Lost { why, .. }, Next::Wait | Next::Claim { .. }) = (&end, next()) {
             change!(warn, monitor, unprotected(view, why.clone()), "primary lost");
         }
         if end == LinkEnd::Dismissed {
@@ -473,19 +489,26 @@ fn receiver(
             let standing = Standing { role: control::Role::None, view, protected: false, cause };
             change!(info, monitor, standing, "dismissed: the primary goes on without this backup");
         }
-        let silent = || heartbeats.silent_for() > timeout;
-        let verdict = match (judge(&end, &claims, view + 1, &owner, silent, may_claim), &end) {
-            (Verdict::Won(_), LinkEnd::Lost { why, primary }) => {
-                takeover.prepare(why, *primary).map_or_else(Verdict::NotLive, Verdict::Won)
+        let verdict = loop {
+            match next() {
+                Next::Wait => std::thread::sleep(SILENCE_POLL),
+                Next::Claim { view } => {
+                    let answer = claimant.ask(view);
+                    inflow.machine(|machine| machine.claim_says(answer));
+                }
+                Next::Done(verdict) => break verdict,
             }
-            (verdict, _) => verdict,
         };
-        if let Verdict::Lost(_) | Verdict::NotLive(_) = verdict {
+        let image = match (verdict, &end) {
+            (Verdict::Won, LinkEnd::Lost { why, primary }) => takeover.prepare(why, *primary),
+            _ => Ok(None),
+        };
+        if verdict == Verdict::Lost || image.is_err() {
             // The guest may be far behind, or nowhere that leads back.
             inflow.abandon();
             main.kick();
         }
-        (verdict, noticed)
+        LinkEnded { verdict, holder: claimant.holder().cloned(), image, noticed }
     }
 }
 
@@ -534,47 +557,6 @@ fn unprotected(view: u64, cause: String) -> Standing {
     Standing { role: control::Role::Backup, view, protected: false, cause }
 }
 
-/// What becomes of a backup whose link has ended.
-enum Verdict {
-    /// The guest's life is over.
-    GuestEnded,
-    /// The operator stopped this monitor or had it let go, or it is out of the running. It claims nothing: the primary goes on.
-    Stopped,
-    /// The guest is ours, and so is its disk image.
-    Won(Option<Ownership>),
-    /// The guest is ours, and the operator stopped this monitor while it waited for this.
-    NotLive(&'static str),
-    /// The guest is the holder's.
-    Lost(Owner),
-}
-
-/// Decides, by a claim, who goes on. A primary that closed the connection, or whose kernel did, lets nothing
-/// out any more. One that merely cannot be reached may, until it has not heard from here for the timeout.
-fn judge(
-    end: &LinkEnd,
-    claims: &Claims,
-    view: u64,
-    owner: &Owner,
-    silent: impl Fn() -> bool,
-    may_claim: impl Fn() -> bool,
-) -> Verdict {
-    if !may_claim() {
-        return Verdict::Stopped;
-    }
-    let by_peer = match end {
-        LinkEnd::GuestEnded => return Verdict::GuestEnded,
-        LinkEnd::Dismissed => return Verdict::Stopped,
-        LinkEnd::Lost { primary, .. } => *primary != Left::Unsure,
-    };
-    while !by_peer && !silent() {
-        std::thread::sleep(SILENCE_POLL);
-    }
-    if !may_claim() {
-        return Verdict::Stopped;
-    }
-    claim_until_known(claims, view, owner).map_or(Verdict::Won(None), Verdict::Lost)
-}
-
 /// Gives the primary up when nothing has been heard of it for `timeout`.
 fn watchdog(
     inflow: Arc<Inflow>,
@@ -585,7 +567,7 @@ fn watchdog(
     move || {
         while inflow.end().is_none() {
             let silent = heartbeats.silent_for();
-            if silent > timeout {
+            if inflow.machine(|machine| machine.gives_up(silent)) {
                 tracing::warn!(silent_ms = silent.as_millis() as u64, "the primary is silent");
                 inflow.give_up();
                 return;

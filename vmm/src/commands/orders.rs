@@ -11,7 +11,8 @@ use super::stop::Stop;
 use crate::control::Monitor;
 use crate::control::orders::Orders;
 use crate::control::protocol::{Answer, Command, Reason, Refusal};
-use crate::ft::link::{Link, Phase};
+use crate::ft::link::Link;
+use crate::ft::protocol::Phase;
 use crate::ft::supervise::LinkEvent;
 use crate::host::deferral::Inbox;
 

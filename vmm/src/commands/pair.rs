@@ -10,7 +10,6 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -38,9 +37,10 @@ use crate::ft::fence::{Fence, FenceError};
 use crate::ft::heartbeat::{HeartbeatError, Heartbeats};
 use crate::ft::hosts::{HostList, HostsError};
 use crate::ft::key_file::{self, KeyFileError};
-use crate::ft::link::{Link, Phase};
-use crate::ft::output_gate::{Limits, Mode, OutputGate};
+use crate::ft::link::Link;
+use crate::ft::output_gate::{Limits, OutputGate};
 use crate::ft::primary::{Join, PairLog, PairParts};
+use crate::ft::protocol::{Mode, Phase, Timing};
 use crate::ft::search::{self, Search};
 use crate::ft::supervise::{LinkEvent, Supervisor};
 use crate::guest::GuestConfig;
@@ -55,10 +55,6 @@ use crate::run::{self, HostSide, HostTime, INBOX_EVENTS, Live, RunError, Stopped
 
 /// Outputs that may wait for acknowledgements before the guest waits too.
 const GATE_LIMITS: Limits = Limits { count: 16_384, bytes: 16 << 20 };
-/// Part of the timeout for which an answer of the backup lets output go. The rest covers clocks that run
-/// at different speeds and the time from the question to the system call.
-const LEASE_NUMERATOR: u32 = 3;
-const LEASE_DENOMINATOR: u32 = 4;
 
 /// Why a pair cannot be formed or kept.
 #[derive(Debug, Error)]
@@ -129,10 +125,9 @@ pub(super) struct Side {
     pub(super) claims: Claims,
     pub(super) fence: Option<Fence>,
     pub(super) owner: Owner,
-    pub(super) timeout: Duration,
+    pub(super) timing: Timing,
     pub(super) heartbeat: Duration,
     pub(super) defer: Duration,
-    pub(super) lag_limit: Duration,
     pub(super) reports: Option<Reports>,
     pub(super) version: String,
     /// What both hosts know; `None` if they talk in the open.
@@ -172,10 +167,9 @@ impl Side {
             }),
             owner: Owner { host, pid: std::process::id(), uuid, role },
             version,
-            timeout: Duration::from_millis(args.timeout_ms),
+            timing: Timing::new(Duration::from_millis(args.timeout_ms), args.lag_limit()),
             heartbeat: Duration::from_millis(args.heartbeat_ms),
             defer: delivery.budget(),
-            lag_limit: args.lag_limit(),
             reports,
             key,
         })
@@ -190,10 +184,6 @@ impl Side {
         let metrics = args.metrics.map(MetricsSocket::bind).transpose()?;
         Server::start(ControlSocket::open(&path)?, metrics, Arc::clone(&self.monitor))
             .map_err(CommandError::host("start the control thread"))
-    }
-
-    fn lease(&self) -> Duration {
-        self.timeout * LEASE_NUMERATOR / LEASE_DENOMINATOR
     }
 }
 
@@ -302,9 +292,7 @@ pub(super) struct LiveSide {
 struct Shared {
     link: Arc<Link>,
     gate: Arc<OutputGate<Outlet>>,
-    view: Arc<AtomicU64>,
     search: Arc<Search>,
-    lost: Arc<AtomicBool>,
     /// The disk image, to be given back at the guest's end.
     owned: Option<Arc<Ownership>>,
     orders: Arc<Orders>,
@@ -339,7 +327,7 @@ impl LiveSide {
         if let Some(listener) = listener {
             let port = listener.port();
             listener.serve(reception(&side, &config, &shared, joins_in, &stop)?).map_err(PairError::from)?;
-            search::start(&shared.search, port, &shared.link, &shared.view, &heartbeats)
+            search::start(&shared.search, port, &shared.link, &heartbeats)
                 .map_err(CommandError::host("start a thread"))?;
         }
         let (events, event_queue) = bounded(64);
@@ -352,7 +340,6 @@ impl LiveSide {
             gate: Arc::clone(&shared.gate),
             joins,
             events,
-            view: Arc::clone(&shared.view),
             reports: side.reports.clone(),
             search: Arc::clone(&shared.search),
             monitor: Arc::clone(&side.monitor),
@@ -384,7 +371,7 @@ impl Shared {
         log: &PairLog,
         anchors: u64,
     ) -> Result<Ending, CommandError> {
-        if self.lost.load(Ordering::SeqCst) {
+        if self.link.is_lost() && log.successor().is_none() {
             return Ok(Ending::LostClaim);
         }
         if let Some(successor) = log.successor() {
@@ -394,7 +381,7 @@ impl Shared {
         let goes_on = self.link.phase() != Phase::Alone || log.had_backup();
         if ended || !goes_on {
             // Nobody runs the guest any more, and nobody in this pair will.
-            side.claims.end(self.view.load(Ordering::SeqCst), &side.owner).map_err(PairError::from)?;
+            side.claims.end(self.link.view(), &side.owner).map_err(PairError::from)?;
             if let Some(Err(error)) = self.owned.as_ref().map(|owned| owned.release()) {
                 tracing::warn!("the record of the disk image's owner stays: {error}");
             }
@@ -433,35 +420,20 @@ fn open_gate(
     (view, search): (u64, Search),
     first: impl FnOnce(&Outlet),
 ) -> Result<Shared, CommandError> {
-    let link = Arc::new(Link::default());
-    let lost = Arc::new(AtomicBool::new(false));
-    let may_act = lease_check(side.lease(), &link, &lost, heartbeats);
+    let link = Arc::new(Link::new(view, side.timing));
+    let may_act = lease_check(&link, heartbeats);
     let owned = resources.disk.as_ref().and_then(Disk::owned);
     let outlet = resources.start(inbox, Arc::clone(&may_act))?;
     first(&outlet);
     let lease = Box::new(move || may_act());
     let gate = Arc::new(OutputGate::new(Mode::Unprotected, GATE_LIMITS, outlet, lease));
-    let (view, search) = (Arc::new(AtomicU64::new(view)), Arc::new(search));
-    Ok(Shared { link, gate, view, search, lost, owned, orders: Arc::default() })
+    Ok(Shared { link, gate, search: Arc::new(search), owned, orders: Arc::default() })
 }
 
-/// May this monitor let output go and touch the disk? Alone: unless the claim was lost. With a backup: while
-/// the backup has answered something recent, because until then it has not claimed the guest.
-fn lease_check(
-    lease: Duration,
-    link: &Arc<Link>,
-    lost: &Arc<AtomicBool>,
-    heartbeats: &Arc<Heartbeats>,
-) -> Guard {
-    let (link, lost, heartbeats) = (Arc::clone(link), Arc::clone(lost), Arc::clone(heartbeats));
-    Arc::new(move || {
-        !lost.load(Ordering::SeqCst)
-            && match link.phase() {
-                Phase::Alone => true,
-                Phase::Orphaned => false,
-                Phase::Paired => link.silent_for().min(heartbeats.unanswered_for()) < lease,
-            }
-    })
+/// May this monitor let output go and touch the disk?
+fn lease_check(link: &Arc<Link>, heartbeats: &Arc<Heartbeats>) -> Guard {
+    let (link, heartbeats) = (Arc::clone(link), Arc::clone(heartbeats));
+    Arc::new(move || link.may_act(heartbeats.answered_sent_at()))
 }
 
 fn reception(
@@ -477,7 +449,7 @@ fn reception(
         guest_name: config.name.clone(),
         disk_bytes: config.board.disk_bytes,
         claims_id: side.claims.arbiter_id(),
-        timeout_ms: side.timeout.as_millis() as u32,
+        timeout_ms: side.timing.timeout.as_millis() as u32,
         has_network: config.board.net_mac.is_some(),
         positions: config.positions,
     };
@@ -500,13 +472,10 @@ fn supervisor(
         gate: Arc::clone(&shared.gate),
         claims: side.claims.clone(),
         owner: side.owner.clone(),
-        view: Arc::clone(&shared.view),
-        timeout: side.timeout,
-        lag_limit: side.lag_limit,
+        timing: side.timing,
         heartbeats,
         deferral,
         search: Arc::clone(&shared.search),
-        lost: Arc::clone(&shared.lost),
         stop_guest: Box::new(move || stop.request()),
         monitor: Arc::clone(&side.monitor),
     }

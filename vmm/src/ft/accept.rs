@@ -14,8 +14,9 @@ use ft_log::{ChannelError, Expected, FrameWriter, Key, Message, Refusal, StreamE
 use thiserror::Error;
 
 use super::channel::{Channel, Sending};
-use super::link::{Link, Phase};
+use super::link::Link;
 use super::primary::Join;
+use super::protocol::Phase;
 use super::search::Search;
 use crate::with_causes;
 

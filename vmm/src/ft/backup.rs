@@ -1,13 +1,8 @@
-//! The backup's end of the log: connects, receives, acknowledges, and decides when the primary is lost.
+//! The backup's end of the log: connects, receives and acknowledges.
 //!
-//! Owns: the connection and the batches that wait to be executed. Must never: acknowledge anything after it
-//! has begun to claim: the primary may let out what was acknowledged.
-//!
-//! ```text
-//!   Connecting ── Welcome, snapshot ──> Following ── link closed, or silence ──> Claiming ─┬─> Won: go live
-//!                                           │ Bye(GuestEnded)                              └─> Lost: stop
-//!                                           └──> Ended
-//! ```
+//! Owns: the connection, the batches that wait to be executed, and the lock around the backup's state machine, which says
+//! whether anything may be acknowledged and what follows from the link's end (`protocol/backup.rs`). Must never:
+//! acknowledge anything when that says no: the primary may let out what was acknowledged.
 
 use std::collections::VecDeque;
 use std::io;
@@ -23,6 +18,7 @@ use ft_log::{
 use thiserror::Error;
 
 use super::channel::{Channel, Receiving, Sending};
+use super::protocol::{Backup, LinkLoss};
 use crate::control::protocol::{Figures, LogFigures};
 use crate::control::state::FiguresOf;
 use crate::report::Kept;
@@ -186,6 +182,15 @@ impl LinkEnd {
         let primary = if by_peer { Left::Closed } else { Left::Unsure };
         Self::Lost { why: format!("{what}: {}", with_causes(error)), primary }
     }
+
+    fn loss(&self) -> LinkLoss {
+        match self {
+            Self::GuestEnded => LinkLoss::GuestEnded,
+            Self::Dismissed => LinkLoss::Dismissed,
+            Self::Lost { primary: Left::Closed | Left::AtRest, .. } => LinkLoss::ByPeer,
+            Self::Lost { primary: Left::Unsure, .. } => LinkLoss::Unsure,
+        }
+    }
 }
 
 #[derive(Default)]
@@ -205,8 +210,8 @@ pub struct Inflow {
     executed_time: AtomicU64,
     bytes: AtomicU64,
     gave_up: AtomicBool,
-    retired: AtomicBool,
     abandoned: AtomicBool,
+    machine: Mutex<Backup>,
     stream: TcpStream,
 }
 
@@ -229,8 +234,13 @@ impl Connection {
             .map_err(|error| BackupError::Stream { address: self.address, source: StreamError::Io(error) })
     }
 
-    /// Splits the connection, with the snapshot read, into the receiver's end and the shared inflow.
-    pub fn follow(mut self, start: ft_log::Cursor) -> Result<(Arc<Inflow>, Receiving), StreamError> {
+    /// Splits the connection, with the snapshot read, into the receiver's end and the shared inflow. The primary may be
+    /// silent for `timeout`.
+    pub fn follow(
+        mut self,
+        start: ft_log::Cursor,
+        timeout: Duration,
+    ) -> Result<(Arc<Inflow>, Receiving), StreamError> {
         self.channel.unhurried()?;
         let Channel { frames, out, stream, .. } = self.channel;
         let inflow = Inflow {
@@ -242,8 +252,8 @@ impl Connection {
             executed_time: AtomicU64::new(start.time.0),
             bytes: AtomicU64::new(0),
             gave_up: AtomicBool::new(false),
-            retired: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
+            machine: Mutex::new(Backup::new(self.welcome.view, timeout)),
             stream,
         };
         inflow.acknowledge()?;
@@ -254,6 +264,11 @@ impl Connection {
 impl Inflow {
     fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks or tells the state machine. Must not wait.
+    pub fn machine<T>(&self, ask: impl FnOnce(&mut Backup) -> T) -> T {
+        ask(&mut self.machine.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Gives the primary up: the receiver ends with what it has.
@@ -286,6 +301,9 @@ impl Inflow {
     }
 
     fn acknowledge(&self) -> Result<(), StreamError> {
+        if !self.machine(|machine| machine.acknowledges()) {
+            return Ok(());
+        }
         let mut acks = self.acks.lock().unwrap_or_else(PoisonError::into_inner);
         let ack = Ack {
             received: self.received.load(Ordering::SeqCst),
@@ -346,6 +364,7 @@ impl Inflow {
             end
         };
         // Nothing is acknowledged any more from here on.
+        self.machine(|machine| machine.link_ended(end.loss()));
         let _ = self.stream.shutdown(Shutdown::Both);
         self.lock().end = Some(end.clone());
         self.changed.notify_all();
@@ -387,14 +406,9 @@ impl Inflow {
 
     /// This backup's guest is of no use: says so, and ends the connection. From now on it must not claim anything.
     pub fn retire(&self, reason: ByeReason, text: &str) {
-        self.retired.store(true, Ordering::SeqCst);
+        self.machine(Backup::retire);
         self.bye(reason, text);
         self.give_up();
-    }
-
-    /// Was [`Self::retire`] called?
-    pub fn is_retired(&self) -> bool {
-        self.retired.load(Ordering::SeqCst)
     }
 
     /// The guest is another monitor's: nobody needs this copy any more, wherever it is.

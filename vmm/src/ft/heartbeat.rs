@@ -28,7 +28,6 @@
 //! Time is `CLOCK_BOOTTIME`, which goes on while the host is suspended. It does not go on while a host that
 //! is itself a virtual machine is paused.
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
@@ -40,6 +39,7 @@ use ft_log::{
     HEARTBEAT_BYTES, Heartbeat, INVITATION_BYTES, Invitation, InvitationError, Role, SealKey, guest_name_hash,
 };
 
+use super::protocol::{Hearing, Questions};
 use crate::host::{StopToken, Wait, Worker};
 
 /// Why heartbeats cannot be exchanged.
@@ -62,9 +62,6 @@ pub enum HeartbeatError {
         source: io::Error,
     },
 }
-
-/// Heartbeats whose answers are still waited for; older ones would say nothing new.
-const MAX_UNANSWERED: usize = 1_024;
 
 /// Datagrams since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -100,13 +97,10 @@ struct Exchange {
     peer: Option<SocketAddr>,
     /// That of the connection with the peer.
     key: Option<SealKey>,
-    /// A primary's: of the last heartbeat sent. A backup's: of the newest heard.
-    counter: u64,
-    /// A primary's heartbeats without an answer: counter and time of sending.
-    unanswered: VecDeque<(u64, Duration)>,
-    /// When the newest heartbeat that has an answer was sent.
-    answered_sent_at: Option<Duration>,
-    heard_at: Duration,
+    /// What a primary sends.
+    questions: Questions,
+    /// What a backup hears; of a primary only when it heard last.
+    hearing: Hearing,
     /// Longest time from the sending of an answered heartbeat to the next answer.
     silence_max: Duration,
     /// Where invitations go, and what seals them; nobody waits for them otherwise.
@@ -122,10 +116,8 @@ impl Exchange {
             role,
             peer: None,
             key: None,
-            counter: 0,
-            unanswered: VecDeque::new(),
-            answered_sent_at: None,
-            heard_at: now,
+            questions: Questions::default(),
+            hearing: Hearing::new(now),
             silence_max: Duration::ZERO,
             calls: None,
             stats: HeartbeatStats::default(),
@@ -134,38 +126,27 @@ impl Exchange {
 
     fn set_peer(&mut self, peer: Option<(SocketAddr, SealKey)>, now: Duration) {
         (self.peer, self.key) = peer.unzip();
-        self.heard_at = now;
+        self.hearing = Hearing::new(now);
         self.silence_max = Duration::ZERO;
-        self.forget_answers();
+        self.questions.forget();
     }
 
     fn set_view(&mut self, view: u64, role: Role) {
         self.view = view;
         self.role = role;
-        self.forget_answers();
-    }
-
-    /// What was heard was another peer's, or from another view.
-    fn forget_answers(&mut self) {
-        self.unanswered.clear();
-        self.answered_sent_at = None;
-        if self.role == Role::Backup {
-            self.counter = 0;
-        }
+        self.hearing.forget();
+        self.questions.forget();
     }
 
     /// The next heartbeat, sealed, and where it goes.
     fn next_heartbeat(&mut self, now: Duration) -> Option<(Vec<u8>, SocketAddr)> {
         let (peer, key) = self.peer.zip(self.key.clone())?;
-        if self.role == Role::Primary {
-            self.counter += 1;
-            self.unanswered.push_back((self.counter, now));
-            if self.unanswered.len() > MAX_UNANSWERED {
-                self.unanswered.pop_front();
-            }
-        }
         let (view, guest, role) = (self.view, self.guest, self.role);
-        Some((Heartbeat { view, counter: self.counter, guest, role }.encode(&key), peer))
+        let counter = match role {
+            Role::Primary => self.questions.ask(now),
+            Role::Backup => self.hearing.counter(),
+        };
+        Some((Heartbeat { view, counter, guest, role }.encode(&key), peer))
     }
 
     /// Takes in a datagram. True: it is to be answered at once.
@@ -188,17 +169,13 @@ impl Exchange {
         let news = counts
             && match self.role {
                 Role::Primary => self.take_answer(heartbeat.counter, from, now),
-                Role::Backup => heartbeat.counter > self.counter,
+                Role::Backup => self.hearing.hear(heartbeat.counter, now),
             };
         if !news {
             self.stats.ignored += 1;
             return false;
         }
         self.stats.heard += 1;
-        self.heard_at = now;
-        if self.role == Role::Backup {
-            self.counter = heartbeat.counter;
-        }
         self.role == Role::Backup
     }
 
@@ -218,15 +195,14 @@ impl Exchange {
         if let Some(peer) = self.peer.as_mut().filter(|peer| peer.ip() == from.ip()) {
             peer.set_port(from.port());
         }
-        let Ok(answered) = self.unanswered.binary_search_by_key(&counter, |(sent, _)| *sent) else {
-            return false;
-        };
-        if let Some(sent_at) = self.answered_sent_at {
-            self.silence_max = self.silence_max.max(now.saturating_sub(sent_at));
+        let before = self.questions.answered_sent_at();
+        let news = self.questions.answer(counter);
+        if news {
+            self.hearing.note(now);
+            let silence = before.map_or(Duration::ZERO, |sent_at| now.saturating_sub(sent_at));
+            self.silence_max = self.silence_max.max(silence);
         }
-        self.answered_sent_at = Some(self.unanswered[answered].1);
-        self.unanswered.drain(..=answered);
-        true
+        news
     }
 }
 
@@ -274,25 +250,23 @@ impl Heartbeats {
     /// How long nothing that tells something new has been heard of the peer; at first, since the start or
     /// the last [`Heartbeats::set_peer`].
     pub fn silent_for(&self) -> Duration {
-        let heard_at = lock(&self.exchange).heard_at;
-        boot_time().saturating_sub(heard_at)
+        let exchange = lock(&self.exchange);
+        exchange.hearing.silent_for(boot_time())
     }
 
-    /// A primary's: time since the newest heartbeat that the backup has answered was *sent*: for so long, at
-    /// most, the backup has heard nothing. [`Duration::MAX`] before the first answer.
-    pub fn unanswered_for(&self) -> Duration {
-        let sent_at = lock(&self.exchange).answered_sent_at;
-        sent_at.map_or(Duration::MAX, |sent_at| boot_time().saturating_sub(sent_at))
+    /// A primary's: when the newest heartbeat was sent that the backup has answered.
+    pub fn answered_sent_at(&self) -> Option<Duration> {
+        lock(&self.exchange).questions.answered_sent_at()
     }
 
-    /// A primary's: the largest that [`Heartbeats::unanswered_for`] has been with this peer.
+    /// A primary's: the longest time from the sending of an answered heartbeat to the next answer of this peer.
     pub fn silence_max(&self) -> Duration {
         lock(&self.exchange).silence_max
     }
 
     /// Something else than a heartbeat came from the peer: log traffic shows it alive just as well.
     pub fn note_heard(&self) {
-        lock(&self.exchange).heard_at = boot_time();
+        lock(&self.exchange).hearing.note(boot_time());
     }
 
     /// Sends heartbeats to `peer` from now on, sealed with its connection's key, or to nobody. A primary needs no more
@@ -441,7 +415,7 @@ mod tests {
         let mut backup = exchange(Role::Backup);
         backup.set_peer(connected(), at(0));
         assert!(backup.received(&sealed(heartbeat(Role::Primary, 5)), peer(), at(1)));
-        assert_eq!((backup.heard_at, backup.stats.heard), (at(1), 1));
+        assert_eq!((backup.hearing.heard_at(), backup.stats.heard), (at(1), 1));
         assert_eq!(backup.next_heartbeat(at(1)), Some((sealed(heartbeat(Role::Backup, 5)), peer())));
         let newer = heartbeat(Role::Primary, 6);
         let refused = [
@@ -454,10 +428,14 @@ mod tests {
         ];
         for (count, other) in refused.iter().enumerate() {
             assert!(!backup.received(&sealed(*other), peer(), at(2)), "{other:?}");
-            assert_eq!((backup.heard_at, backup.stats.ignored), (at(1), count as u64 + 1), "{other:?}");
+            assert_eq!(
+                (backup.hearing.heard_at(), backup.stats.ignored),
+                (at(1), count as u64 + 1),
+                "{other:?}"
+            );
         }
         assert!(backup.received(&sealed(newer), peer(), at(3)));
-        assert_eq!(backup.heard_at, at(3));
+        assert_eq!(backup.hearing.heard_at(), at(3));
     }
 
     #[test]
@@ -470,7 +448,7 @@ mod tests {
         }
         let mut answer = |counter| {
             primary.received(&sealed(heartbeat(Role::Backup, counter)), peer(), at(100));
-            (primary.answered_sent_at, primary.stats.heard)
+            (primary.questions.answered_sent_at(), primary.stats.heard)
         };
         assert_eq!(answer(0), (None, 0), "nothing heard yet");
         assert_eq!(answer(2), (Some(at(20)), 1));
@@ -491,10 +469,10 @@ mod tests {
         primary.next_heartbeat(at(4));
         primary.set_view(2, Role::Primary);
         primary.received(&sealed(view_2(2)), peer(), at(5));
-        assert_eq!((primary.answered_sent_at, primary.stats.heard), (None, 0));
+        assert_eq!((primary.questions.answered_sent_at(), primary.stats.heard), (None, 0));
         primary.next_heartbeat(at(6));
         primary.received(&sealed(view_2(3)), peer(), at(7));
-        assert_eq!(primary.answered_sent_at, Some(at(6)));
+        assert_eq!(primary.questions.answered_sent_at(), Some(at(6)));
     }
 
     #[test]
@@ -517,7 +495,7 @@ mod tests {
         backup.set_peer(connected(), at(0));
         assert!(backup.received(&sealed(heartbeat(Role::Primary, 1_000)), peer(), at(1)));
         backup.set_peer(connected(), at(50));
-        assert_eq!(backup.heard_at, at(50));
+        assert_eq!(backup.hearing.heard_at(), at(50));
         assert!(backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(51)));
     }
 
@@ -532,7 +510,7 @@ mod tests {
             assert!(!backup.received(datagram, peer(), at(1)));
         }
         let stats = HeartbeatStats { damaged: 4, ..HeartbeatStats::default() };
-        assert_eq!((backup.stats, backup.heard_at), (stats, Duration::ZERO));
+        assert_eq!((backup.stats, backup.hearing.heard_at()), (stats, Duration::ZERO));
     }
 
     #[test]
@@ -547,14 +525,18 @@ mod tests {
         for key in &forged {
             assert!(!backup.received(&heartbeat(Role::Primary, 1).encode(key), peer(), at(1)));
         }
-        assert_eq!((backup.stats.damaged, backup.heard_at), (3, at(0)));
+        assert_eq!((backup.stats.damaged, backup.hearing.heard_at()), (3, at(0)));
         let mut primary = exchange(Role::Primary);
         primary.set_peer(connected(), at(0));
         primary.next_heartbeat(at(1));
         for key in &forged {
             primary.received(&heartbeat(Role::Backup, 1).encode(key), address("192.0.2.1:66"), at(2));
         }
-        assert_eq!((primary.answered_sent_at, primary.peer), (None, Some(peer())), "nor is its port learnt");
+        assert_eq!(
+            (primary.questions.answered_sent_at(), primary.peer),
+            (None, Some(peer())),
+            "nor is its port learnt"
+        );
     }
 
     /// The view is the same, and the counters that were recorded are higher than any in this connection.
@@ -582,8 +564,8 @@ mod tests {
             assert!(!backup.received(question, peer(), at(300)));
             primary.received(answer, peer(), at(300));
         }
-        assert_eq!((backup.heard_at, backup.counter), (at(200), 0));
-        assert_eq!((primary.heard_at, primary.answered_sent_at), (at(200), None));
+        assert_eq!((backup.hearing.heard_at(), backup.hearing.counter()), (at(200), 0));
+        assert_eq!((primary.hearing.heard_at(), primary.questions.answered_sent_at()), (at(200), None));
         assert_eq!((backup.stats.damaged, primary.stats.damaged), (100, 100));
     }
 
@@ -594,7 +576,7 @@ mod tests {
         let questions: Vec<_> = (1..=3).map(|counter| sealed(heartbeat(Role::Primary, counter))).collect();
         assert!(questions.iter().all(|question| backup.received(question, peer(), at(1))));
         assert!(!questions.iter().any(|question| backup.received(question, peer(), at(2))));
-        assert_eq!((backup.heard_at, backup.stats.ignored), (at(1), 3));
+        assert_eq!((backup.hearing.heard_at(), backup.stats.ignored), (at(1), 3));
     }
 
     #[test]
@@ -604,7 +586,7 @@ mod tests {
         backup.set_peer(connected(), at(2));
         backup.set_peer(None, at(3));
         assert!(!backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(4)));
-        assert_eq!((backup.stats.ignored, backup.heard_at), (2, at(3)));
+        assert_eq!((backup.stats.ignored, backup.hearing.heard_at()), (2, at(3)));
     }
 
     #[test]
@@ -613,17 +595,7 @@ mod tests {
         backup.set_peer(connected(), at(0));
         backup.peer = None;
         assert!(backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(1)));
-        assert_eq!((backup.heard_at, backup.next_heartbeat(at(1))), (at(1), None));
-    }
-
-    #[test]
-    fn what_is_remembered_of_a_silent_peer_is_bounded() {
-        let mut primary = exchange(Role::Primary);
-        primary.set_peer(connected(), at(0));
-        for second in 0..2 * MAX_UNANSWERED as u64 {
-            primary.next_heartbeat(at(second));
-        }
-        assert_eq!(primary.unanswered.len(), MAX_UNANSWERED);
+        assert_eq!((backup.hearing.heard_at(), backup.next_heartbeat(at(1))), (at(1), None));
     }
 
     fn start(role: Role) -> Heartbeats {
@@ -633,23 +605,24 @@ mod tests {
     #[test]
     fn two_sides_hear_each_other_until_one_ends() {
         let (primary, backup) = (start(Role::Primary), start(Role::Backup));
-        assert_eq!(primary.unanswered_for(), Duration::MAX);
+        assert_eq!(primary.answered_sent_at(), None);
         backup.set_peer(Some((primary.local_address(), now_key())));
         // The port is wrong, as a log connection's is; the address is right.
         primary.set_peer(Some((address("127.0.0.1:9"), now_key())));
         while primary.stats().heard < 3 || backup.stats().heard < 3 {
             thread::yield_now();
         }
-        assert!(primary.unanswered_for() < Duration::MAX);
+        assert!(primary.answered_sent_at().is_some());
         drop(backup);
         // What the backup had sent before it ended is taken in; then nothing more comes.
         let silence = Duration::from_millis(50);
         while primary.silent_for() < silence {
             thread::yield_now();
         }
-        assert!(primary.unanswered_for() >= silence);
+        let answered = primary.answered_sent_at();
+        assert!(answered.is_some_and(|sent_at| boot_time() - sent_at >= silence));
         primary.note_heard();
-        assert!(primary.unanswered_for() >= silence, "being heard is not being answered");
+        assert_eq!(primary.answered_sent_at(), answered, "being heard is not being answered");
     }
 
     #[test]

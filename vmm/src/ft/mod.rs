@@ -25,6 +25,7 @@ pub mod link;
 pub mod output_gate;
 pub mod planned;
 pub mod primary;
+pub mod protocol;
 pub mod search;
 pub mod supervise;
 pub mod transfer;

@@ -1,13 +1,8 @@
-//! The output rule: nothing that the guest does is seen outside before the backup could do it as well.
+//! Where outputs wait: nothing that the guest does is seen outside before the backup could do it as well.
 //!
 //! Owns: the outputs that wait, in order, each with the batch of the log that has to be acknowledged first.
 //! Must never: let an output overtake another, lose one (except when closed), or let anything out once closed.
-//!
-//! ```text
-//!              protect           unprotect
-//! Unprotected ---------> Protected ---------> Unprotected
-//!      '---------------------'------ close ------> Closed, for ever
-//! ```
+//! What may leave is the rule's to say (`protocol/rule.rs`):
 //!
 //! - `Protected`: an output leaves once its batch is acknowledged *and* the lease holds. The lease is asked at
 //!   each output: a host that was frozen must see by the clock that it may have been replaced meanwhile.
@@ -30,6 +25,8 @@ use std::time::{Duration, Instant};
 
 use devices::{DiskRequest, Effect};
 use ft_log::MAX_CONSOLE_BYTES;
+
+use super::protocol::{Leave, Mode, OutputRule};
 
 /// An effect that is seen outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,17 +67,6 @@ pub trait Performer: Send + Sync {
 
 /// Whether a primary may still let something out. Must not call the gate.
 pub type Lease = Box<dyn Fn() -> bool + Send + Sync>;
-
-/// What happens to outputs; see the module's header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Held until acknowledged.
-    Protected,
-    /// Let out at once.
-    Unprotected,
-    /// Dropped, for ever.
-    Closed,
-}
 
 /// When the gate is full: at either of them.
 #[derive(Clone, Copy, Debug)]
@@ -126,11 +112,10 @@ struct Held {
     since: Instant,
 }
 
-/// The rule itself: no locks, no clock, nothing performed.
+/// What waits, and the rule: no locks, no clock, nothing performed.
 struct Queue {
-    mode: Mode,
+    rule: OutputRule,
     limits: Limits,
-    acknowledged: u64,
     held: VecDeque<Held>,
     /// The batch of the output that is on its way out.
     performing: Option<u64>,
@@ -140,9 +125,8 @@ struct Queue {
 impl Queue {
     fn new(mode: Mode, limits: Limits) -> Self {
         Self {
-            mode,
+            rule: OutputRule::new(mode),
             limits,
-            acknowledged: 0,
             held: VecDeque::new(),
             performing: None,
             stats: GateStats::default(),
@@ -150,7 +134,7 @@ impl Queue {
     }
 
     fn push(&mut self, seq: u64, output: Output, now: Instant) {
-        if self.mode == Mode::Closed {
+        if self.rule.mode() == Mode::Closed {
             self.stats.dropped += 1;
             return;
         }
@@ -175,17 +159,9 @@ impl Queue {
     /// Takes the next output that may leave.
     fn next(&mut self, now: Instant, lease: &dyn Fn() -> bool) -> Option<Output> {
         let first = self.held.front()?;
-        let may_leave = match self.mode {
-            Mode::Unprotected => true,
-            Mode::Protected if first.seq > self.acknowledged => false,
-            Mode::Protected => {
-                let holds = lease();
-                self.stats.lease_refusals += u64::from(!holds);
-                holds
-            }
-            Mode::Closed => false,
-        };
-        if !may_leave {
+        let leave = self.rule.may_leave(first.seq, lease);
+        self.stats.lease_refusals += u64::from(leave == Leave::NoLease);
+        if leave != Leave::Yes {
             return None;
         }
         let held = self.take_first()?;
@@ -204,25 +180,23 @@ impl Queue {
     }
 
     fn protect(&mut self) {
-        if self.mode == Mode::Unprotected {
+        if self.rule.mode() == Mode::Unprotected {
             // These were free to go before the backup came, whatever they had waited for until then.
             self.held.iter_mut().for_each(|held| held.seq = 0);
         }
-        self.acknowledged = 0;
-        self.set_mode(Mode::Protected);
+        self.rule.protect();
     }
 
     fn released_seq(&self) -> u64 {
         // The one that is being performed comes before those that wait.
         let next = self.performing.or_else(|| self.held.front().map(|held| held.seq));
-        next.map_or(self.acknowledged, |seq| self.acknowledged.min(seq.saturating_sub(1)))
+        let acknowledged = self.rule.acknowledged();
+        next.map_or(acknowledged, |seq| acknowledged.min(seq.saturating_sub(1)))
     }
 
     fn set_mode(&mut self, mode: Mode) {
-        if self.mode != Mode::Closed {
-            self.mode = mode;
-        }
-        if self.mode == Mode::Closed {
+        self.rule.set(mode);
+        if self.rule.mode() == Mode::Closed {
             self.stats.dropped += self.held.len() as u64;
             self.held.clear();
             self.stats.held_bytes = 0;
@@ -262,7 +236,7 @@ impl<P: Performer> OutputGate<P> {
     /// The backup has acknowledged all batches up to `seq`: lets out what waited for them.
     pub fn acknowledged(&self, seq: u64) {
         let mut queue = self.lock();
-        queue.acknowledged = queue.acknowledged.max(seq);
+        queue.rule.acknowledge(seq);
         drop(self.perform(queue));
     }
 
@@ -319,7 +293,7 @@ impl<P: Performer> OutputGate<P> {
 
     /// The mode.
     pub fn mode(&self) -> Mode {
-        self.lock().mode
+        self.lock().rule.mode()
     }
 
     /// Numbers so far.
@@ -494,7 +468,7 @@ mod tests {
             queue.push(seq, output, now);
         }
         assert_eq!(queue.released_seq(), 0);
-        queue.acknowledged = 6;
+        queue.rule.acknowledge(6);
         assert_eq!(queue.released_seq(), 1);
         assert_eq!(queue.next(now, &|| true), Some(frame(1)));
         assert_eq!(queue.released_seq(), 1);
@@ -612,7 +586,7 @@ mod tests {
         let mut queue = Queue::new(Mode::Protected, LIMITS);
         queue.push(1, frame(1), at(0));
         queue.push(1, frame(2), at(100));
-        queue.acknowledged = 1;
+        queue.rule.acknowledge(1);
         assert_eq!(queue.next(at(150), &|| true), Some(frame(1)));
         assert_eq!(queue.next(at(170), &|| true), Some(frame(2)));
         assert_eq!(queue.next(at(200), &|| true), None);

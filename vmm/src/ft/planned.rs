@@ -8,14 +8,12 @@
 //!                                    └─ it does not ── claimed here ──> the guest goes on alone
 //! ```
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
-use ft_log::ByeReason;
 
-use super::link::Phase;
-use super::supervise::{QUIESCE_TIMEOUT, Supervisor, claim_until_known};
+use super::protocol::Loss;
+use super::supervise::{Claimant, QUIESCE_TIMEOUT, Supervisor};
 use crate::change;
 use crate::control::Standing;
 use crate::control::protocol::Role;
@@ -26,14 +24,13 @@ const CLAIM_TIME: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 impl Supervisor {
-    /// Lets the backup go. False: another monitor owns the guest.
-    pub(super) fn dismiss_backup(&self) -> bool {
-        if self.link.phase() != Phase::Paired {
-            return true;
-        }
+    /// Lets the backup go.
+    pub(super) fn dismiss_backup(&self) {
         // The sender waits with the last word until the claim is won.
-        self.link.end(Some(ByeReason::Dismissed));
-        let why = "the operator lets the backup go".to_owned();
+        if !self.link.dismiss() {
+            return;
+        }
+        let why = self.in_words(Loss::Dismissed);
         let standing = self.standing(false, why.clone());
         change!(
             info,
@@ -41,16 +38,15 @@ impl Supervisor {
             standing,
             "backup dismissed: output waits for the claim of the next view"
         );
-        self.heartbeats.set_peer(None);
         self.gate.quiesce(QUIESCE_TIMEOUT);
         self.gate.performer().quiesce(QUIESCE_TIMEOUT);
-        self.claim_next_view(why)
+        self.go_on_without(None, why);
     }
 
     /// The log was ended and closed for the backup to take over: waits until it has. Tells `outcome` whether it did; if
     /// not, the guest is this monitor's as before, without a backup.
     pub(super) fn hand_over(&self, outcome: &Sender<bool>) {
-        let next = self.view.load(Ordering::SeqCst) + 1;
+        let next = self.link.view() + 1;
         let deadline = Instant::now() + CLAIM_TIME;
         let mut taken = false;
         while !taken && Instant::now() < deadline {
@@ -61,7 +57,11 @@ impl Supervisor {
             }
         }
         self.heartbeats.set_peer(None);
-        if taken || claim_until_known(&self.claims, next, &self.owner).is_some() {
+        if !taken {
+            self.link.take_back();
+            self.claim(&mut Claimant::new(self.claims.clone(), self.owner.clone()));
+        }
+        if taken || self.link.is_lost() {
             let cause = "the operator has switched the roles".to_owned();
             let standing = Standing { role: Role::None, view: next, protected: false, cause };
             change!(info, self.monitor, standing, "handed over: the former backup runs the guest");
@@ -69,7 +69,7 @@ impl Supervisor {
             let _ = outcome.send(true);
             return;
         }
-        self.go_on_alone(next, "the backup did not take the guest over".to_owned());
+        self.go_on_alone("the backup did not take the guest over".to_owned());
         let _ = outcome.send(false);
     }
 }

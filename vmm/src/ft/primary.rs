@@ -8,7 +8,6 @@
 
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,8 +20,9 @@ use ft_log::{
 
 use super::accept::refuse;
 use super::channel::{Channel, Receiving, Sending};
-use super::link::{Counted, Link, Mood, Outgoing, Phase};
+use super::link::{Counted, Link, Mood, Outgoing};
 use super::output_gate::{OutputGate, Room};
+use super::protocol::Phase;
 use super::search::Search;
 use super::supervise::LinkEvent;
 use super::transfer::{self, Copied, Transfer};
@@ -78,7 +78,6 @@ pub struct PairLog {
     joining: Option<Joining>,
     ask: Arc<dyn Fn() + Send + Sync>,
     events: Sender<LinkEvent>,
-    view: Arc<AtomicU64>,
     search: Arc<Search>,
     monitor: Arc<Monitor>,
     encoder: Option<Encoder>,
@@ -123,8 +122,6 @@ pub struct PairParts {
     pub joins: Receiver<Join>,
     /// The supervisor's inbox.
     pub events: Sender<LinkEvent>,
-    /// The present view.
-    pub view: Arc<AtomicU64>,
     /// Who could be the backup.
     pub search: Arc<Search>,
     /// Gets the vCPU's thread to a boundary.
@@ -140,7 +137,7 @@ pub struct PairParts {
 impl PairLog {
     /// A log without a backup yet.
     pub fn new(parts: PairParts) -> Self {
-        let PairParts { config, host, link, gate, joins, events, view, search, ask, .. } = parts;
+        let PairParts { config, host, link, gate, joins, events, search, ask, .. } = parts;
         let PairParts { reports, monitor, orders, .. } = parts;
         Self {
             config,
@@ -151,7 +148,6 @@ impl PairLog {
             joining: None,
             ask,
             events,
-            view,
             search,
             monitor,
             encoder: None,
@@ -184,7 +180,7 @@ impl PairLog {
         let log = machine.start_transfer()?;
         let (transfer, copying) = transfer::begin(log.clone());
         let welcome = Welcome {
-            view: self.view.load(Ordering::SeqCst),
+            view: self.link.view(),
             guest_name: self.config.name.clone(),
             memory_bytes: self.config.memory_bytes,
             config_digest: self.config.digest(),
@@ -236,9 +232,13 @@ impl PairLog {
             joining;
         let stopped = Instant::now();
         let last = machine.last_part(&transfer.log)?;
+        if let Err(error) = self.link.attach(machine.anchors()) {
+            tracing::error!(backup = %host, "not given the guest: {error}");
+            let _ = stream.shutdown(Shutdown::Both);
+            return Ok(());
+        }
         let (rounds, pages) = transfer.figures();
         let last_pages = last.1.len();
-        self.link.attach(machine.anchors());
         self.gate.protect();
         self.encoder = Some(Encoder::new(snapshot::cursor(machine)));
         self.recent = Recent::keeping(ENTRIES_REMEMBERED);

@@ -10,7 +10,6 @@
 //! ```
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,8 @@ use ft_log::{Invitation, Key, SealKey, guest_name_hash};
 
 use super::heartbeat::Heartbeats;
 use super::hosts::Memory;
-use super::link::{Link, Phase};
+use super::link::Link;
+use super::protocol::Phase;
 
 /// Time between two invitations.
 const INVITE_EVERY: Duration = Duration::from_millis(250);
@@ -56,7 +56,7 @@ impl Search {
     }
 
     /// Invites until the process ends. Backups are awaited on `port`.
-    pub fn run(&self, port: u16, link: &Link, view: &AtomicU64, heartbeats: &Heartbeats) {
+    pub fn run(&self, port: u16, link: &Link, heartbeats: &Heartbeats) {
         let mut alone_since: Option<(Instant, bool)> = None;
         loop {
             if link.phase() == Phase::Alone {
@@ -69,7 +69,7 @@ impl Search {
                     tracing::warn!(hosts = %self.names(), "no host has become the backup in {} s; still looking",
                         SAY_AFTER.as_secs());
                 }
-                let invitation = Invitation { view: view.load(Ordering::SeqCst), guest: self.guest, port };
+                let invitation = Invitation { view: link.view(), guest: self.guest, port };
                 self.due(now).for_each(|host| heartbeats.invite(&invitation, &self.key, host));
             } else {
                 alone_since = None;
@@ -93,23 +93,20 @@ pub fn start(
     search: &Arc<Search>,
     port: u16,
     link: &Arc<Link>,
-    view: &Arc<AtomicU64>,
     heartbeats: &Arc<Heartbeats>,
 ) -> std::io::Result<()> {
     if search.hosts.is_empty() {
         return Ok(());
     }
-    let (search, link, view, heartbeats) =
-        (Arc::clone(search), Arc::clone(link), Arc::clone(view), Arc::clone(heartbeats));
-    std::thread::Builder::new()
-        .name("search".into())
-        .spawn(move || search.run(port, &link, &view, &heartbeats))?;
+    let (search, link, heartbeats) = (Arc::clone(search), Arc::clone(link), Arc::clone(heartbeats));
+    std::thread::Builder::new().name("search".into()).spawn(move || search.run(port, &link, &heartbeats))?;
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ft::protocol::Timing;
 
     #[test]
     fn a_host_that_failed_is_passed_over_until_it_is_due() {
@@ -134,15 +131,15 @@ mod tests {
         let key = Key::new([7; 32]);
         standby.await_invitations(calls, invitation_key(Some(&key)));
         let search = Arc::new(Search::new(vec![standby.local_address()], "web-1", Some(&key)));
-        let (link, view) = (Arc::new(Link::default()), Arc::new(AtomicU64::new(3)));
-        start(&search, 7_701, &link, &view, &Arc::new(primary)).unwrap();
+        let link = Arc::new(Link::new(3, Timing::new(Duration::from_secs(1), Duration::from_secs(10))));
+        start(&search, 7_701, &link, &Arc::new(primary)).unwrap();
         let limit = Duration::from_secs(10);
         let call = called.recv_timeout(limit).unwrap();
         let expected = Invitation { view: 3, guest: guest_name_hash("web-1"), port: 7_701 };
         assert_eq!(call.invitation, Ok(expected));
         assert!(call.from.ip().is_loopback());
         called.recv_timeout(limit).unwrap();
-        link.attach(0);
+        link.attach(0).unwrap();
         // At most one was under way.
         std::thread::sleep(INVITE_EVERY);
         while called.try_recv().is_ok() {}

@@ -1,20 +1,11 @@
 //! Watches over a running guest's backup, and over the right to run the guest.
 //!
-//! Owns: the decision that the backup is lost, and the claim that follows. Must never: let output go between
-//! the two; the gate stays shut until the claim is won.
-//!
-//! ```text
-//!   Alone ── Paired ──> watching ── Down or silence ──> orphaned ── claim won ──> Alone (view + 1)
-//!                                                           │ unknown: ask again
-//!                                                           └── claim lost ──> gate closed for good, stop
-//! ```
-//!
-//! A backup that is too far behind still answers, and claims nothing while it hears of this side. So there the claim comes
-//! first and the end of the connection behind it; else a backup that cannot keep up would be the first to claim.
+//! Owns: the looks at the backup, and what is done when it is lost: what that is, and in which order, the primary's state
+//! machine says (`protocol/primary.rs`). Must never: let output go between loss and claim; the gate stays shut until the
+//! claim is won.
 
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -23,8 +14,9 @@ use ft_log::{Role, SealKey};
 
 use super::claim::{Claims, Outcome, Owner};
 use super::heartbeat::Heartbeats;
-use super::link::{Link, Phase};
+use super::link::Link;
 use super::output_gate::OutputGate;
+use super::protocol::{Answer, Duty, Loss, Phase, Timing};
 use super::search::Search;
 use crate::change;
 use crate::control::{Monitor, Standing, protocol as control};
@@ -36,9 +28,6 @@ use crate::with_causes;
 pub(super) const QUIESCE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time between two reports of numbers, at debug level.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
-/// Silence that is borne from a backup that is loading its snapshot: its host is at its busiest then, and it
-/// cannot take over before it follows.
-const LOADING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause before an unanswered claim is made again.
 const CLAIM_AGAIN: Duration = Duration::from_millis(50);
 /// How long a claim may hang before it is said.
@@ -67,14 +56,6 @@ pub enum LinkEvent {
     HandedOver(Sender<bool>),
 }
 
-/// A backup that counts as lost.
-struct Loss {
-    /// How that was noticed.
-    why: String,
-    /// It answers all the same: it does not claim before it hears no more of this side.
-    answers: bool,
-}
-
 /// The supervisor of a guest that runs here.
 pub struct Supervisor {
     /// The link to the backup.
@@ -85,20 +66,14 @@ pub struct Supervisor {
     pub claims: Claims,
     /// Who claims.
     pub owner: Owner,
-    /// The present view.
-    pub view: Arc<AtomicU64>,
-    /// Silence after which the backup is lost.
-    pub timeout: Duration,
-    /// How far the backup's execution may be behind before it is lost.
-    pub lag_limit: Duration,
+    /// The pair's times.
+    pub timing: Timing,
     /// Heartbeats to and from the backup.
     pub heartbeats: Arc<Heartbeats>,
     /// How long events may wait.
     pub deferral: Arc<Deferral>,
     /// Who could be the next backup.
     pub search: Arc<Search>,
-    /// Set when the claim was lost.
-    pub lost: Arc<AtomicBool>,
     /// Stops the guest.
     pub stop_guest: Box<dyn Fn() + Send>,
     /// What an operator sees.
@@ -110,14 +85,12 @@ impl Supervisor {
     pub fn run(self, events: &Receiver<LinkEvent>) {
         let mut connection: Option<(TcpStream, SocketAddr)> = None;
         let mut report_at = Instant::now();
-        let mut limit = self.timeout;
-        let tick = self.timeout / 10;
+        let look_every = self.timing.timeout / 10;
         loop {
-            let loss = match events.recv_timeout(tick) {
+            let (loss, why) = match events.recv_timeout(look_every) {
                 Ok(LinkEvent::Paired { stream, address, heartbeat_key }) => {
                     self.heartbeats.set_peer(Some((address, heartbeat_key)));
                     connection = Some((stream, address));
-                    limit = self.timeout.max(LOADING_TIMEOUT);
                     continue;
                 }
                 Ok(LinkEvent::Protected) => {
@@ -125,22 +98,19 @@ impl Supervisor {
                         self.monitor.peer().map_or_else(|| "the backup".into(), |peer| peer.to_string());
                     let standing = self.standing(true, format!("{backup} has loaded the guest"));
                     change!(info, self.monitor, standing, "protected: the backup follows");
-                    limit = self.timeout;
                     continue;
                 }
-                Ok(LinkEvent::Down(why)) => Loss { why, answers: false },
+                Ok(LinkEvent::Down(why)) => (Loss::Link, why),
                 Ok(LinkEvent::Dismiss) => {
-                    if !self.dismiss_backup() {
-                        return;
-                    }
+                    self.dismiss_backup();
                     continue;
                 }
                 Ok(LinkEvent::HandedOver(outcome)) => {
                     self.hand_over(&outcome);
                     continue;
                 }
-                Err(RecvTimeoutError::Timeout) => match self.look(limit) {
-                    Some(loss) => loss,
+                Err(RecvTimeoutError::Timeout) => match self.link.look(self.heartbeats.answered_sent_at()) {
+                    Some(loss) => (loss, self.in_words(loss)),
                     None => {
                         // What was acknowledged while the lease had run out may go now.
                         self.gate.retry();
@@ -154,57 +124,96 @@ impl Supervisor {
                 },
                 Err(RecvTimeoutError::Disconnected) => return,
             };
-            if !self.link.detach() {
+            if !self.link.detach(loss) {
                 continue;
             }
-            let standing = self.standing(false, loss.why.clone());
+            let standing = self.standing(false, why.clone());
             change!(warn, self.monitor, standing, "backup lost: output waits for the claim of the next view");
             self.report();
-            if !self.go_on_without(loss, connection.take()) {
-                return;
+            if let Some((_, address)) = &connection {
+                self.search.failed(address.ip(), &why);
+            }
+            self.go_on_without(connection.take(), why);
+        }
+    }
+
+    pub(super) fn in_words(&self, loss: Loss) -> String {
+        match loss {
+            Loss::Silent(silent) => format!("the backup has been silent for {} ms", silent.as_millis()),
+            Loss::Behind(lag) => format!(
+                "it answers, but its guest is {} ms behind, and --lag-limit-ms is {}",
+                lag.as_millis(),
+                self.timing.lag_limit.as_millis()
+            ),
+            Loss::Link => "the link is broken".to_owned(),
+            Loss::Dismissed => "the operator lets the backup go".to_owned(),
+        }
+    }
+
+    /// Does what follows from the loss of the backup, because of `why`. Returns when the guest goes on alone.
+    pub(super) fn go_on_without(&self, mut connection: Option<(TcpStream, SocketAddr)>, why: String) {
+        let mut claimant = Claimant::new(self.claims.clone(), self.owner.clone());
+        loop {
+            match self.link.duty() {
+                Duty::Nothing => return self.go_on_alone(why),
+                Duty::Close { claimed } => {
+                    self.heartbeats.set_peer(None);
+                    let quiet = claimed
+                        || self.gate.quiesce(QUIESCE_TIMEOUT)
+                            && self.gate.performer().quiesce(QUIESCE_TIMEOUT);
+                    if let Some((stream, _)) = connection.take().filter(|_| quiet) {
+                        let _ = stream.shutdown(Shutdown::Both);
+                    }
+                    // A backup that is let go learns it now.
+                    self.link.close();
+                    self.link.closed();
+                }
+                Duty::Claim { .. } => self.claim(&mut claimant),
+                Duty::Stop => self.stop(&claimant),
             }
         }
     }
 
-    /// Is the backup lost, as far as can be seen from here? It may be silent for `limit`.
-    fn look(&self, limit: Duration) -> Option<Loss> {
-        if self.link.phase() != Phase::Paired {
-            return None;
+    /// Claims until there is an answer. While there is none nobody goes on: neither side can know that the other has not.
+    pub(super) fn claim(&self, claimant: &mut Claimant) {
+        while let Duty::Claim { view } = self.link.duty() {
+            let answer = claimant.ask(view);
+            if answer == Answer::Won {
+                self.heartbeats.set_view(view, Role::Primary);
+            }
+            self.link.claim_says(answer);
         }
-        let silent = self.link.silent_for().min(self.heartbeats.unanswered_for());
-        if silent > limit {
-            let why = format!("the backup has been silent for {} ms", silent.as_millis());
-            return Some(Loss { why, answers: false });
-        }
-        let lag_ms = self.link.overdue(self.lag_limit)?.as_millis();
-        let limit_ms = self.lag_limit.as_millis();
-        let why =
-            format!("it answers, but its guest is {lag_ms} ms behind, and --lag-limit-ms is {limit_ms}");
-        Some(Loss { why, answers: true })
     }
 
-    /// Claims the next view and ends the connection, in the order that is safe. False: another monitor owns the guest.
-    fn go_on_without(&self, loss: Loss, connection: Option<(TcpStream, SocketAddr)>) -> bool {
-        let close = |(stream, _): (TcpStream, SocketAddr)| drop(stream.shutdown(Shutdown::Both));
-        if let Some((_, address)) = &connection {
-            self.search.failed(address.ip(), &loss.why);
-        }
-        if loss.answers {
-            let won = self.claim_next_view(loss.why);
-            self.heartbeats.set_peer(None);
-            connection.into_iter().for_each(close);
-            return won;
-        }
-        self.heartbeats.set_peer(None);
-        // A backup that sees the connection close may claim at once, so nothing may be under way then.
-        // If something is stuck, the backup has to find out by the silence.
-        let quiet = self.gate.quiesce(QUIESCE_TIMEOUT) && self.gate.performer().quiesce(QUIESCE_TIMEOUT);
-        connection.into_iter().filter(|_| quiet).for_each(close);
-        self.claim_next_view(loss.why)
+    /// Another monitor has the guest.
+    fn stop(&self, claimant: &Claimant) -> ! {
+        let cause = match claimant.holder() {
+            Some(holder) => format!("{} (process {}) has claimed the view", holder.host, holder.pid),
+            None => "another monitor has claimed the view".to_owned(),
+        };
+        let view = self.link.view() + 1;
+        let standing = Standing { role: control::Role::None, view, protected: false, cause };
+        change!(error, self.monitor, standing, "the backup has taken over; this monitor stops");
+        (self.stop_guest)();
+        std::thread::sleep(STOP_TIMEOUT);
+        // The guest's thread is stuck in a system call; nothing here may act any more.
+        crate::commands::leave_after_lost_claim()
+    }
+
+    /// The machine says that the guest is this monitor's, without a backup.
+    pub(super) fn go_on_alone(&self, why: String) {
+        self.gate.unprotect();
+        change!(
+            warn,
+            self.monitor,
+            self.standing(false, why),
+            "unprotected: the guest goes on without a backup"
+        );
+        self.monitor.set_peer(None);
     }
 
     pub(super) fn standing(&self, protected: bool, cause: String) -> Standing {
-        Standing { role: control::Role::Primary, view: self.view.load(Ordering::SeqCst), protected, cause }
+        Standing { role: control::Role::Primary, view: self.link.view(), protected, cause }
     }
 
     fn report(&self) {
@@ -229,61 +238,46 @@ impl Supervisor {
             "pair so far"
         );
     }
-
-    /// The claim of view `next` is won.
-    pub(super) fn go_on_alone(&self, next: u64, why: String) {
-        self.view.store(next, Ordering::SeqCst);
-        self.heartbeats.set_view(next, Role::Primary);
-        // A backup that is let go learns it now.
-        self.link.close();
-        self.link.alone();
-        self.gate.unprotect();
-        let standing = self.standing(false, why);
-        change!(warn, self.monitor, standing, "unprotected: the guest goes on without a backup");
-        self.monitor.set_peer(None);
-    }
-
-    /// Claims, because of `why`, until there is an answer. False: another monitor owns the guest.
-    pub(super) fn claim_next_view(&self, why: String) -> bool {
-        let next = self.view.load(Ordering::SeqCst) + 1;
-        match claim_until_known(&self.claims, next, &self.owner) {
-            None => {
-                self.go_on_alone(next, why);
-                true
-            }
-            Some(holder) => {
-                // The lease and the disk's guard look at this.
-                self.lost.store(true, Ordering::SeqCst);
-                let cause = format!("{} (process {}) has claimed the view", holder.host, holder.pid);
-                let standing = Standing { role: control::Role::None, view: next, protected: false, cause };
-                change!(error, self.monitor, standing, "the backup has taken over; this monitor stops");
-                (self.stop_guest)();
-                std::thread::sleep(STOP_TIMEOUT);
-                // The guest's thread is stuck in a system call; nothing here may act any more.
-                crate::commands::leave_after_lost_claim()
-            }
-        }
-    }
 }
 
-/// Claims `view` until the answer is known. `None`: won. While the arbiter does not answer, nobody goes on: neither
-/// side can know that the other has not.
-pub fn claim_until_known(claims: &Claims, view: u64, owner: &Owner) -> Option<Owner> {
-    let mut said = false;
-    let mut say = |why: &str| {
-        if !std::mem::replace(&mut said, true) {
-            tracing::warn!(view, "the claim is undecided, asking again until there is an answer: {why}");
-        }
-    };
-    loop {
+/// Asks for views on behalf of one monitor.
+pub struct Claimant {
+    claims: Claims,
+    owner: Owner,
+    holder: Option<Owner>,
+    said: bool,
+}
+
+impl Claimant {
+    /// Asks `claims` for `owner`.
+    pub fn new(claims: Claims, owner: Owner) -> Self {
+        Self { claims, owner, holder: None, said: false }
+    }
+
+    /// Claims `view`. After an answer that tells nothing it takes a while, so that it may be called again at once.
+    pub fn ask(&mut self, view: u64) -> Answer {
+        let Self { claims, owner, said, .. } = self;
+        let mut say = |why: &str| {
+            if !std::mem::replace(said, true) {
+                tracing::warn!(view, "the claim is undecided, asking again until there is an answer: {why}");
+            }
+        };
         let why = match claim_on_a_thread(claims, view, owner, &mut say) {
-            Ok(Outcome::Won) => return None,
-            Ok(Outcome::Lost { holder }) => return Some(holder),
-            Ok(Outcome::Unknown { why }) => why,
-            Err(why) => why,
+            Ok(Outcome::Won) => return Answer::Won,
+            Ok(Outcome::Lost { holder }) => {
+                self.holder = Some(holder);
+                return Answer::Lost;
+            }
+            Ok(Outcome::Unknown { why }) | Err(why) => why,
         };
         say(&why);
         std::thread::sleep(CLAIM_AGAIN);
+        Answer::Unknown
+    }
+
+    /// Whose the view is that was lost.
+    pub fn holder(&self) -> Option<&Owner> {
+        self.holder.as_ref()
     }
 }
 

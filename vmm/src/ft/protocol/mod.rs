@@ -1,0 +1,66 @@
+//! The pair's protocol as state machines: every decision about who runs the guest and what may leave.
+//!
+//! Owns: the lease, the judging of silences, lags and ends of the link, claims and what follows from their answers, the
+//! output rule. Must never: do I/O, read a clock, wait, or start a thread. Time comes in as a duration since the host's
+//! start, messages and the arbiter's answers as calls; what is to be done comes out as values. The monitor's threads call
+//! exactly this code, and so does the model that `tests/protocol_model` explores.
+//!
+//! ```text
+//! Primary:  Alone (view v) ── attach ──> Paired ── backup lost ──> Orphaned ── v + 1 claimed ──> Alone (view v + 1)
+//! Backup:   Following ── link ended ──> Waiting ── the primary lets nothing out any more ──> Claiming ──> its Verdict
+//! Rule:     what waits at the output gate, and what lets it go
+//! ```
+//!
+//! A *view* is a number. Whoever has claimed it runs the guest in it; the arbiter gives each to one life of one monitor.
+
+mod backup;
+mod heartbeats;
+mod primary;
+mod rule;
+
+use std::time::Duration;
+
+pub use backup::{Backup, LinkLoss, Next, Verdict};
+pub use heartbeats::{Hearing, Questions};
+pub use primary::{Duty, Loss, NotAlone, Phase, Primary};
+pub use rule::{Leave, Mode, OutputRule};
+
+/// Part of the timeout for which an answer of the backup lets output go. The rest covers clocks that run at different
+/// speeds and the time from the question to the system call.
+const LEASE_NUMERATOR: u32 = 3;
+const LEASE_DENOMINATOR: u32 = 4;
+/// Silence that is borne from a backup that is loading its snapshot: its host is at its busiest then, and it
+/// cannot take over before it follows.
+const LOADING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The pair's times.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Timing {
+    /// Silence after which the other side counts as lost.
+    pub timeout: Duration,
+    /// Age of an answered question up to which output may leave. Less than the timeout.
+    pub lease: Duration,
+    /// The timeout of a backup that is loading the guest.
+    pub loading_timeout: Duration,
+    /// How far the execution of a backup that answers may be behind before it counts as lost.
+    pub lag_limit: Duration,
+}
+
+impl Timing {
+    /// What belongs to `--timeout-ms` and `--lag-limit-ms`.
+    pub fn new(timeout: Duration, lag_limit: Duration) -> Self {
+        let lease = timeout * LEASE_NUMERATOR / LEASE_DENOMINATOR;
+        Self { timeout, lease, loading_timeout: timeout.max(LOADING_TIMEOUT), lag_limit }
+    }
+}
+
+/// What the arbiter says to a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Answer {
+    /// The view is the claimant's.
+    Won,
+    /// The view is another's.
+    Lost,
+    /// Nobody can say: the claim may have been made, may still be, or never. Asking again tells.
+    Unknown,
+}

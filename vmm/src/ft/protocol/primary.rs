@@ -1,0 +1,414 @@
+//! A monitor that runs the guest: its view, its backup, and its right to let output go.
+//!
+//! Owns: when a backup becomes one, when it is lost, and what has to be done then, in which order. Must never: let output
+//! go that a backup may have to answer for and does not have, or after another monitor may have taken the guest.
+//!
+//! ```text
+//!            attach                 it is silent, gone, or its guest is of no use        closed                 won
+//!   Alone ───────────> Paired ─┬─────────────────────────────────────────────> Closing ──────────> Claiming ─────────> Alone
+//!   view v                     │                                                                       │ lost          view v + 1
+//!                              ├─ it answers, but is too far behind,
+//!                              │  or is to go ──> ClaimFirst ── won ──> CloseLast ── closed ───────────────────────────^
+//!                              │                      └ lost ──> Lost, for ever
+//!                              └─ the log is over, the backup may take the guest ──> Ended ── take_back ──> Claiming
+//! ```
+//!
+//! Between Paired and Alone nothing is let out: the former backup may have taken over. One that is gone or silent may claim
+//! by itself, so the connection may as well tell it. One that answers claims nothing while it hears of this side, so
+//! there the claim comes first; else a backup that cannot keep up, or is not wanted, would be the first to claim.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::{Answer, Timing};
+
+/// Most batches that are remembered until the backup has executed them; the last one stands for all beyond that, with the
+/// age of the first of them.
+const BATCHES_REMEMBERED: usize = 4_096;
+
+/// Whether there is a backup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// No backup; output goes at once.
+    Alone,
+    /// A backup follows; output waits for it.
+    Paired,
+    /// The backup is lost and the claim not decided, or the log has ended: no output goes.
+    Orphaned,
+}
+
+/// Why a backup counts as lost, as far as its primary sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Loss {
+    /// It was silent for so long.
+    Silent(Duration),
+    /// It answers, but its execution is so far behind.
+    Behind(Duration),
+    /// The connection is closed or broken, or nonsense came.
+    Link,
+    /// The operator lets it go.
+    Dismissed,
+}
+
+/// What a primary that has lost its backup has to do now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Duty {
+    /// Nothing.
+    Nothing,
+    /// To send no more heartbeats and to end the connection; then [`Primary::closed`].
+    Close {
+        /// The next view is claimed. Otherwise nothing may be under way when the connection ends: the backup may claim as
+        /// soon as it sees that, and has to find out by the silence if something is.
+        claimed: bool,
+    },
+    /// To claim a view; then [`Primary::claim_says`].
+    Claim {
+        /// Its number.
+        view: u64,
+    },
+    /// To stop the guest: it is another monitor's.
+    Stop,
+}
+
+/// Only a primary without a backup takes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a backup may join only a primary that runs alone")]
+pub struct NotAlone;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum State {
+    Alone,
+    Paired {
+        /// When the backup had loaded the guest.
+        follows_since: Option<Duration>,
+    },
+    Closing,
+    Claiming,
+    ClaimFirst,
+    CloseLast,
+    Ended,
+    Lost,
+}
+
+/// A batch that the backup has not executed yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Sent {
+    seq: u64,
+    reached: u64,
+    at: Duration,
+}
+
+/// The primary's machine.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Primary {
+    view: u64,
+    timing: Timing,
+    state: State,
+    sent: VecDeque<Sent>,
+    /// When the newest batch was sent that the backup has acknowledged.
+    answered_sent_at: Duration,
+}
+
+impl Primary {
+    /// Runs the guest alone in `view`, which it has claimed.
+    pub fn new(view: u64, timing: Timing) -> Self {
+        let (state, answered_sent_at) = (State::Alone, Duration::ZERO);
+        Self { view, timing, state, sent: VecDeque::new(), answered_sent_at }
+    }
+
+    /// The present view: the last one that was claimed here.
+    pub fn view(&self) -> u64 {
+        self.view
+    }
+
+    /// Whether there is a backup.
+    pub fn phase(&self) -> Phase {
+        match self.state {
+            State::Alone => Phase::Alone,
+            State::Paired { .. } => Phase::Paired,
+            _ => Phase::Orphaned,
+        }
+    }
+
+    /// Has another monitor got the guest?
+    pub fn is_lost(&self) -> bool {
+        self.state == State::Lost
+    }
+
+    /// A backup gets, with what is under way to it, all of the guest up to now: every event before this is in the transfer,
+    /// every later one in the log, whose batches count from 1.
+    pub fn attach(&mut self, now: Duration) -> Result<(), NotAlone> {
+        if self.state != State::Alone {
+            return Err(NotAlone);
+        }
+        self.state = State::Paired { follows_since: None };
+        self.sent.clear();
+        self.answered_sent_at = now;
+        Ok(())
+    }
+
+    /// Batch `seq` is sent now; the log is then complete up to `reached`.
+    pub fn sent(&mut self, seq: u64, reached: u64, now: Duration) {
+        if self.sent.len() < BATCHES_REMEMBERED {
+            self.sent.push_back(Sent { seq, reached, at: now });
+        } else if let Some(last) = self.sent.back_mut() {
+            (last.seq, last.reached) = (seq, reached);
+        }
+    }
+
+    /// The backup has the batches up to `received`, and its guest is at `executed`. The first acknowledgement says that it
+    /// has loaded the guest. `lag` is told how long each batch took that it has executed since.
+    pub fn acknowledged(
+        &mut self,
+        received: u64,
+        executed: u64,
+        now: Duration,
+        mut lag: impl FnMut(Duration),
+    ) {
+        if let State::Paired { follows_since } = &mut self.state {
+            follows_since.get_or_insert(now);
+        }
+        let known = self.sent.partition_point(|sent| sent.seq <= received);
+        if let Some(newest) = known.checked_sub(1).and_then(|index| self.sent.get(index)) {
+            self.answered_sent_at = newest.at.max(self.answered_sent_at);
+        }
+        let is_done = |sent: &mut Sent| sent.seq <= received && sent.reached <= executed;
+        while let Some(done) = self.sent.pop_front_if(is_done) {
+            lag(now.saturating_sub(done.at));
+        }
+    }
+
+    /// How long the backup's execution is behind: the age of the oldest batch that it is not known to have executed.
+    pub fn lag(&self, now: Duration) -> Duration {
+        match self.sent.front() {
+            Some(oldest) if self.phase() == Phase::Paired => now.saturating_sub(oldest.at),
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// Time since the newest batch or heartbeat that the backup has answered was *sent*: for so long, at most, it has heard
+    /// nothing. `heartbeat_sent_at` is that of the newest answered heartbeat. Answers that lay in a buffer while this host
+    /// was frozen do not count as fresh.
+    fn silent_for(&self, heartbeat_sent_at: Option<Duration>, now: Duration) -> Duration {
+        now.saturating_sub(heartbeat_sent_at.unwrap_or_default().max(self.answered_sent_at))
+    }
+
+    /// May this monitor let output go and touch the disk? Alone: yes. With a backup: while that has answered something
+    /// recent, because until then it has not claimed the guest.
+    pub fn may_act(&self, heartbeat_sent_at: Option<Duration>, now: Duration) -> bool {
+        match self.state {
+            State::Alone => true,
+            State::Paired { .. } => self.silent_for(heartbeat_sent_at, now) < self.timing.lease,
+            _ => false,
+        }
+    }
+
+    /// Is the backup to be given up? What is sent to one that does not follow yet has to wait for that, and counts as
+    /// sent then.
+    pub fn look(&self, heartbeat_sent_at: Option<Duration>, now: Duration) -> Option<Loss> {
+        let State::Paired { follows_since } = self.state else { return None };
+        let patience = match follows_since {
+            Some(_) => self.timing.timeout,
+            None => self.timing.loading_timeout,
+        };
+        let silent = self.silent_for(heartbeat_sent_at, now);
+        if silent > patience {
+            return Some(Loss::Silent(silent));
+        }
+        let behind = now.saturating_sub(self.sent.front()?.at.max(follows_since?));
+        (behind > self.timing.lag_limit).then_some(Loss::Behind(behind))
+    }
+
+    /// The backup is lost. False: there is none, or that was known.
+    pub fn backup_lost(&mut self, loss: Loss) -> bool {
+        if self.phase() != Phase::Paired {
+            return false;
+        }
+        self.state = match loss {
+            Loss::Silent(_) | Loss::Link => State::Closing,
+            Loss::Behind(_) | Loss::Dismissed => State::ClaimFirst,
+        };
+        true
+    }
+
+    /// The log is over, and the backup may take the guest: nothing may be let out any more. False: there is no backup,
+    /// and nothing changes.
+    pub fn end(&mut self) -> bool {
+        let paired = self.phase() == Phase::Paired;
+        if paired {
+            self.state = State::Ended;
+        }
+        paired
+    }
+
+    /// The backup does not take the guest that was left to it: this monitor wants it back. Answers whether that can be.
+    pub fn take_back(&mut self) -> bool {
+        let ended = self.state == State::Ended;
+        if ended {
+            self.state = State::Claiming;
+        }
+        ended
+    }
+
+    /// What is to be done now.
+    pub fn duty(&self) -> Duty {
+        match self.state {
+            State::Closing => Duty::Close { claimed: false },
+            State::CloseLast => Duty::Close { claimed: true },
+            State::Claiming | State::ClaimFirst => Duty::Claim { view: self.view + 1 },
+            State::Lost => Duty::Stop,
+            State::Alone | State::Paired { .. } | State::Ended => Duty::Nothing,
+        }
+    }
+
+    /// The connection is closed, or was left to itself since something may still be under way.
+    pub fn closed(&mut self) {
+        self.state = match self.state {
+            State::Closing => State::Claiming,
+            State::CloseLast => State::Alone,
+            other => other,
+        };
+    }
+
+    /// The arbiter's answer to the claim. While it says nothing, nobody goes on: neither side can know that the other has
+    /// not.
+    pub fn claim_says(&mut self, answer: Answer) {
+        self.state = match (self.state, answer) {
+            (State::Claiming, Answer::Won) => State::Alone,
+            (State::ClaimFirst, Answer::Won) => State::CloseLast,
+            (State::Claiming | State::ClaimFirst, Answer::Lost) => State::Lost,
+            (other, _) => return self.state = other,
+        };
+        if answer == Answer::Won {
+            self.view += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn timing() -> Timing {
+        Timing { timeout: at(4), lease: at(3), loading_timeout: at(10), lag_limit: at(20) }
+    }
+
+    /// In view 1, with a backup since the start that has loaded the guest.
+    fn paired() -> Primary {
+        let mut primary = Primary::new(1, timing());
+        primary.attach(at(0)).unwrap();
+        primary.acknowledged(0, 0, at(0), drop);
+        primary
+    }
+
+    #[test]
+    fn a_lease_counts_from_the_sending_of_what_was_answered() {
+        let mut primary = paired();
+        assert!(primary.may_act(None, at(2)) && !primary.may_act(None, at(3)));
+        primary.sent(1, 5, at(2));
+        assert!(!primary.may_act(None, at(3)), "nobody has answered it");
+        primary.acknowledged(1, 0, at(4), drop);
+        assert!(primary.may_act(None, at(4)) && !primary.may_act(None, at(5)));
+        assert!(primary.may_act(Some(at(3)), at(5)) && !primary.may_act(Some(at(3)), at(6)));
+    }
+
+    #[test]
+    fn a_backup_that_loads_is_given_more_time() {
+        let mut primary = Primary::new(1, timing());
+        primary.attach(at(0)).unwrap();
+        assert_eq!(primary.attach(at(0)), Err(NotAlone));
+        assert_eq!(primary.look(None, at(10)), None);
+        assert_eq!(primary.look(None, at(11)), Some(Loss::Silent(at(11))));
+        primary.acknowledged(0, 0, at(9), drop);
+        assert_eq!(primary.look(Some(at(6)), at(10)), None);
+        assert_eq!(primary.look(Some(at(6)), at(11)), Some(Loss::Silent(at(5))));
+    }
+
+    #[test]
+    fn a_silent_backup_is_closed_out_before_the_claim_and_a_slow_one_after_it() {
+        let mut primary = paired();
+        assert_eq!(primary.duty(), Duty::Nothing);
+        assert!(primary.backup_lost(Loss::Silent(at(5))) && !primary.backup_lost(Loss::Link));
+        assert_eq!(primary.duty(), Duty::Close { claimed: false });
+        primary.claim_says(Answer::Won);
+        assert_eq!(
+            (primary.duty(), primary.view()),
+            (Duty::Close { claimed: false }, 1),
+            "nothing was claimed"
+        );
+        primary.closed();
+        assert_eq!(primary.duty(), Duty::Claim { view: 2 });
+        primary.claim_says(Answer::Unknown);
+        assert_eq!((primary.duty(), primary.phase()), (Duty::Claim { view: 2 }, Phase::Orphaned));
+        primary.claim_says(Answer::Won);
+        assert_eq!((primary.view(), primary.phase(), primary.may_act(None, at(99))), (2, Phase::Alone, true));
+        primary.attach(at(99)).unwrap();
+        assert!(primary.backup_lost(Loss::Behind(at(21))));
+        assert_eq!(primary.duty(), Duty::Claim { view: 3 });
+        primary.claim_says(Answer::Won);
+        assert_eq!((primary.duty(), primary.may_act(None, at(99))), (Duty::Close { claimed: true }, false));
+        primary.closed();
+        assert_eq!((primary.view(), primary.phase()), (3, Phase::Alone));
+    }
+
+    #[test]
+    fn a_lost_claim_is_for_ever() {
+        let mut primary = paired();
+        primary.backup_lost(Loss::Link);
+        primary.closed();
+        primary.claim_says(Answer::Lost);
+        primary.claim_says(Answer::Won);
+        primary.closed();
+        assert_eq!((primary.duty(), primary.is_lost(), primary.view()), (Duty::Stop, true, 1));
+        assert!(!primary.may_act(Some(at(0)), at(0)) && !primary.end() && primary.attach(at(0)).is_err());
+    }
+
+    #[test]
+    fn an_ended_log_lets_nothing_out_until_it_is_taken_back() {
+        let mut primary = paired();
+        assert!(primary.may_act(None, at(0)) && primary.end());
+        assert_eq!((primary.phase(), primary.duty()), (Phase::Orphaned, Duty::Nothing));
+        assert!(!primary.may_act(None, at(0)) && !primary.backup_lost(Loss::Link));
+        assert!(primary.take_back() && !primary.take_back() && !primary.may_act(None, at(0)));
+        assert_eq!(primary.duty(), Duty::Claim { view: 2 });
+        primary.claim_says(Answer::Won);
+        assert_eq!((primary.phase(), primary.view()), (Phase::Alone, 2));
+        let mut alone = Primary::new(1, timing());
+        assert!(!alone.end() && alone.may_act(None, at(0)));
+    }
+
+    #[test]
+    fn a_backup_is_overdue_when_it_follows_and_stays_behind() {
+        let mut primary = Primary::new(1, timing());
+        primary.attach(at(0)).unwrap();
+        primary.sent(1, 5, at(0));
+        let look = |primary: &Primary, now| primary.look(Some(at(now)), at(now));
+        assert_eq!(look(&primary, 30), None, "it has not loaded the guest yet");
+        primary.acknowledged(0, 0, at(30), drop);
+        assert_eq!(look(&primary, 50), None, "what was sent before is no older than that");
+        primary.acknowledged(1, 3, at(50), drop);
+        assert_eq!(look(&primary, 51), Some(Loss::Behind(at(21))), "it has received all and executed less");
+        assert_eq!(primary.lag(at(51)), at(51));
+        let mut lags = Vec::new();
+        primary.acknowledged(1, 5, at(52), |lag| lags.push(lag));
+        assert_eq!((look(&primary, 99), primary.lag(at(99)), lags), (None, at(0), vec![at(52)]));
+    }
+
+    #[test]
+    fn the_age_of_the_oldest_batch_is_known_however_many_there_are() {
+        let mut primary = paired();
+        let last = BATCHES_REMEMBERED as u64 + 10;
+        for batch in 1..=last {
+            primary.sent(batch, batch, at(batch));
+        }
+        assert_eq!((primary.sent.len(), primary.lag(at(last))), (BATCHES_REMEMBERED, at(last - 1)));
+        primary.acknowledged(last, last - 1, at(last), drop);
+        assert!(primary.lag(at(last)) > at(0), "the last one is not executed");
+        primary.acknowledged(last, last, at(last), drop);
+        assert_eq!(primary.lag(at(last)), at(0));
+    }
+}

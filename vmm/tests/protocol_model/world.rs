@@ -1,0 +1,786 @@
+//! The world around the protocol's state machines: hosts, links, the arbiter, and whoever sees the guest's outputs.
+//!
+//! Owns: what the monitor's threads do with the machines, without threads; and every fault. Must never: decide anything
+//! that the protocol decides; a world that does has a [`Flaw`], which a test puts there to see it found.
+//!
+//! Time is ticks. A monitor looks at its clock at every tick, unless its host is frozen. A guest is the list of the entries
+//! that it has executed; each has one output. Batches hold one entry.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use vmft::ft::protocol::{
+    Answer, Backup, Duty, Hearing, Leave, LinkLoss, Loss, Mode, Next, OutputRule, Phase, Primary, Questions,
+    Timing,
+};
+
+use super::steps::{Left, Step};
+
+/// One tick.
+pub const TICK: Duration = Duration::from_secs(1);
+/// Heartbeats of one sender that are on their way at a time; of more, the oldest is lost.
+const BEATS_MAX: usize = 2;
+
+/// One life of one monitor.
+pub type Life = u8;
+
+/// A rule that is not kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flaw {
+    /// A batch counts as acknowledged when it is sent.
+    ReleaseBeforeAck,
+    /// Output leaves without a look at the lease.
+    NoLease,
+    /// The lease counts from the receipt of an answer.
+    LeaseFromReceipt,
+    /// The arbiter gives a view to everybody who asks.
+    NoTestAndSet,
+    /// A claim without an answer counts as won.
+    SilenceIsAWin,
+    /// A primary that has lost its backup goes on without a claim.
+    NoClaim,
+    /// A primary closes the connection before its outputs wait.
+    ClosesTooEarly,
+    /// A backup answers heartbeats after it has given its primary up.
+    AnswersWhileClaiming,
+    /// A backup takes every end of the connection for the primary's.
+    ClaimsAtOnce,
+    /// Nobody remembers that a backup's guest is of no use.
+    RetiredClaims,
+    /// A backup goes live before it has executed all that it has.
+    GoesLiveTooEarly,
+}
+
+/// How the machines are put together. The default is what the monitor does.
+#[derive(Clone, Copy, Debug)]
+pub struct Wiring {
+    pub timing: Timing,
+    pub flaw: Option<Flaw>,
+}
+
+impl Wiring {
+    fn has(&self, flaw: Flaw) -> bool {
+        self.flaw == Some(flaw)
+    }
+}
+
+impl Default for Wiring {
+    fn default() -> Self {
+        let timing = Timing { loading_timeout: 3 * TICK, ..Timing::new(2 * TICK, 100 * TICK) };
+        Self { timing, flaw: None }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Running {
+    pub life: Life,
+    pub machine: Primary,
+    pub(super) rule: OutputRule,
+    pub(super) questions: Questions,
+    /// The backup that heartbeats go to.
+    pub(super) peer: Option<Life>,
+    pub guest: Vec<u8>,
+    /// Outputs that wait: batch, and place in `guest`.
+    pub(super) held: VecDeque<(u64, usize)>,
+    pub(super) batches: u64,
+    pub(super) asking: bool,
+    /// The log has ended for the backup to take over, and this monitor waits to see that.
+    pub(super) handed_over: bool,
+    /// When the last answer came: what a wrong lease counts from.
+    pub(super) answered_at: Option<Duration>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Following {
+    pub life: Life,
+    /// The view of its primary.
+    pub view: u64,
+    pub machine: Backup,
+    pub(super) hearing: Hearing,
+    pub guest: Vec<u8>,
+    pub loaded: bool,
+    /// Its guest is of no use, whether or not anybody remembers.
+    pub useless: bool,
+    pub next: Next,
+    pub(super) asking: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Monitor {
+    Off,
+    Primary(Box<Running>),
+    Backup(Box<Following>),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Host {
+    pub frozen: bool,
+    pub(super) lag: u8,
+    pub monitor: Monitor,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Down {
+    Snapshot(Vec<u8>),
+    Batch(u64, u8),
+}
+
+/// A connection between the monitors of two lives. Each backup has one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Connection {
+    pub(super) primary: Life,
+    pub(super) backup: Life,
+    pub(super) down: VecDeque<Down>,
+    pub(super) up: VecDeque<u64>,
+    pub(super) closed_by_primary: bool,
+    pub(super) closed_by_backup: bool,
+    pub(super) cut: bool,
+    /// The primary's last word will be that it lets the backup go.
+    pub(super) dismissed: bool,
+}
+
+/// A heartbeat, sealed with the key of the connection with `backup`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Beat {
+    pub(super) backup: Life,
+    pub(super) counter: u64,
+    pub(super) answer: bool,
+}
+
+/// A claim on its way to the arbiter, or the answer on the way back.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Pending {
+    pub(super) life: Life,
+    pub(super) view: u64,
+    pub(super) answer: Option<Answer>,
+    /// The monitor was told that there is no answer.
+    pub(super) given_up: bool,
+}
+
+/// A view as the arbiter has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Record {
+    pub view: u64,
+    pub primary: Life,
+    /// The claimant was primary or backup in the view before: not the arbiter's knowledge.
+    pub by_member: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct World {
+    pub tick: u8,
+    pub left: Left,
+    pub hosts: Vec<Host>,
+    pub(super) connections: Vec<Connection>,
+    pub(super) beats: Vec<Beat>,
+    pub(super) pending: Vec<Pending>,
+    /// In the order in which they were made.
+    pub records: Vec<Record>,
+    /// Outputs that were seen outside, each once.
+    pub released: Vec<u8>,
+    /// An output was seen that does not follow from those before.
+    pub contradiction: bool,
+    /// An output was let out while another monitor could let out its own.
+    pub overlap: bool,
+    /// A guest of no use went live.
+    pub useless_lives: bool,
+    pub(super) lives: u8,
+    pub(super) entries: u8,
+}
+
+impl World {
+    pub fn new(hosts: usize, left: Left, wiring: &Wiring) -> Self {
+        let off = Host { frozen: false, lag: 0, monitor: Monitor::Off };
+        let mut world = Self {
+            tick: 1,
+            left,
+            hosts: vec![off; hosts],
+            connections: Vec::new(),
+            beats: Vec::new(),
+            pending: Vec::new(),
+            records: vec![Record { view: 1, primary: 1, by_member: true }],
+            released: Vec::new(),
+            contradiction: false,
+            overlap: false,
+            useless_lives: false,
+            lives: 1,
+            entries: 0,
+        };
+        world.hosts[0].monitor = Monitor::Primary(Box::new(running(1, 1, Vec::new(), wiring)));
+        world
+    }
+
+    fn now(&self, host: usize) -> Duration {
+        TICK * u32::from(self.tick - self.hosts[host].lag)
+    }
+
+    /// The highest record.
+    pub fn latest(&self) -> Record {
+        *self.records.iter().max_by_key(|record| record.view).expect("view 1 is recorded from the start")
+    }
+
+    pub(super) fn place_of(&self, life: Life) -> Option<usize> {
+        self.hosts.iter().position(|host| match &host.monitor {
+            Monitor::Off => false,
+            Monitor::Primary(running) => running.life == life,
+            Monitor::Backup(following) => following.life == life,
+        })
+    }
+
+    /// The place of a monitor that can act.
+    pub(super) fn awake(&self, life: Life) -> Option<usize> {
+        self.place_of(life).filter(|place| !self.hosts[*place].frozen)
+    }
+
+    /// May this claim come to nothing? Its claimant was told that there is no answer, or cannot go on.
+    pub fn is_idle(&self, pending: &Pending) -> bool {
+        pending.given_up
+            || self.awake(pending.life).is_none_or(
+                |place| matches!(&self.hosts[place].monitor, Monitor::Backup(following) if following.useless),
+            )
+    }
+
+    /// What this host's primary may do now, or may do at once when it is no longer frozen.
+    pub fn may_act(&self, host: usize, wiring: &Wiring) -> bool {
+        match &self.hosts[host].monitor {
+            Monitor::Primary(running) => running.may_act(self.now(host), wiring),
+            _ => false,
+        }
+    }
+
+    /// Does `step`.
+    pub fn take(&mut self, step: Step, wiring: &Wiring) {
+        match step {
+            Step::Tick { slow } => self.pass_time(slow, wiring),
+            Step::Execute(host) => self.execute(host, wiring),
+            Step::Join { primary, backup } => self.join(primary, backup, wiring),
+            Step::ToBackup(connection) => self.deliver_down(connection),
+            Step::ToPrimary(connection) => self.deliver_up(connection, wiring),
+            Step::CloseSeenByBackup(connection) => {
+                let backup = self.connections[connection].backup;
+                self.link_lost(backup, LinkLoss::ByPeer, wiring);
+            }
+            Step::DismissalHeard(connection) => {
+                let backup = self.connections[connection].backup;
+                self.link_lost(backup, LinkLoss::Dismissed, wiring);
+            }
+            Step::CloseSeenByPrimary(connection) => {
+                let primary = self.connections[connection].primary;
+                self.backup_lost(primary, Loss::Link);
+            }
+            Step::BreakSeenByBackup(connection) => {
+                self.left.breaks -= 1;
+                let backup = self.connections[connection].backup;
+                self.link_lost(backup, LinkLoss::Unsure, wiring);
+            }
+            Step::BreakSeenByPrimary(connection) => {
+                self.left.breaks -= 1;
+                let primary = self.connections[connection].primary;
+                if wiring.has(Flaw::ClosesTooEarly) {
+                    self.connections[connection].closed_by_primary = true;
+                } else {
+                    self.backup_lost(primary, Loss::Link);
+                }
+            }
+            Step::Beat { beat, again } => self.beat(beat, again, wiring),
+            Step::Duty(host) => self.duty(host, wiring),
+            Step::Ask(host) => self.ask(host),
+            Step::Arbitrate(pending) => self.arbitrate(pending, wiring),
+            Step::Reply(pending) => {
+                let Pending { life, answer, given_up, .. } = self.pending.remove(pending);
+                if let Some(answer) = answer.filter(|_| !given_up) {
+                    self.answer(life, answer, wiring);
+                }
+            }
+            Step::Doubt(pending) => {
+                self.left.doubts -= 1;
+                self.pending[pending].given_up = true;
+                let silence = if wiring.has(Flaw::SilenceIsAWin) { Answer::Won } else { Answer::Unknown };
+                self.answer(self.pending[pending].life, silence, wiring);
+            }
+            fault => self.fail(fault, wiring),
+        }
+        self.forget();
+    }
+
+    /// Faults of hosts and links, and orders of the operator.
+    fn fail(&mut self, fault: Step, wiring: &Wiring) {
+        match fault {
+            Step::Kill(host) => {
+                self.left.crashes -= 1;
+                self.end(host, true);
+            }
+            Step::PowerLoss(host) => {
+                self.left.crashes -= 1;
+                self.end(host, false);
+            }
+            Step::Freeze(host) => {
+                self.left.freezes -= 1;
+                self.hosts[host].frozen = true;
+            }
+            Step::Thaw(host) => self.hosts[host].frozen = false,
+            Step::Cut(connection) => {
+                self.left.cuts -= 1;
+                self.connections[connection].cut = true;
+            }
+            Step::Stop(host) => self.stop(host),
+            Step::HandOver(host) => self.hand_over(host),
+            Step::TakeBack(host) => {
+                let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
+                running.handed_over = false;
+                running.machine.take_back();
+            }
+            Step::Dismiss(host) => {
+                self.left.stops -= 1;
+                let Monitor::Primary(running) = &self.hosts[host].monitor else { return };
+                let life = running.life;
+                if let Some(connection) = connection_of(&mut self.connections, life) {
+                    connection.dismissed = true;
+                }
+                self.backup_lost(life, Loss::Dismissed);
+            }
+            Step::TooSlow(host) => {
+                self.left.lags -= 1;
+                let Monitor::Primary(running) = &self.hosts[host].monitor else { return };
+                self.backup_lost(running.life, Loss::Behind(TICK));
+            }
+            Step::Useless(host) => self.useless(host, wiring),
+            other => unreachable!("{other:?} is no fault"),
+        }
+    }
+
+    /// What can have no effect any more makes no difference.
+    fn forget(&mut self) {
+        let lives = |world: &Self, life| world.place_of(life).is_some();
+        let kept = |world: &Self, connection: &Connection| {
+            (lives(world, connection.primary) && !connection.closed_by_primary)
+                || (lives(world, connection.backup) && !connection.closed_by_backup)
+        };
+        let connections = std::mem::take(&mut self.connections);
+        self.connections = connections.into_iter().filter(|connection| kept(self, connection)).collect();
+        let mut pending = std::mem::take(&mut self.pending);
+        // A claim may be made behind its claimant's back; nobody waits for the answer then.
+        pending
+            .retain(|pending| pending.answer.is_none() || (!pending.given_up && lives(self, pending.life)));
+        self.pending = pending;
+        let mut beats = std::mem::take(&mut self.beats);
+        beats.retain(|beat| {
+            self.hosts.iter().any(|host| match &host.monitor {
+                Monitor::Off => false,
+                Monitor::Primary(running) => {
+                    let is_news = || running.questions.clone().answer(beat.counter);
+                    beat.answer && running.peer == Some(beat.backup) && is_news()
+                }
+                Monitor::Backup(following) => {
+                    let is_news = beat.counter > following.hearing.counter();
+                    !beat.answer && following.life == beat.backup && is_news
+                }
+            })
+        });
+        self.beats = beats;
+    }
+
+    pub(super) fn pass_time(&mut self, slow: Option<usize>, wiring: &Wiring) {
+        self.tick += 1;
+        self.left.ticks -= 1;
+        if let Some(host) = slow {
+            self.left.drift -= 1;
+            self.hosts[host].lag += 1;
+        }
+        for place in 0..self.hosts.len() {
+            if self.hosts[place].frozen {
+                continue;
+            }
+            let now = self.now(place);
+            match &mut self.hosts[place].monitor {
+                Monitor::Off => {}
+                Monitor::Primary(running) => {
+                    let (life, loss) =
+                        (running.life, running.machine.look(running.questions.answered_sent_at(), now));
+                    if let Some(backup) = running.peer {
+                        let counter = running.questions.ask(now);
+                        self.send_beat(Beat { backup, counter, answer: false });
+                    }
+                    if let Some(loss) = loss {
+                        self.backup_lost(life, loss);
+                    }
+                    self.flush(place, wiring);
+                }
+                Monitor::Backup(following) => {
+                    let (life, silent) = (following.life, following.hearing.silent_for(now));
+                    if following.machine.acknowledges() && following.machine.gives_up(silent) {
+                        self.link_lost(life, LinkLoss::Unsure, wiring);
+                    } else {
+                        self.look(place, wiring);
+                    }
+                }
+            }
+        }
+    }
+
+    fn send_beat(&mut self, beat: Beat) {
+        let of_sender = |other: &Beat| other.backup == beat.backup && other.answer == beat.answer;
+        if self.beats.iter().filter(|other| of_sender(other)).count() == BEATS_MAX {
+            let oldest = self.beats.iter().position(of_sender);
+            oldest.map(|oldest| self.beats.remove(oldest));
+        }
+        self.beats.push(beat);
+    }
+
+    pub(super) fn execute(&mut self, host: usize, wiring: &Wiring) {
+        self.left.entries -= 1;
+        self.entries += 1;
+        let (entry, now) = (self.entries, self.now(host));
+        let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
+        running.guest.push(entry);
+        let seq = match running.machine.phase() {
+            Phase::Alone => 0,
+            Phase::Orphaned => u64::MAX,
+            Phase::Paired => {
+                running.batches += 1;
+                let seq = running.batches;
+                running.machine.sent(seq, seq, now);
+                if wiring.has(Flaw::ReleaseBeforeAck) {
+                    running.rule.acknowledge(seq);
+                }
+                if let Some(connection) = connection_of(&mut self.connections, running.life) {
+                    connection.down.push_back(Down::Batch(seq, entry));
+                }
+                seq
+            }
+        };
+        running.held.push_back((seq, running.guest.len() - 1));
+        self.flush(host, wiring);
+    }
+
+    /// Lets out what may leave.
+    fn flush(&mut self, host: usize, wiring: &Wiring) {
+        let now = self.now(host);
+        let others = (0..self.hosts.len()).any(|other| other != host && self.may_act(other, wiring));
+        let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
+        while let Some(&(seq, place)) = running.held.front() {
+            let lease = || running.may_act(now, wiring) || wiring.has(Flaw::NoLease);
+            if running.rule.may_leave(seq, lease) != Leave::Yes {
+                break;
+            }
+            running.held.pop_front();
+            self.overlap |= others;
+            match self.released.get(place) {
+                Some(seen) => self.contradiction |= *seen != running.guest[place],
+                None if place == self.released.len() => self.released.push(running.guest[place]),
+                None => self.contradiction = true,
+            }
+        }
+    }
+
+    fn join(&mut self, primary: usize, backup: usize, wiring: &Wiring) {
+        self.left.joins -= 1;
+        self.lives += 1;
+        let (life, now, here) = (self.lives, self.now(primary), self.now(backup));
+        let Monitor::Primary(running) = &mut self.hosts[primary].monitor else { return };
+        running.machine.attach(now).expect("it is alone");
+        running.rule.protect();
+        running.batches = 0;
+        running.questions.forget();
+        running.peer = Some(life);
+        let view = running.machine.view();
+        self.connections.push(Connection {
+            primary: running.life,
+            backup: life,
+            down: VecDeque::from([Down::Snapshot(running.guest.clone())]),
+            up: VecDeque::new(),
+            closed_by_primary: false,
+            closed_by_backup: false,
+            cut: false,
+            dismissed: false,
+        });
+        self.hosts[backup].monitor = Monitor::Backup(Box::new(Following {
+            life,
+            view,
+            machine: Backup::new(view, wiring.timing.timeout),
+            hearing: Hearing::new(here),
+            guest: Vec::new(),
+            loaded: false,
+            useless: false,
+            next: Next::Wait,
+            asking: false,
+        }));
+    }
+
+    fn deliver_down(&mut self, place: usize) {
+        let Some(host) = self.place_of(self.connections[place].backup) else { return };
+        let now = self.now(host);
+        let connection = &mut self.connections[place];
+        let Monitor::Backup(following) = &mut self.hosts[host].monitor else { return };
+        let Some(message) = connection.down.pop_front() else { return };
+        following.hearing.note(now);
+        let seq = match message {
+            Down::Snapshot(guest) => {
+                (following.guest, following.loaded) = (guest, true);
+                0
+            }
+            Down::Batch(seq, entry) => {
+                following.guest.push(entry);
+                seq
+            }
+        };
+        connection.up.extend(Some(seq).filter(|_| following.machine.acknowledges()));
+    }
+
+    fn deliver_up(&mut self, place: usize, wiring: &Wiring) {
+        let Some(host) = self.place_of(self.connections[place].primary) else { return };
+        let now = self.now(host);
+        let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
+        let Some(seq) = self.connections[place].up.pop_front() else { return };
+        if running.machine.phase() == Phase::Paired {
+            running.machine.acknowledged(seq, seq, now, drop);
+            running.rule.acknowledge(seq);
+        }
+        self.flush(host, wiring);
+    }
+
+    fn beat(&mut self, place: usize, again: bool, wiring: &Wiring) {
+        let beat = self.beats[place].clone();
+        if again {
+            self.left.repeats -= 1;
+        } else {
+            self.beats.remove(place);
+        }
+        let is_cut = |connection: &Connection| connection.cut && connection.backup == beat.backup;
+        if self.connections.iter().any(is_cut) {
+            return;
+        }
+        for place in 0..self.hosts.len() {
+            let now = self.now(place);
+            match &mut self.hosts[place].monitor {
+                Monitor::Primary(running) if beat.answer && running.peer == Some(beat.backup) => {
+                    if running.questions.answer(beat.counter) {
+                        running.answered_at = Some(now).filter(|_| wiring.has(Flaw::LeaseFromReceipt));
+                    }
+                    self.flush(place, wiring);
+                }
+                Monitor::Backup(following) if !beat.answer && following.life == beat.backup => {
+                    let answers = following.machine.acknowledges() || wiring.has(Flaw::AnswersWhileClaiming);
+                    if following.hearing.hear(beat.counter, now) && answers {
+                        self.send_beat(Beat { answer: true, ..beat.clone() });
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn duty(&mut self, host: usize, wiring: &Wiring) {
+        let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
+        match running.machine.duty() {
+            Duty::Nothing => {}
+            Duty::Close { .. } => {
+                running.peer = None;
+                running.questions.forget();
+                running.machine.closed();
+                if let Some(connection) = connection_of(&mut self.connections, running.life) {
+                    connection.closed_by_primary = true;
+                }
+            }
+            Duty::Claim { .. } if wiring.has(Flaw::NoClaim) => running.machine.claim_says(Answer::Won),
+            Duty::Claim { view } => {
+                running.asking = true;
+                self.pending.push(Pending { life: running.life, view, answer: None, given_up: false });
+            }
+            Duty::Stop => return self.end(host, true),
+        }
+        self.open_if_alone(host, wiring);
+    }
+
+    fn open_if_alone(&mut self, host: usize, wiring: &Wiring) {
+        let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
+        if running.machine.phase() == Phase::Alone {
+            running.rule.set(Mode::Unprotected);
+        }
+        self.flush(host, wiring);
+    }
+
+    fn ask(&mut self, host: usize) {
+        let Monitor::Backup(following) = &mut self.hosts[host].monitor else { return };
+        let Next::Claim { view } = following.next else { return };
+        following.asking = true;
+        self.pending.push(Pending { life: following.life, view, answer: None, given_up: false });
+    }
+
+    fn arbitrate(&mut self, place: usize, wiring: &Wiring) {
+        let Pending { life, view, .. } = self.pending[place];
+        let holder = self.records.iter().find(|record| record.view == view).map(|record| record.primary);
+        let answer = match holder.filter(|_| !wiring.has(Flaw::NoTestAndSet)) {
+            Some(holder) if holder == life => Answer::Won,
+            Some(_) => Answer::Lost,
+            None => {
+                let before = self.records.iter().rev().find(|record| record.view + 1 == view);
+                let by_member =
+                    before.is_some_and(|before| before.primary == life || self.followed(life, view - 1));
+                self.records.push(Record { view, primary: life, by_member });
+                Answer::Won
+            }
+        };
+        self.pending[place].answer = Some(answer);
+    }
+
+    /// Does, or did, this life follow the primary of `view`? One that is gone is believed: its claim is only late.
+    fn followed(&self, life: Life, view: u64) -> bool {
+        self.place_of(life).is_none_or(|place| match &self.hosts[place].monitor {
+            Monitor::Backup(following) => following.view == view,
+            Monitor::Off | Monitor::Primary(_) => false,
+        })
+    }
+
+    fn answer(&mut self, life: Life, answer: Answer, wiring: &Wiring) {
+        let Some(place) = self.place_of(life) else { return };
+        match &mut self.hosts[place].monitor {
+            Monitor::Off => {}
+            Monitor::Primary(running) => {
+                running.asking = false;
+                running.machine.claim_says(answer);
+                self.open_if_alone(place, wiring);
+            }
+            Monitor::Backup(following) => {
+                following.asking = false;
+                following.machine.claim_says(answer);
+                self.look(place, wiring);
+            }
+        }
+    }
+
+    fn backup_lost(&mut self, life: Life, loss: Loss) {
+        let Some(place) = self.place_of(life) else { return };
+        let Monitor::Primary(running) = &mut self.hosts[place].monitor else { return };
+        running.machine.backup_lost(loss);
+    }
+
+    fn link_lost(&mut self, life: Life, loss: LinkLoss, wiring: &Wiring) {
+        let Some(place) = self.place_of(life) else { return };
+        let Monitor::Backup(following) = &mut self.hosts[place].monitor else { return };
+        if !following.loaded {
+            return self.end(place, true);
+        }
+        let loss = if wiring.has(Flaw::ClaimsAtOnce) { LinkLoss::ByPeer } else { loss };
+        following.machine.link_ended(loss);
+        self.close_as_backup(life);
+        self.look(place, wiring);
+    }
+
+    fn close_as_backup(&mut self, life: Life) {
+        for connection in self.connections.iter_mut().filter(|connection| connection.backup == life) {
+            connection.closed_by_backup = true;
+        }
+    }
+
+    /// What the backup's machine says must be done.
+    fn look(&mut self, place: usize, wiring: &Wiring) {
+        let now = self.now(place);
+        let Monitor::Backup(following) = &mut self.hosts[place].monitor else { return };
+        following.next = following.machine.next(following.hearing.silent_for(now), false);
+        if let Some(view) = following.machine.goes_live() {
+            self.useless_lives |= following.useless;
+            let mut guest = std::mem::take(&mut following.guest);
+            if wiring.has(Flaw::GoesLiveTooEarly) {
+                guest.pop();
+            }
+            let live = running(following.life, view, guest, wiring);
+            self.hosts[place].monitor = Monitor::Primary(Box::new(live));
+            self.flush(place, wiring);
+        } else if let Next::Done(_) = following.next {
+            self.end(place, true);
+        }
+    }
+
+    /// The operator stops a monitor: a primary hands over to its backup, a backup leaves.
+    fn stop(&mut self, host: usize) {
+        self.left.stops -= 1;
+        match &mut self.hosts[host].monitor {
+            Monitor::Off => return,
+            Monitor::Primary(running) => {
+                running.machine.end();
+            }
+            Monitor::Backup(following) => {
+                following.machine.link_ended(LinkLoss::Unsure);
+                if !matches!(following.machine.next(Duration::ZERO, true), Next::Done(_)) {
+                    // The claim may be made already.
+                    return;
+                }
+            }
+        }
+        self.end(host, true);
+    }
+
+    /// The operator switches the roles: the log ends, and the backup is to take the guest.
+    fn hand_over(&mut self, host: usize) {
+        self.left.stops -= 1;
+        let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
+        running.handed_over = running.machine.end();
+        if let Some(connection) = connection_of(&mut self.connections, running.life) {
+            connection.closed_by_primary = true;
+        }
+    }
+
+    /// A backup's guest is found to be of no use.
+    fn useless(&mut self, host: usize, wiring: &Wiring) {
+        self.left.useless -= 1;
+        let Monitor::Backup(following) = &mut self.hosts[host].monitor else { return };
+        following.useless = true;
+        if !wiring.has(Flaw::RetiredClaims) {
+            following.machine.retire();
+        }
+        following.machine.link_ended(LinkLoss::Unsure);
+        let life = following.life;
+        self.close_as_backup(life);
+        self.look(host, wiring);
+    }
+
+    /// The monitor is gone. `closes`: its kernel closes its connections.
+    fn end(&mut self, place: usize, closes: bool) {
+        let life = match std::mem::replace(&mut self.hosts[place].monitor, Monitor::Off) {
+            Monitor::Off => return,
+            Monitor::Primary(running) => running.life,
+            Monitor::Backup(following) => following.life,
+        };
+        self.hosts[place].frozen = false;
+        for connection in self.connections.iter_mut().filter(|_| closes) {
+            connection.closed_by_primary |= connection.primary == life;
+            connection.closed_by_backup |= connection.backup == life;
+        }
+    }
+}
+
+impl Running {
+    fn may_act(&self, now: Duration, wiring: &Wiring) -> bool {
+        let sent_at = self.questions.answered_sent_at();
+        let sent_at =
+            if wiring.has(Flaw::LeaseFromReceipt) { sent_at.max(self.answered_at) } else { sent_at };
+        self.machine.may_act(sent_at, now)
+    }
+}
+
+pub(super) fn is_alone(host: &Host) -> bool {
+    matches!(&host.monitor, Monitor::Primary(running) if running.machine.phase() == Phase::Alone)
+}
+
+fn connection_of(connections: &mut [Connection], primary: Life) -> Option<&mut Connection> {
+    // The newest: those before are closed.
+    connections.iter_mut().rev().find(|connection| connection.primary == primary)
+}
+
+/// A monitor that goes live: all outputs of its guest's past may have to be seen again.
+fn running(life: Life, view: u64, guest: Vec<u8>, wiring: &Wiring) -> Running {
+    Running {
+        life,
+        machine: Primary::new(view, wiring.timing),
+        rule: OutputRule::new(Mode::Unprotected),
+        questions: Questions::default(),
+        peer: None,
+        held: (0..guest.len()).map(|place| (0, place)).collect(),
+        guest,
+        batches: 0,
+        asking: false,
+        handed_over: false,
+        answered_at: None,
+    }
+}
