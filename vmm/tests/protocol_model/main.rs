@@ -306,6 +306,11 @@ fn a_view_that_several_can_have_is_found() {
 }
 
 #[test]
+fn a_claim_by_who_is_no_member_is_found() {
+    breaks(Flaw::ClaimsAnother, MEMBERS, Left { cuts: 1, ..bare(4) });
+}
+
+#[test]
 fn taking_silence_for_a_win_is_found() {
     breaks(Flaw::SilenceIsAWin, ONE_ACTS, Left { cuts: 1, doubts: 1, ..bare(4) });
 }

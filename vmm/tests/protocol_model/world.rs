@@ -35,6 +35,8 @@ pub enum Flaw {
     LeaseFromReceipt,
     /// The arbiter gives a view to everybody who asks.
     NoTestAndSet,
+    /// Who has lost a claim is given the view behind.
+    ClaimsAnother,
     /// A claim without an answer counts as won.
     SilenceIsAWin,
     /// A primary that has lost its backup goes on without a claim.
@@ -608,7 +610,11 @@ impl World {
     }
 
     fn arbitrate(&mut self, place: usize, wiring: &Wiring) {
-        let Pending { life, view, .. } = self.pending[place];
+        let Pending { life, mut view, .. } = self.pending[place];
+        let latest = self.latest();
+        if wiring.has(Flaw::ClaimsAnother) && latest.view >= view && latest.primary != life {
+            view = latest.view + 1;
+        }
         let holder = self.records.iter().find(|record| record.view == view).map(|record| record.primary);
         let answer = match holder.filter(|_| !wiring.has(Flaw::NoTestAndSet)) {
             Some(holder) if holder == life => Answer::Won,
