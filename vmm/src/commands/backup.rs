@@ -37,7 +37,7 @@ use crate::ft::fence::Occasion;
 use crate::ft::heartbeat::Heartbeats;
 use crate::ft::hosts::HostList;
 use crate::ft::protocol::{Next, Verdict};
-use crate::ft::supervise::Claimant;
+use crate::ft::supervise::{Claimant, lost_to};
 use crate::guest::{GuestConfig, GuestError};
 use crate::host::disk::{Caching, Disk, DiskError};
 use crate::host::owner::Ownership;
@@ -428,10 +428,7 @@ fn follow(
 }
 
 fn say_lost(monitor: &Monitor, view: u64, holder: Option<&Owner>) {
-    let cause = match holder {
-        Some(holder) => format!("{} (process {}) has claimed the view", holder.host, holder.pid),
-        None => "another monitor has claimed the view".to_owned(),
-    };
+    let cause = lost_to(holder);
     let standing = Standing { role: control::Role::None, view, protected: false, cause };
     change!(error, monitor, standing, "the primary goes on alone; this backup stops");
 }

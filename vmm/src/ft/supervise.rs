@@ -187,10 +187,7 @@ impl Supervisor {
 
     /// Another monitor has the guest.
     fn stop(&self, claimant: &Claimant) -> ! {
-        let cause = match claimant.holder() {
-            Some(holder) => format!("{} (process {}) has claimed the view", holder.host, holder.pid),
-            None => "another monitor has claimed the view".to_owned(),
-        };
+        let cause = lost_to(claimant.holder());
         let view = self.link.view() + 1;
         let standing = Standing { role: control::Role::None, view, protected: false, cause };
         change!(error, self.monitor, standing, "the backup has taken over; this monitor stops");
@@ -237,6 +234,14 @@ impl Supervisor {
             lease_refusals = gate.lease_refusals,
             "pair so far"
         );
+    }
+}
+
+/// Why a claim was lost, in words.
+pub fn lost_to(holder: Option<&Owner>) -> String {
+    match holder {
+        Some(holder) => format!("{} (process {}) has claimed the view", holder.host, holder.pid),
+        None => "another monitor has claimed the view".to_owned(),
     }
 }
 

@@ -26,8 +26,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use super::{Arbiter, ArbiterError, Created, random_id};
-use crate::ft::claim::{Lines, from_hex, to_hex};
+use super::{Arbiter, ArbiterError, Created, decode_id, encode_id, random_id};
+use crate::ft::claim::to_hex;
 use crate::host::sync_directory;
 
 const HEADER: &str = "vmft-directory 1";
@@ -52,7 +52,8 @@ impl Directory {
     /// Whether this is still the directory that was opened. Else: why not.
     fn is_the_same(&self) -> Result<(), String> {
         let path = self.path.join(ID_FILE);
-        let read = read_small(&path).map_err(|error| error.to_string()).and_then(|text| decode_id(&text));
+        let read =
+            read_small(&path).map_err(|error| error.to_string()).and_then(|text| decode_id(HEADER, &text));
         let why = match read {
             Ok(id) if id == self.id => return Ok(()),
             Ok(_) => "it holds another id".to_owned(),
@@ -186,15 +187,15 @@ fn find_or_make_id(directory: &Path) -> Result<[u8; 16], ArbiterError> {
     let not_made = |source| ArbiterError::NotMade { path: path.clone(), source };
     let damaged = |why| ArbiterError::DamagedId { place: format!("'{}'", path.display()), why };
     let id = match read_small(&path) {
-        Ok(text) => return decode_id(&text).map_err(damaged),
+        Ok(text) => return decode_id(HEADER, &text).map_err(damaged),
         Err(error) if error.kind() == io::ErrorKind::NotFound => random_id().map_err(not_made)?,
         Err(source) => return Err(ArbiterError::Io { path, source }),
     };
-    let temporary = Temporary::create(directory, encode_id(&id).as_bytes()).map_err(not_made)?;
+    let temporary = Temporary::create(directory, encode_id(HEADER, &id).as_bytes()).map_err(not_made)?;
     let linked = fs::hard_link(&temporary.path, &path);
     // What counts is the file, not who made it or what `link` answered.
     match read_small(&path) {
-        Ok(text) => decode_id(&text).map_err(damaged),
+        Ok(text) => decode_id(HEADER, &text).map_err(damaged),
         Err(source) => Err(not_made(linked.err().unwrap_or(source))),
     }
 }
@@ -250,17 +251,6 @@ fn read_small(path: &Path) -> io::Result<Vec<u8>> {
     let mut contents = Vec::new();
     File::open(path)?.take(MAX_FILE_BYTES).read_to_end(&mut contents)?;
     Ok(contents)
-}
-
-fn encode_id(id: &[u8; 16]) -> String {
-    format!("{HEADER}\nid {}\nend\n", to_hex(id))
-}
-
-fn decode_id(contents: &[u8]) -> Result<[u8; 16], String> {
-    let mut lines = Lines::start(contents, HEADER)?;
-    let id = from_hex(lines.field("id")?)?;
-    lines.end()?;
-    Ok(id)
 }
 
 #[cfg(test)]
@@ -357,8 +347,8 @@ mod tests {
     fn a_directory_id_is_stored_as_documented() {
         let golden = "vmft-directory 1\nid 000102030405060708090a0b0c0d0e0f\nend\n";
         let id = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
-        assert_eq!(encode_id(&id), golden);
-        assert_eq!(decode_id(golden.as_bytes()), Ok(id));
+        assert_eq!(encode_id(HEADER, &id), golden);
+        assert_eq!(decode_id(HEADER, golden.as_bytes()), Ok(id));
     }
 
     #[test]
@@ -368,7 +358,7 @@ mod tests {
         let whole = fs::read(&id).unwrap();
         // As under a mount that is gone, with another one in its place, and with a damaged file.
         fs::remove_file(&id).unwrap();
-        for contents in [None, Some(encode_id(&[1; 16])), Some("vmft-dir".into())] {
+        for contents in [None, Some(encode_id(HEADER, &[1; 16])), Some("vmft-dir".into())] {
             if let Some(contents) = contents {
                 fs::write(&id, contents).unwrap();
             }

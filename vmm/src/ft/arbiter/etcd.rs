@@ -28,8 +28,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{Arbiter, ArbiterError, Created, random_id};
-use crate::ft::claim::{Lines, from_hex, to_hex};
+use super::{Arbiter, ArbiterError, Created, decode_id, encode_id, random_id};
 use crate::with_causes;
 
 const HEADER: &str = "vmft-etcd 1";
@@ -89,7 +88,7 @@ impl Etcd {
         let made = random_id().map_err(|source| ArbiterError::Random { source })?;
         let transaction = json!({
             "compare": [never_created(ID_KEY)],
-            "success": [put(ID_KEY, encode_id(&made).as_bytes())],
+            "success": [put(ID_KEY, encode_id(HEADER, &made).as_bytes())],
             "failure": [get(ID_KEY)],
         });
         let answer = cluster.transact(&transaction)?;
@@ -97,7 +96,7 @@ impl Etcd {
         let id = match answer.outcome() {
             Ok(Branch::Put) => made,
             Ok(Branch::Got(mut values)) => match values.pop().flatten() {
-                Some(stored) => decode_id(&stored.value).map_err(damaged)?,
+                Some(stored) => decode_id(HEADER, &stored.value).map_err(damaged)?,
                 None => return Err(damaged("it is neither there nor not there".into())),
             },
             Err(why) => return Err(damaged(why)),
@@ -110,7 +109,7 @@ impl Etcd {
     fn guarded(&self, key: Option<&str>, then: Value, otherwise: Option<Value>) -> Value {
         let mut compare = vec![json!({
             "key": base64(ID_KEY.as_bytes()), "target": "VALUE", "result": "EQUAL",
-            "value": base64(encode_id(&self.id).as_bytes()),
+            "value": base64(encode_id(HEADER, &self.id).as_bytes()),
         })];
         compare.extend(key.map(never_created));
         let mut failure = vec![get(ID_KEY)];
@@ -135,7 +134,7 @@ impl Etcd {
 
     /// Whether the id that was read is the one that it was. Else: what is wrong.
     fn check_id(&self, stored: Option<&KeyValue>) -> Result<(), String> {
-        let why = match stored.map(|stored| decode_id(&stored.value)) {
+        let why = match stored.map(|stored| decode_id(HEADER, &stored.value)) {
             Some(Ok(id)) if id == self.id => return Ok(()),
             Some(Ok(_)) => "is another's".to_owned(),
             Some(Err(why)) => format!("is damaged: {why}"),
@@ -409,17 +408,6 @@ fn put(key: &str, value: &[u8]) -> Value {
 
 fn get(key: &str) -> Value {
     json!({ "request_range": { "key": base64(key.as_bytes()) } })
-}
-
-fn encode_id(id: &[u8; 16]) -> String {
-    format!("{HEADER}\nid {}\nend\n", to_hex(id))
-}
-
-fn decode_id(contents: &[u8]) -> Result<[u8; 16], String> {
-    let mut lines = Lines::start(contents, HEADER)?;
-    let id = from_hex(lines.field("id")?)?;
-    lines.end()?;
-    Ok(id)
 }
 
 #[cfg(test)]

@@ -195,14 +195,14 @@ fn an_etcd_that_is_not_the_one_it_was_decides_nothing() {
     // As one that was set up anew, another one, and a damaged one.
     server.control(&["del", ID_KEY]);
     assert!(unknown(create(&etcd, 1, "a")).contains("is gone"));
-    server.control(&["put", ID_KEY, &encode_id(&[1; 16])]);
+    server.control(&["put", ID_KEY, &encode_id(HEADER, &[1; 16])]);
     assert!(unknown(create(&etcd, 1, "a")).contains("is another's"));
     assert!(matches!(etcd.latest("web-1"), Err(ArbiterError::Foreign { .. })));
     server.control(&["put", ID_KEY, "vmft-etcd"]);
     assert!(unknown(create(&etcd, 1, "a")).contains("is damaged"));
     let refused = Etcd::open(std::slice::from_ref(&server.endpoint));
     assert!(matches!(refused, Err(ArbiterError::DamagedId { .. })), "{refused:?}");
-    server.control(&["put", ID_KEY, &encode_id(&etcd.id())]);
+    server.control(&["put", ID_KEY, &encode_id(HEADER, &etcd.id())]);
     assert_eq!(create(&etcd, 1, "a"), Created::New);
     server.control(&["put", "/vmft/claims/web-1/view-zzz", "a"]);
     let error = etcd.latest("web-1").unwrap_err();
@@ -289,8 +289,8 @@ fn keys_and_id_are_stored_as_documented() {
     assert_eq!(key_of("web-1", 3), "/vmft/claims/web-1/view-00000000000000000003");
     let golden = "vmft-etcd 1\nid 000102030405060708090a0b0c0d0e0f\nend\n";
     let id = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
-    assert_eq!(encode_id(&id), golden);
-    assert_eq!(decode_id(golden.as_bytes()), Ok(id));
+    assert_eq!(encode_id(HEADER, &id), golden);
+    assert_eq!(decode_id(HEADER, golden.as_bytes()), Ok(id));
 }
 
 const ID: [u8; 16] = [7; 16];
@@ -322,11 +322,11 @@ fn decide(text: &str) -> Option<Created> {
 
 #[test]
 fn whole_answers_decide() {
-    let id = encode_id(&ID);
+    let id = encode_id(HEADER, &ID);
     assert_eq!(decide(&answer(true, b"", None)), Some(Created::New));
     assert_eq!(decide(&answer(false, id.as_bytes(), Some("a"))), Some(Created::Exists(b"a".to_vec())));
     assert_eq!(decide(&answer(false, id.as_bytes(), None)), None);
-    assert_eq!(decide(&answer(false, encode_id(&[8; 16]).as_bytes(), Some("a"))), None);
+    assert_eq!(decide(&answer(false, encode_id(HEADER, &[8; 16]).as_bytes(), Some("a"))), None);
     assert_eq!(decide(&answer(false, b"", Some("a"))), None);
 }
 
@@ -344,7 +344,7 @@ proptest! {
                 .prop_map(|text| text.as_bytes().to_vec()),
         ],
     ) {
-        let mut bytes = answer(succeeded, encode_id(&ID).as_bytes(), Some("a")).into_bytes();
+        let mut bytes = answer(succeeded, encode_id(HEADER, &ID).as_bytes(), Some("a")).into_bytes();
         let from = from.min(bytes.len());
         let to = (from + len).min(bytes.len());
         bytes.splice(from..to, insert);
@@ -357,7 +357,7 @@ proptest! {
                 prop_assert_eq!(value["responses"].as_array().map(Vec::len), Some(1));
             }
             Some(Created::Exists(_)) => {
-                prop_assert!(text.contains(&base64(encode_id(&ID).as_bytes())));
+                prop_assert!(text.contains(&base64(encode_id(HEADER, &ID).as_bytes())));
                 prop_assert!(text.contains(&base64(key_of("web-1", 1).as_bytes())));
             }
             Some(Created::Unknown { .. }) | None => {}

@@ -26,6 +26,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::ft::claim::{Lines, from_hex, to_hex};
 use crate::host::random_bytes;
 
 /// The answer to [`Arbiter::create`].
@@ -225,6 +226,19 @@ fn parse_endpoint(text: &str) -> Result<(), String> {
         Ok(number) if number > 0 => Ok(()),
         _ => Err(format!("'{port}' in '{text}' is not a port: {example}")),
     }
+}
+
+/// An arbiter's id as it is kept there, under the `header` of that kind of arbiter.
+fn encode_id(header: &str, id: &[u8; 16]) -> String {
+    format!("{header}\nid {}\nend\n", to_hex(id))
+}
+
+/// The id that [`encode_id`] wrote.
+fn decode_id(header: &str, contents: &[u8]) -> Result<[u8; 16], String> {
+    let mut lines = Lines::start(contents, header)?;
+    let id = from_hex(lines.field("id")?)?;
+    lines.end()?;
+    Ok(id)
 }
 
 /// Sixteen random bytes: the id of an arbiter or of one life of a monitor.
