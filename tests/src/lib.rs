@@ -8,9 +8,16 @@
 //!
 //! Nothing here is part of the product, and the product depends on nothing here.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 pub mod campaign;
 pub mod client;
 pub mod demo;
 pub mod harness;
 pub mod hosts;
 pub mod pair;
+
+/// Takes a lock whose holder may have panicked: that fails its test by itself.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -125,6 +125,28 @@ impl Volume {
         names.sort();
         Ok(names)
     }
+
+    /// Fails unless the last claim says that nobody runs the guest any more.
+    pub fn assert_ended(&self) -> TestResult {
+        let claims = self.claims()?;
+        let last = claims.last().ok_or("there is no claim at all")?;
+        let claim = fs::read_to_string(self.local.join(last))?;
+        if claim.contains("\nrole ended\n") { Ok(()) } else { Err(format!("{last} says: {claim}").into()) }
+    }
+}
+
+/// A load of synced writes and reads.
+pub fn load() -> Config {
+    Config { window: 4, value_len: 200, ..Config::default() }
+}
+
+/// Waits until `client` has had `count` more replies.
+pub fn more_replies(client: &Client, count: usize) -> TestResult {
+    if client.wait_for_replies(client.answered() + count, LONG) {
+        Ok(())
+    } else {
+        Err(format!("no {count} more replies within {LONG:?}").into())
+    }
 }
 
 /// What a guest is made of, and how its pair is set up.

@@ -6,11 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use vmft_tests::client::{Client, Config};
+use vmft_tests::client::Client;
 use vmft_tests::harness::{self, Case, Need, TestResult};
 use vmft_tests::hosts::{Ending, Etcd, Link};
 use vmft_tests::pair::{
     Guest, LONG, Monitor, PROTECTED, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume,
+    load, more_replies,
 };
 
 static SITE: SharedSite = SharedSite::new(2);
@@ -33,18 +34,6 @@ fn main() -> ExitCode {
     ]);
     SITE.close();
     status
-}
-
-fn load() -> Config {
-    Config { window: 4, value_len: 200, ..Config::default() }
-}
-
-fn more_replies(client: &Client, count: usize) -> TestResult {
-    if client.wait_for_replies(client.answered() + count, LONG) {
-        Ok(())
-    } else {
-        Err(format!("no {count} more replies within {LONG:?}").into())
-    }
 }
 
 fn says(monitor: &Monitor, what: &str) -> usize {

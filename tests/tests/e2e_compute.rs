@@ -16,7 +16,7 @@ use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Ending, build_small_guests};
 use vmft_tests::pair::{
     Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, Random, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
-    UNPROTECTED, Volume, count_from_environment, field,
+    UNPROTECTED, Volume, count_from_environment, field, more_replies,
 };
 
 #[path = "../../vmm/examples/small_guests/behaviours.rs"]
@@ -184,11 +184,6 @@ fn guest() -> Guest {
 
 fn compute_time() -> Duration {
     Duration::from_secs(u64::from(count_from_environment("VMFT_COMPUTE_S", 15)))
-}
-
-fn more_replies(client: &Client, count: usize) -> TestResult {
-    let all = client.wait_for_replies(client.answered() + count, LONG);
-    if all { Ok(()) } else { Err("the client gets no more replies".into()) }
 }
 
 /// Page tables that change all the time: what a processor remembers of them must not reach the guest.

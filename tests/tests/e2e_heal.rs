@@ -13,7 +13,7 @@ use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::Ending;
 use vmft_tests::pair::{
     Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
-    UNPROTECTED, Volume, field,
+    UNPROTECTED, Volume, field, more_replies,
 };
 
 static SITE: SharedSite = SharedSite::new(2);
@@ -47,11 +47,6 @@ fn main() -> ExitCode {
 /// A load of synced writes and reads.
 fn load() -> Config {
     Config { window: 4, ..Config::default() }
-}
-
-fn more_replies(client: &Client, count: usize) -> TestResult {
-    let all = client.wait_for_replies(client.answered() + count, LONG);
-    if all { Ok(()) } else { Err("the client gets no more replies".into()) }
 }
 
 /// Puts a directory for reports beside the guest's disk, and gives the options for it.

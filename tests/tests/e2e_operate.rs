@@ -1,6 +1,5 @@
 //! What an operator sees of a pair, and what an operator can do with it.
 
-use std::fs;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::process::ExitCode;
@@ -9,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
-use vmft_tests::client::{Client, Config};
+use vmft_tests::client::Client;
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Ending, Link, Output};
 use vmft_tests::pair::{
     Guest, LONG, Monitor, PROTECTED, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume,
+    load, more_replies,
 };
 
 static SITE: SharedSite = SharedSite::new(3);
@@ -37,20 +37,6 @@ fn main() -> ExitCode {
     ]);
     SITE.close();
     status
-}
-
-/// A load of synced writes and reads.
-fn load() -> Config {
-    Config { window: 4, value_len: 200, ..Config::default() }
-}
-
-/// Waits until `client` has had `count` more replies.
-fn more_replies(client: &Client, count: usize) -> TestResult {
-    if client.wait_for_replies(client.answered() + count, LONG) {
-        Ok(())
-    } else {
-        Err(format!("no {count} more replies within {LONG:?}").into())
-    }
 }
 
 /// Runs a command of an operator's on host `number`.
@@ -298,7 +284,7 @@ fn switches_pauses_and_a_shutdown_lose_nothing() -> TestResult {
         }
         let pressed = first.output().iter().any(|line| line.contains("the power button was pressed"));
         assert!(pressed, "the guest saw no power button");
-        assert_ended(&volume)
+        volume.assert_ended()
     })
 }
 
@@ -357,14 +343,6 @@ fn a_backup_that_is_let_go_makes_room_for_another() -> TestResult {
         for monitor in [&primary, &another] {
             assert_eq!(monitor.wait(SHORT)?.ending, Ending::Exited(0), "host {}", monitor.host);
         }
-        assert_ended(&volume)
+        volume.assert_ended()
     })
-}
-
-/// Fails unless the last claim says that nobody runs the guest any more.
-fn assert_ended(volume: &Volume) -> TestResult {
-    let claims = volume.claims()?;
-    let last = claims.last().ok_or("there is no claim at all")?;
-    let claim = fs::read_to_string(volume.local.join(last))?;
-    if claim.contains("\nrole ended\n") { Ok(()) } else { Err(format!("{last} says: {claim}").into()) }
 }

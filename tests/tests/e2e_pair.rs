@@ -14,7 +14,7 @@ use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Capture, Ending, HostError, Link};
 use vmft_tests::pair::{
     GUEST_MAC, Guest, LONG, Monitor, PROTECTED, Random, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
-    UNPROTECTED, Volume, count_from_environment, field, file_hash,
+    UNPROTECTED, Volume, count_from_environment, field, file_hash, load, more_replies,
 };
 
 static SITE: SharedSite = SharedSite::new(2);
@@ -39,20 +39,6 @@ fn main() -> ExitCode {
     ]);
     SITE.close();
     status
-}
-
-/// A load of synced writes and reads.
-fn load() -> Config {
-    Config { window: 4, value_len: 200, ..Config::default() }
-}
-
-/// Waits until `client` has had `count` more replies.
-fn more_replies(client: &Client, count: usize) -> TestResult {
-    if client.wait_for_replies(client.answered() + count, LONG) {
-        Ok(())
-    } else {
-        Err(format!("no {count} more replies within {LONG:?}").into())
-    }
 }
 
 /// A moment at which a primary is killed.
@@ -334,7 +320,7 @@ fn stopped_primary_hands_over() -> TestResult {
         println!("{}", report.summary());
         site.check(&report)?;
         assert_eq!(end(&backup)?, Ending::Exited(0));
-        assert_ended(&volume)
+        volume.assert_ended()
     })
 }
 
@@ -342,14 +328,6 @@ fn stopped_primary_hands_over() -> TestResult {
 fn end(monitor: &Monitor) -> Result<Ending, HostError> {
     monitor.kill(Signal::SIGTERM)?;
     Ok(monitor.wait(SHORT)?.ending)
-}
-
-/// Fails unless the last claim says that nobody runs the guest any more.
-fn assert_ended(volume: &Volume) -> TestResult {
-    let claims = volume.claims()?;
-    let last = claims.last().ok_or("there is no claim at all")?;
-    let claim = fs::read_to_string(volume.local.join(last))?;
-    if claim.contains("\nrole ended\n") { Ok(()) } else { Err(format!("{last} says: {claim}").into()) }
 }
 
 fn guest_that_powers_off_ends_both() -> TestResult {
@@ -364,11 +342,11 @@ fn guest_that_powers_off_ends_both() -> TestResult {
             let powered_off = output.stderr.iter().any(|line| line.contains("the guest powered itself off"));
             assert!(powered_off, "host {}: {:?}", monitor.host, output.stderr);
         }
-        assert_ended(&volume)?;
+        volume.assert_ended()?;
         // So the guest may be started anew, and nobody that was frozen meanwhile can take it over.
         let again = site.start_primary(2, &guest, &volume)?;
         assert_eq!(again.wait(LONG)?.ending, Ending::Exited(0));
-        assert_ended(&volume)
+        volume.assert_ended()
     })
 }
 
@@ -382,6 +360,6 @@ fn guest_stays_alone_without_a_backup() -> TestResult {
         site.check(&client.stop(SHORT))?;
         assert_eq!(volume.claims()?, ["guest.view-1"]);
         assert_eq!(end(&primary)?, Ending::Exited(0));
-        assert_ended(&volume)
+        volume.assert_ended()
     })
 }

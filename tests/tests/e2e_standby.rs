@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use vmft_tests::client::{Client, Config};
+use vmft_tests::client::Config;
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Ending, build_vmft, make_disk};
 use vmft_tests::pair::{
-    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume,
+    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume, more_replies,
 };
 
 static SITE: SharedSite = SharedSite::new(3);
@@ -26,14 +26,6 @@ fn main() -> ExitCode {
     ]);
     SITE.close();
     status
-}
-
-fn more_replies(client: &Client, count: usize) -> TestResult {
-    if client.wait_for_replies(client.answered() + count, LONG) {
-        Ok(())
-    } else {
-        Err(format!("no {count} more replies within {LONG:?}").into())
-    }
 }
 
 /// A primary on host 1 that looks for its backup.

@@ -8,11 +8,12 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::history::{History, OPERATIONS_PER_KEY, Op, Outcome, key_name};
+use crate::lock;
 use crate::pair::Random;
 
 /// How long a reply may take: longer than any fault.
@@ -86,10 +87,6 @@ impl Drop for Registers {
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn work(client: u32, mut stream: TcpStream, mut random: Random, shared: &Shared) -> io::Result<()> {

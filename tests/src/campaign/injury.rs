@@ -3,8 +3,8 @@
 //! States: begun -> undone. A host that has lost power gets it back when the guest is protected again, all else is
 //! undone after the time that the schedule says. Dropping it undoes nothing but a slowed host.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -171,9 +171,4 @@ impl Drop for Slowing {
             let _ = thread.join();
         }
     }
-}
-
-/// For what the campaign's threads share.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -19,8 +19,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::injury::lock;
 use crate::hosts::{HostError, Net, Senders, TestHost, Writers};
+use crate::lock;
 use crate::pair::GUEST_MAC;
 
 /// How long a thread waits before it looks whether it is to end.

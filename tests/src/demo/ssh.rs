@@ -10,13 +10,14 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use super::DemoError;
 use super::host::{Host, Monitor};
 use crate::hosts::Ending;
+use crate::lock;
 
 /// Between two looks at whether a killed process is gone, in seconds.
 const GONE_INTERVAL_S: &str = "0.02";
@@ -185,10 +186,6 @@ fn collect(stream: impl Read + Send + 'static, lines: Arc<Mutex<Vec<String>>>) {
             lock(&lines).push(String::from_utf8_lossy(&line).trim_end().to_owned());
         }
     });
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// As one word of a shell command.

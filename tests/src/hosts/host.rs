@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{self, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use super::netns::NetnsMachine;
 use super::protocol::{self, AGENT_PORT, Event, Request};
 use super::qemu::QemuMachine;
 use super::{HostError, HostProcess, Link, Net, Output};
+use crate::lock;
 
 /// How often something outside of our control is looked at: a console, a socket's appearance.
 pub(super) const POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -331,10 +332,6 @@ impl TestHost {
     fn unreachable(&self, source: io::Error) -> HostError {
         HostError::Unreachable { host: self.name(), source, console: tail(&self.console()) }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The first answer to a request, and where more come from.
