@@ -147,6 +147,12 @@ impl State {
     fn is_paired(&self) -> bool {
         self.primary.phase() == Phase::Paired
     }
+
+    /// There is nobody any more to send it to.
+    fn drop_unsent(&mut self) {
+        self.pending = Vec::new();
+        self.checkpoint.waiting = None;
+    }
 }
 
 impl Link {
@@ -216,7 +222,7 @@ impl Link {
         let mut state = self.lock();
         let news = state.primary.backup_lost(loss);
         if news {
-            state.pending = Vec::new();
+            state.drop_unsent();
         }
         drop(state);
         self.wake_all();
@@ -228,7 +234,7 @@ impl Link {
         let mut state = self.lock();
         let news = state.primary.backup_lost(Loss::Dismissed);
         if news {
-            state.pending = Vec::new();
+            state.drop_unsent();
             state.end = Some(End { bye: Some(ByeReason::Dismissed), closing: false });
         }
         drop(state);
@@ -331,13 +337,14 @@ impl Link {
         let mut state = self.lock();
         state.checkpoint.pauses_us.saturating_record(pause.as_micros() as u64);
         state.checkpoint.pages += checkpoint.pages.len() as u64;
-        state.checkpoint.waiting = Some(checkpoint);
+        state.checkpoint.waiting = state.is_paired().then_some(checkpoint);
     }
 
-    /// May a checkpoint be taken? One at a time is under way, so that what waits to be sent is bounded.
+    /// May a checkpoint be taken? One at a time is under way, so that what waits to be sent is bounded. Without a
+    /// backup nothing waits: the one that a lost backup did not get must not keep the guest from its events.
     pub fn takes_checkpoint(&self) -> bool {
         let state = self.lock();
-        state.checkpoint.waiting.is_none() && !state.checkpoint.sending
+        !state.is_paired() || (state.checkpoint.waiting.is_none() && !state.checkpoint.sending)
     }
 
     /// The sender's: the checkpoint that it was given is sent.
@@ -538,6 +545,25 @@ mod tests {
         assert!(!link.takes_checkpoint());
         link.checkpoint_sent();
         assert!(link.takes_checkpoint());
+    }
+
+    #[test]
+    fn what_a_lost_backup_did_not_get_keeps_no_checkpoint_from_being_taken() {
+        let lost = [|link: &Link| link.detach(Loss::Link), Link::dismiss];
+        for (lose, is_taken) in lost.into_iter().flat_map(|lose| [(lose, false), (lose, true)]) {
+            let link = link();
+            link.attach(10).unwrap();
+            link.checkpoint(Checkpoint::default(), Duration::ZERO);
+            link.publish(b"stop", 11, Mood::Urgent);
+            // The sender may have got hold of it, and never says that it is sent.
+            let sending = is_taken.then(|| link.next_batch().unwrap());
+            assert!(!link.takes_checkpoint());
+            assert!(lose(&link));
+            drop(sending);
+            assert!(link.takes_checkpoint());
+            link.checkpoint(Checkpoint::default(), Duration::ZERO);
+            assert!(link.takes_checkpoint(), "while the claim is open, too");
+        }
     }
 
     #[test]
