@@ -86,8 +86,8 @@ fn assert_fields(status: &Value, fields: &[(&str, Value)]) {
 fn status_tells_each_phase_on_both_sides() -> TestResult {
     SITE.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
-        let metrics = format!("0.0.0.0:{METRICS_PORT}");
-        let primary = site.start_primary_with(1, &guest, &volume, &["--metrics".to_owned(), metrics])?;
+        let metrics = ["--metrics".to_owned(), format!("0.0.0.0:{METRICS_PORT}")];
+        let primary = site.start_primary_with(1, &guest, &volume, &metrics)?;
         primary.wait_for_line(SERVICE_READY, LONG)?;
         let alone = status(site, 1)?;
         assert_fields(
@@ -106,7 +106,8 @@ fn status_tells_each_phase_on_both_sides() -> TestResult {
         assert!(alone.pointer("/figures/anchors").and_then(Value::as_u64).unwrap_or(0) > 1_000, "{alone}");
 
         second_monitor_is_refused(site, &guest, &volume)?;
-        let backup = site.start_backup(2, 1, &guest, &volume)?;
+        let backup =
+            site.start_backup_with(2, 1, &guest, &volume, &metrics.each_ref().map(String::as_str))?;
         let sending = wait_for_status(site, 1, "sending", |status| status.get("transfer").is_some())?;
         assert_fields(
             &sending,
@@ -120,7 +121,8 @@ fn status_tells_each_phase_on_both_sides() -> TestResult {
         let client = site.client(load())?;
         more_replies(&client, 50)?;
         protected_on_both_sides(site)?;
-        scrape(site, 1)?;
+        scrape(site, 1, "primary", "lag_seconds")?;
+        scrape(site, 2, "backup", "log_queued_bytes")?;
 
         primary.kill(Signal::SIGKILL)?;
         backup.wait_for_line(TAKEOVER, SHORT)?;
@@ -189,8 +191,9 @@ fn protected_on_both_sides(site: &Site) -> TestResult {
     Ok(())
 }
 
-/// Fails unless Prometheus gets from host `number` the metrics of a primary of a pair in view 1.
-fn scrape(site: &Site, number: u8) -> TestResult {
+/// Fails unless Prometheus gets from host `number` the metrics of the `role` of a pair in view 1, and of them `own`, a gauge that
+/// only that role has.
+fn scrape(site: &Site, number: u8, role: &str, own: &str) -> TestResult {
     let address = SocketAddr::from((site.host(number).address(Link::Guest), METRICS_PORT));
     let mut stream = site.net().connect(address, SHORT)??;
     stream.set_read_timeout(Some(SHORT))?;
@@ -199,11 +202,11 @@ fn scrape(site: &Site, number: u8) -> TestResult {
     stream.read_to_string(&mut reply)?;
     let (head, body) = reply.split_once("\r\n\r\n").ok_or("no head")?;
     assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
-    assert!(
-        body.contains("# HELP vmft_lag_seconds ") && body.contains("# TYPE vmft_lag_seconds gauge\n"),
-        "{body}"
-    );
-    for wanted in ["vmft_role{role=\"primary\"} 1\n", "vmft_view 1.0\n", "vmft_protected 1.0\n"] {
+    for line in [format!("# HELP vmft_{own} "), format!("# TYPE vmft_{own} gauge\n")] {
+        assert!(body.contains(&line), "no {line:?} in {body}");
+    }
+    let role = format!("vmft_role{{role=\"{role}\"}} 1\n");
+    for wanted in [role.as_str(), "vmft_view 1.0\n", "vmft_protected 1.0\n"] {
         assert!(body.contains(wanted), "no {wanted:?} in {body}");
     }
     Ok(())
