@@ -217,7 +217,12 @@ impl Site {
 
     /// Boots host `number` again after a loss of power.
     pub fn reboot(&mut self, number: u8) -> Result<(), HostError> {
-        self.power_on(number)?;
+        self.reboot_as(number, self.config.stepping)
+    }
+
+    /// Boots host `number` with a processor of this stepping.
+    pub fn reboot_as(&mut self, number: u8, stepping: u8) -> Result<(), HostError> {
+        self.power_on_as(number, stepping)?;
         self.host(number).wait_ready()?;
         self.greet(number)
     }
@@ -225,9 +230,13 @@ impl Site {
     /// Gives host `number` power after a loss of it. It boots meanwhile; once [`TestHost::is_ready`],
     /// [`Site::greet`] makes it one of the site.
     pub fn power_on(&mut self, number: u8) -> Result<(), HostError> {
+        self.power_on_as(number, self.config.stepping)
+    }
+
+    fn power_on_as(&mut self, number: u8, stepping: u8) -> Result<(), HostError> {
         let index = usize::from(number) - 1;
         self.hosts[index].kill();
-        let config = HostConfig { index: number, ..self.config.clone() };
+        let config = HostConfig { index: number, stepping, ..self.config.clone() };
         self.hosts[index] = Arc::new(TestHost::start(&self.net, config)?);
         Ok(())
     }

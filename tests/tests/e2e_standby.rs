@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use vmft_tests::client::Config;
 use vmft_tests::harness::{self, Case, TestResult};
-use vmft_tests::hosts::{Ending, build_vmft, make_disk};
+use vmft_tests::hosts::{Ending, build_vmft, make_disk, make_key};
 use vmft_tests::pair::{
     Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume, more_replies,
 };
@@ -18,6 +18,8 @@ static SITE: SharedSite = SharedSite::new(3);
 /// What a standby says when it waits, and what becomes one that lost its claim.
 const WAITS: &str = "standby: waiting for a primary without a backup";
 const STARTS_OVER: &str = "this monitor starts over as a standby";
+/// Not that of the other hosts' processors.
+const OTHER_STEPPING: u8 = 2;
 
 fn main() -> ExitCode {
     let status = harness::run(&[
@@ -117,6 +119,21 @@ fn zombie_stands_by(monitor: &Monitor) -> TestResult {
     Ok(())
 }
 
+/// Waits until `primary` and `standby` have said why that one is refused, in words that begin as given.
+fn assert_refused(primary: &Monitor, standby: &Monitor, cause: &str) -> TestResult {
+    println!("{}", primary.wait_for_line(&format!("a backup was refused: {cause}"), LONG)?);
+    standby.wait_for_line(&format!("refuses this backup: {cause}"), SHORT)?;
+    Ok(())
+}
+
+fn end(monitor: &Monitor) -> TestResult {
+    assert_eq!(monitor.ending(), None, "a standby that was refused goes on waiting");
+    monitor.kill(Signal::SIGTERM)?;
+    assert_eq!(monitor.wait(SHORT)?.ending, Ending::Exited(0));
+    Ok(())
+}
+
+/// Another version, another disk, another key, another processor: each is refused, and in the end one that fits is found.
 fn unfit_standbys_are_refused() -> TestResult {
     SITE.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
@@ -124,38 +141,52 @@ fn unfit_standbys_are_refused() -> TestResult {
         fs::copy(build_vmft()?, &other_version)?;
         fs::OpenOptions::new().append(true).open(&other_version)?.write_all(&[0])?;
         make_disk(&volume.local.join("small.img"), 32)?;
+        make_key(&build_vmft()?, &volume.local.join("other.key"))?;
         let primary = start_primary(site, &guest, &volume)?;
 
         let arguments = site.standby_arguments(2, &guest, &volume, &volume.disk());
         let other_version = site.start_program(2, &format!("{}/vmft-other", volume.path), &arguments)?;
+        let version_cause = "Backup host host2 runs monitor version";
+        assert_refused(&primary, &other_version, version_cause)?;
+
         let small = format!("{}/small.img", volume.path);
         let other_disk = site.start(3, &site.standby_arguments(3, &guest, &volume, &small))?;
-        let causes = [
-            (&other_version, "Backup host host2 runs monitor version"),
-            (
-                &other_disk,
-                "Backup host host3 has a disk of 33554432 bytes, the primary has a disk of 67108864",
-            ),
-        ];
-        for (standby, cause) in causes {
-            println!("{}", primary.wait_for_line(&format!("a backup was refused: {cause}"), SHORT)?);
-            standby.wait_for_line(&format!("refuses this backup: {cause}"), SHORT)?;
-        }
-        other_disk.kill(Signal::SIGTERM)?;
-        assert_eq!(other_disk.wait(SHORT)?.ending, Ending::Exited(0));
+        let disk_cause = "Backup host host3 has a disk of 33554432 bytes, the primary has a disk of 67108864";
+        assert_refused(&primary, &other_disk, disk_cause)?;
+        end(&other_disk)?;
 
-        let fit = site.start_standby(3, &guest, &volume)?;
+        let mut arguments = site.standby_arguments(3, &guest, &volume, &volume.disk());
+        for argument in &mut arguments {
+            *argument = argument.replace("pair.key", "other.key");
+        }
+        let other_key = site.start(3, &arguments)?;
+        let key_cause = "The peer does not have the key that this monitor has";
+        for monitor in [&primary, &other_key] {
+            println!("{}", monitor.wait_for_line(key_cause, SHORT)?);
+        }
+        end(&other_key)?;
+
+        site.host(3).kill();
+        site.reboot_as(3, OTHER_STEPPING)?;
+        let other_cpu = site.start_standby(3, &guest, &volume)?;
+        let cpu_cause = "Backup host host3 has the CPU";
+        assert_refused(&primary, &other_cpu, cpu_cause)?;
+
+        end(&other_version)?;
+        let fit = site.start_standby(2, &guest, &volume)?;
         let (host, _) = primary.wait_until_protected(1)?;
         assert_eq!(host, fit.host, "the host that fits follows");
-        assert_eq!(other_version.ending(), None, "a standby that was refused goes on waiting");
-        for (standby, cause) in causes {
+        for (standby, cause) in [
+            (&other_version, version_cause),
+            (&other_disk, disk_cause),
+            (&other_key, key_cause),
+            (&other_cpu, cpu_cause),
+        ] {
             for monitor in [&primary, standby] {
                 let said = monitor.output().iter().filter(|line| line.contains(cause)).count();
                 assert_eq!(said, 1, "host {} says it once and not each time: {cause}", monitor.host);
             }
         }
-        other_version.kill(Signal::SIGTERM)?;
-        assert_eq!(other_version.wait(SHORT)?.ending, Ending::Exited(0));
-        Ok(())
+        end(&other_cpu)
     })
 }

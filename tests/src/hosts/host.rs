@@ -41,6 +41,8 @@ pub struct HostConfig {
     pub memory_mib: u32,
     /// Number of processors (QEMU only). Each is a busy thread of this machine.
     pub vcpus: u32,
+    /// Which stepping its processor is said to be (QEMU only).
+    pub stepping: u8,
     /// Directory of this machine that all hosts share; [`TestHost::shared_dir`] on the host.
     pub shared: PathBuf,
     /// Directory of this machine with what the host is to run; [`TestHost::images_dir`] on the host, read-only.
@@ -57,6 +59,7 @@ impl HostConfig {
             index,
             memory_mib: 1024,
             vcpus: 1,
+            stepping: 1,
             shared: shared.to_owned(),
             images: images.to_owned(),
             boot_timeout: Duration::from_secs(60),

@@ -49,7 +49,8 @@ impl QemuMachine {
         let mut file_servers = Vec::new();
         let mut command = in_namespace(net);
         command.arg("qemu-system-x86_64");
-        command.args(["-accel", "tcg", "-cpu", CPU, "-smp", &config.vcpus.to_string()]);
+        let cpu = format!("{CPU},stepping={}", config.stepping);
+        command.args(["-accel", "tcg", "-cpu", &cpu, "-smp", &config.vcpus.to_string()]);
         command.args(["-m", &config.memory_mib.to_string(), "-no-reboot", "-nodefaults", "-display", "none"]);
         command.args(["-M", "q35,memory-backend=ram"]);
         command
