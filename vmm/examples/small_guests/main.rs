@@ -26,7 +26,7 @@ use vmft::commands::CommandError;
 use vmft::commands::replay::replay_with;
 use vmft::guest::GuestConfig;
 use vmft::host::deferral::{Deferral, Inbox};
-use vmft::kvm::{Kvm, install_kick_handler, kick};
+use vmft::kvm::{Kvm, install_kick_handler, kick, segments};
 use vmft::machine::{Clock, Kicked, Machine, MachineError};
 use vmft::outlet::{Resources, always};
 use vmft::position::{self, Step};
@@ -268,19 +268,8 @@ fn write_tables(ram: &GuestRam) -> Result<(), Box<dyn Error>> {
 }
 
 fn long_mode(sregs: &mut kvm_sregs) {
-    let flat = |selector, type_, l, db| kvm_segment {
-        limit: 0xffff_ffff,
-        selector,
-        type_,
-        present: 1,
-        s: 1,
-        l,
-        db,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = flat(code::CODE_0, 11, 1, 0);
-    let data = flat(code::DATA_0, 3, 0, 1);
+    sregs.cs = segments::code_64(code::CODE_0, 0);
+    let data = segments::data(code::DATA_0, 0);
     (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
     sregs.tr = kvm_segment {
         base: code::TSS,

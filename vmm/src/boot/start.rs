@@ -16,11 +16,12 @@
 //! ```
 
 use devices::GuestRam;
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BootError, acpi};
+use crate::kvm::segments;
 
 /// First address behind the RAM below the hole for devices.
 pub(super) const LOW_RAM_END: u64 = 0xc000_0000;
@@ -178,17 +179,8 @@ pub(super) fn start_regs(entry: u64) -> kvm_regs {
 
 /// Turns `sregs`, as a fresh vCPU has them, into flat 64-bit mode with identity paging.
 pub(super) fn set_start_sregs(sregs: &mut kvm_sregs) {
-    let data = kvm_segment {
-        limit: u32::MAX,
-        selector: DATA_SELECTOR,
-        type_: 3,
-        present: 1,
-        s: 1,
-        db: 1,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = kvm_segment { selector: CODE_SELECTOR, type_: 11, db: 0, l: 1, ..data };
+    let data = segments::data(DATA_SELECTOR, 0);
+    sregs.cs = segments::code_64(CODE_SELECTOR, 0);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.gdt.base = GDT;
     sregs.gdt.limit = (GDT_ENTRIES.len() * 8 - 1) as u16;

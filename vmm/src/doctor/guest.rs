@@ -26,7 +26,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::watchdog::Watch;
-use crate::kvm::{Exit, Kvm, KvmError, Vcpu, Vm};
+use crate::kvm::{Exit, Kvm, KvmError, Vcpu, Vm, segments};
 
 /// Where the measured code starts.
 pub const CODE: u64 = 0x8000;
@@ -320,18 +320,8 @@ fn set_start(sregs: &mut kvm_sregs, ring: Ring) {
         Ring::Zero => (CODE_RING_0, DATA_RING_0, 0),
         Ring::Three => (CODE_RING_3, DATA_RING_3, 3),
     };
-    let flat = kvm_segment {
-        limit: u32::MAX,
-        selector: data,
-        type_: 3,
-        present: 1,
-        dpl,
-        s: 1,
-        db: 1,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = kvm_segment { selector: code, type_: 11, db: 0, l: 1, ..flat };
+    let flat = segments::data(data, dpl);
+    sregs.cs = segments::code_64(code, dpl);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (flat, flat, flat, flat, flat);
     sregs.tr = kvm_segment {
         base: TSS,

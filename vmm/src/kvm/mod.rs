@@ -7,6 +7,7 @@ mod dirty;
 mod fitness;
 mod linear;
 mod msr;
+pub mod segments;
 pub mod state;
 mod vcpu;
 mod vm;

@@ -17,7 +17,7 @@ use kvm_bindings::kvm_segment;
 
 use super::MachineError;
 use crate::boot::GP_PORT;
-use crate::kvm::Vcpu;
+use crate::kvm::{Vcpu, segments};
 
 const LOOK_EVERY_ANCHORS: u64 = 64;
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -159,7 +159,7 @@ impl UserTsc {
                 regs.rsp = trap.frame.rsp;
                 let mut sregs = vcpu.special_registers()?;
                 sregs.cs = user_code_segment(trap.frame.cs as u16);
-                sregs.ss = user_stack_segment(trap.frame.ss as u16);
+                sregs.ss = segments::data(trap.frame.ss as u16, 3);
                 vcpu.set_special_registers(&sregs)?;
             }
             (_, _, Some(hook)) => regs.rip = hook.resume_at,
@@ -196,33 +196,7 @@ impl Frame {
 const USER32_CS: u16 = 0x23;
 
 fn user_code_segment(selector: u16) -> kvm_segment {
-    let long = selector != USER32_CS;
-    kvm_segment {
-        limit: 0xffff_ffff,
-        selector,
-        type_: 11,
-        present: 1,
-        dpl: 3,
-        db: u8::from(!long),
-        s: 1,
-        l: u8::from(long),
-        g: 1,
-        ..Default::default()
-    }
-}
-
-fn user_stack_segment(selector: u16) -> kvm_segment {
-    kvm_segment {
-        limit: 0xffff_ffff,
-        selector,
-        type_: 3,
-        present: 1,
-        dpl: 3,
-        db: 1,
-        s: 1,
-        g: 1,
-        ..Default::default()
-    }
+    if selector == USER32_CS { segments::code_32(selector, 3) } else { segments::code_64(selector, 3) }
 }
 
 /// How many of the first bytes are padding: `endbr64`, or at least two bytes of NOPs.

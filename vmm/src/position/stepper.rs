@@ -12,10 +12,10 @@
 
 use devices::GuestRam;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use super::PositionError;
-use crate::kvm::{Exit, KvmError, Vcpu};
+use crate::kvm::{Exit, KvmError, Vcpu, segments};
 
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
@@ -189,9 +189,7 @@ impl View<'_> {
             let base = (star >> 48) as u16;
             ((base + 16) | 3, (base + 8) | 3, 3)
         };
-        let flat = kvm_segment { limit: u32::MAX, present: 1, dpl: ring, s: 1, g: 1, ..Default::default() };
-        sregs.cs = kvm_segment { selector: code, type_: 11, l: 1, ..flat };
-        sregs.ss = kvm_segment { selector: stack, type_: 3, db: 1, ..flat };
+        (sregs.cs, sregs.ss) = (segments::code_64(code, ring), segments::data(stack, ring));
         self.vcpu.set_special_registers(&sregs)?;
         self.vcpu.set_registers(&regs)?;
         Ok(true)
