@@ -125,7 +125,14 @@ fn round_trip_us(key: &Option<Key>) -> f64 {
     let (mut reader, mut writer) = primary;
     let started = Instant::now();
     for seq in 1..=BATCHES {
-        let batch = Batch { seq, reached: seq, released: 0, entries: vec![7; BATCH_BYTES] };
+        let batch = Batch {
+            view: 2,
+            seq,
+            start: (seq == 1).then_some(0),
+            reached: seq,
+            released: 0,
+            entries: vec![7; BATCH_BYTES],
+        };
         writer.send(&Message::Batch(batch)).expect("the other end reads");
         black_box(reader.receive().expect("the other end answers"));
     }

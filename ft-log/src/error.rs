@@ -44,6 +44,12 @@ pub enum LogError {
         /// The value found.
         tag: u8,
     },
+    /// The first batch says where the log starts, and no other does.
+    #[error("Batch {seq} must say where the log starts if it is the first one, and must not otherwise")]
+    StartOfLog {
+        /// The batch's number.
+        seq: u64,
+    },
     /// A text is not UTF-8.
     #[error("The {what} is not UTF-8 text")]
     NotText {

@@ -50,7 +50,7 @@ pub use heartbeat::{HEARTBEAT_BYTES, HEARTBEAT_VERSION, Heartbeat, HeartbeatErro
 pub use invitation::{INVITATION_BYTES, INVITATION_VERSION, Invitation, InvitationError};
 pub use key::{KEY_BYTES, Key, KeyError, MAX_KEY_FILE_BYTES, SealKey, TAG_BYTES};
 pub use message::{
-    Ack, Batch, ByeReason, LogPart, MAX_BATCH_ENTRIES_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES,
+    Ack, Batch, ByeReason, FIRST_BATCH, LogPart, MAX_BATCH_ENTRIES_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES,
     MAX_TEXT_BYTES, Message, MessageKind, Refusal,
 };
 pub use position::{Counted, Position, PositionSource, REGISTERS, Registers};

@@ -15,8 +15,10 @@ use crate::session::{CpuIdentity, Hello, Welcome};
 
 /// Longest payload of one message.
 pub const MAX_MESSAGE_BYTES: usize = 8 << 20;
-/// Most entry bytes in one batch: the payload less three varints.
-pub const MAX_BATCH_ENTRIES_BYTES: usize = MAX_MESSAGE_BYTES - 30;
+/// Most entry bytes in one batch: the payload less five varints.
+pub const MAX_BATCH_ENTRIES_BYTES: usize = MAX_MESSAGE_BYTES - 50;
+/// The number of the first batch behind a snapshot.
+pub const FIRST_BATCH: u64 = 1;
 /// Longest name of a guest, a host or a monitor version.
 pub const MAX_NAME_BYTES: usize = 255;
 /// Longest text of a [`Message::Refuse`] or a [`Message::Bye`].
@@ -58,8 +60,12 @@ pub enum Message {
 /// A piece of the log.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
+    /// The view whose log this is a piece of. A recording has none: 0.
+    pub view: u64,
     /// Rises by one; the first batch after a snapshot is 1.
     pub seq: u64,
+    /// Where the log starts: the anchor of the snapshot. Batch 1 says it, and no other.
+    pub start: Option<u64>,
     /// The last anchor whose exit is completely logged. A follower may handle exit k only when `reached >= k`.
     pub reached: u64,
     /// Outputs up to this batch were let out; 0 if none were. At most `seq`.
@@ -294,6 +300,7 @@ fn put_hello(out: &mut Vec<u8>, hello: &Hello) -> Result<(), LogError> {
         }
     }
     out.extend_from_slice(&hello.claims_id);
+    out.extend_from_slice(&hello.life);
     put_bytes(out, "host name", hello.host_name.as_bytes(), MAX_NAME_BYTES)?;
     out.extend_from_slice(&hello.timeout_ms.to_le_bytes());
     out.push(if hello.has_network { HAS_NETWORK } else { NO_NETWORK });
@@ -318,6 +325,7 @@ fn get_hello(input: &mut &[u8]) -> Result<Hello, LogError> {
             tag => return Err(LogError::UnknownTag { what: "disk tag", tag }),
         },
         claims_id: get_array(input, "arbiter id")?,
+        life: get_array(input, "life")?,
         host_name: get_text(input, "host name", MAX_NAME_BYTES)?,
         timeout_ms: get_u32(input, "timeout")?,
         has_network: match get_u8(input, "network tag")? {
@@ -360,7 +368,14 @@ fn get_welcome(input: &mut &[u8]) -> Result<Welcome, LogError> {
 fn put_batch(out: &mut Vec<u8>, batch: &Batch) -> Result<(), LogError> {
     let unreleased =
         batch.seq.checked_sub(batch.released).ok_or(LogError::Overflow { what: "released batch" })?;
+    if batch.start.is_some() != (batch.seq == FIRST_BATCH) {
+        return Err(LogError::StartOfLog { seq: batch.seq });
+    }
+    put_varint(out, batch.view);
     put_varint(out, batch.seq);
+    if let Some(start) = batch.start {
+        put_varint(out, start);
+    }
     put_varint(out, batch.reached);
     put_varint(out, unreleased);
     check_len("entries", batch.entries.len() as u64, MAX_BATCH_ENTRIES_BYTES)?;
@@ -369,10 +384,12 @@ fn put_batch(out: &mut Vec<u8>, batch: &Batch) -> Result<(), LogError> {
 }
 
 fn get_batch(input: &mut &[u8]) -> Result<Batch, LogError> {
+    let view = get_varint(input, "view")?;
     let seq = get_varint(input, "batch number")?;
+    let start = if seq == FIRST_BATCH { Some(get_varint(input, "start of the log")?) } else { None };
     let reached = get_varint(input, "reached anchor")?;
     let unreleased = get_varint(input, "unreleased batches")?;
     let released = seq.checked_sub(unreleased).ok_or(LogError::Overflow { what: "unreleased batches" })?;
     check_len("entries", input.len() as u64, MAX_BATCH_ENTRIES_BYTES)?;
-    Ok(Batch { seq, reached, released, entries: std::mem::take(input).to_vec() })
+    Ok(Batch { view, seq, start, reached, released, entries: std::mem::take(input).to_vec() })
 }

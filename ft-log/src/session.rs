@@ -52,6 +52,8 @@ pub struct Hello {
     pub disk_bytes: Option<u64>,
     /// The id of the arbiter that it asks: both hosts must ask the same one.
     pub claims_id: [u8; 16],
+    /// This life of its monitor, by which a view's record names its backup.
+    pub life: [u8; 16],
     /// The name of its host.
     pub host_name: String,
     /// Silence in milliseconds after which it takes the primary for failed.
@@ -67,7 +69,7 @@ pub struct Hello {
 /// What a primary answers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Welcome {
-    /// The view that both are now in.
+    /// The view in which the backup will be one, once the primary has that recorded: the one behind the present view.
     pub view: u64,
     /// The guest.
     pub guest_name: String,
@@ -271,6 +273,24 @@ pub enum SequenceError {
         /// The batch that came.
         found: u64,
     },
+    /// A piece of another view's log.
+    #[error("Batch {seq} is of view {found}, and what is followed here is the log of view {expected}")]
+    OtherView {
+        /// The batch's number.
+        seq: u64,
+        /// The view that is followed.
+        expected: u64,
+        /// The view of the batch.
+        found: u64,
+    },
+    /// A log that does not start where the snapshot ends: events would be in both, or in neither.
+    #[error("The log starts at anchor {found}, and the snapshot before it ends at anchor {expected}")]
+    Start {
+        /// The anchor of the snapshot.
+        expected: u64,
+        /// Where the log starts.
+        found: u64,
+    },
     /// A number that never falls fell.
     #[error("The {what} goes back from {previous} to {found}")]
     WentBack {
@@ -300,34 +320,50 @@ fn forward(what: &'static str, previous: u64, found: u64) -> Result<(), Sequence
     Ok(())
 }
 
-/// The receiving side of batches: they come without a gap, from 1. A batch that is refused changes nothing.
-#[derive(Clone, Debug, Default)]
+/// The receiving side of batches: they come without a gap, from 1, all of one view, and the first from where the
+/// snapshot ends. A batch that is refused changes nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct BatchReceiver {
     received: u64,
-    reached: u64,
+    /// The view, and the last anchor that is completely logged. `None`: the first batch tells, since nobody else does.
+    at: Option<(u64, u64)>,
     released: u64,
 }
 
 impl BatchReceiver {
+    /// For the log of `view` behind a snapshot at anchor `start`. What is received of a recording tells both by itself
+    /// (`default`).
+    pub fn new(view: u64, start: u64) -> Self {
+        Self { at: Some((view, start)), ..Self::default() }
+    }
+
     /// Takes note of `batch`.
     ///
     /// # Errors
-    /// A gap, a repetition, or a `reached` or `released` that goes back or is ahead.
+    /// Another view, a gap, a repetition, a start elsewhere, or a `reached` or `released` that goes back or is ahead.
     pub fn accept(&mut self, batch: &Batch) -> Result<(), SequenceError> {
-        let (expected, found) = (self.received.saturating_add(1), batch.seq);
+        let seq = batch.seq;
+        let (view, reached) = self.at.unwrap_or((batch.view, batch.start.unwrap_or_default()));
+        if batch.view != view {
+            return Err(SequenceError::OtherView { seq, expected: view, found: batch.view });
+        }
+        let (expected, found) = (self.received.saturating_add(1), seq);
         if found > expected {
             return Err(SequenceError::Gap { expected, found });
         }
         if found < expected {
             return Err(SequenceError::Repeated { expected, found });
         }
-        forward("reached anchor", self.reached, batch.reached)?;
+        if let Some(found) = batch.start.filter(|start| *start != reached) {
+            return Err(SequenceError::Start { expected: reached, found });
+        }
+        forward("reached anchor", reached, batch.reached)?;
         forward("released batch", self.released, batch.released)?;
         if batch.released > batch.seq {
             let (found, sent) = (batch.released, batch.seq);
             return Err(SequenceError::Ahead { what: "released batch", found, sent });
         }
-        *self = Self { received: batch.seq, reached: batch.reached, released: batch.released };
+        *self = Self { received: seq, at: Some((view, batch.reached)), released: batch.released };
         Ok(())
     }
 
@@ -338,7 +374,7 @@ impl BatchReceiver {
 
     /// The last anchor that is completely logged.
     pub fn reached(&self) -> u64 {
-        self.reached
+        self.at.map_or(0, |(_, reached)| reached)
     }
 
     /// Outputs up to this batch were let out.

@@ -10,10 +10,10 @@ use std::path::Path;
 
 use ft_log::{
     Ack, Batch, ByeReason, CLOCK_TOLERANCE, Checkpoint, CheckpointDecoder, CheckpointEncoder, ClockModel,
-    Counted, Cursor, Decoder, DiskStatus, Encoder, Entry, Event, FrameDecoder, FrameReader, FrameWriter,
-    GuestTime, Heartbeat, Invitation, Key, LogError, Message, PAGE_BYTES, Pages, Position, RECORDING_MAGIC,
-    RECORDING_VERSION, REGISTERS, RecordingReader, Refusal, Role, SNAPSHOT_MAGIC, SnapshotPart,
-    SnapshotReader, SnapshotWriter, StateDigest,
+    Counted, Cursor, Decoder, DiskStatus, Encoder, Entry, Event, FIRST_BATCH, FrameDecoder, FrameReader,
+    FrameWriter, GuestTime, Heartbeat, Invitation, Key, LogError, Message, PAGE_BYTES, Pages, Position,
+    RECORDING_MAGIC, RECORDING_VERSION, REGISTERS, RecordingReader, Refusal, Role, SNAPSHOT_MAGIC,
+    SnapshotPart, SnapshotReader, SnapshotWriter, StateDigest,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -92,8 +92,12 @@ fn decode_all(decoder: &mut Decoder, bytes: &[u8]) -> (Vec<Entry>, usize, Result
 }
 
 fn any_message() -> impl Strategy<Value = Message> {
-    let batch = (any::<u64>(), any::<u64>(), any::<u64>(), vec(any::<u8>(), 0..300)).prop_map(
-        |(seq, reached, released, entries)| Batch { seq, reached, released: released.min(seq), entries },
+    let seq = prop_oneof![Just(FIRST_BATCH), any::<u64>()];
+    let batch = (any::<u64>(), seq, any::<[u64; 3]>(), vec(any::<u8>(), 0..300)).prop_map(
+        |(view, seq, [start, reached, released], entries)| {
+            let start = (seq == FIRST_BATCH).then_some(start);
+            Batch { view, seq, start, reached, released: released.min(seq), entries }
+        },
     );
     let ack = (any::<u64>(), any::<u64>(), any::<u64>()).prop_map(|(received, executed, ticks)| Ack {
         received,
@@ -370,7 +374,8 @@ fn an_idle_guest_takes_less_than_650_bytes_a_second() {
             }
         }
         let (seq, entries) = (first_seq + wake, encoder.take());
-        writer.send(&Message::Batch(Batch { seq, reached: anchor + 5, released: seq - 1, entries })).unwrap();
+        let batch = Batch { view: 2, seq, start: None, reached: anchor + 5, released: seq - 1, entries };
+        writer.send(&Message::Batch(batch)).unwrap();
     }
     let sent_bytes = writer.get_ref().len();
     assert!(sent_bytes < 650, "{sent_bytes}");

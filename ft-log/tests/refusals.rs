@@ -177,7 +177,14 @@ fn an_encoder_is_full_before_a_batch_is_too_long() {
         pushed += 1;
     }
     assert_eq!(pushed, 1);
-    let batch = Batch { seq: u64::MAX, reached: u64::MAX, released: 0, entries: encoder.take() };
+    let batch = Batch {
+        view: u64::MAX,
+        seq: u64::MAX,
+        start: None,
+        reached: u64::MAX,
+        released: 0,
+        entries: encoder.take(),
+    };
     assert!(frame(&Message::Batch(batch)).len() < MAX_MESSAGE_BYTES);
 }
 
@@ -253,14 +260,19 @@ fn messages_over_a_limit_are_not_sent() {
     let text = "x".repeat(MAX_TEXT_BYTES + 1);
     let bye = writer.send(&Message::Bye { reason: ByeReason::Shutdown, text });
     assert!(matches!(bye, Err(StreamError::Payload { source: LogError::TooLong { .. }, .. })));
-    let ahead = writer.send(&Message::Batch(Batch { seq: 1, released: 2, ..Batch::default() }));
+    let ahead = writer.send(&Message::Batch(Batch { seq: 2, released: 3, ..Batch::default() }));
     assert!(matches!(ahead, Err(StreamError::Payload { source: LogError::Overflow { .. }, .. })));
+    for batch in [Batch { seq: 1, ..Batch::default() }, Batch { seq: 2, start: Some(0), ..Batch::default() }]
+    {
+        let elsewhere = writer.send(&Message::Batch(batch));
+        assert!(matches!(elsewhere, Err(StreamError::Payload { source: LogError::StartOfLog { .. }, .. })));
+    }
     assert!(writer.get_ref().is_empty());
 }
 
 #[test]
 fn a_batch_is_not_sent_before_the_snapshot_is_finished() {
-    let batch = Message::Batch(Batch { seq: 1, ..Batch::default() });
+    let batch = Message::Batch(Batch { seq: 1, start: Some(0), ..Batch::default() });
     let mut writer = FrameWriter::new(Vec::new());
     writer.snapshot().write_all(b"half").unwrap();
     assert!(matches!(writer.send(&batch), Err(StreamError::Unexpected { .. })));
@@ -309,8 +321,8 @@ fn greeted(opening: &[u8], key: Option<&Key>) -> ChannelError {
 fn a_peer_of_another_version_is_refused_by_name() {
     for key in [None, Some(&common::key())] {
         // Another version may have nothing behind it.
-        let refused = greeted(b"VMFTLINK\x0a\0\0\0", key);
-        assert_eq!(refused.to_string(), "The peer speaks protocol version 10, this monitor speaks 9");
+        let refused = greeted(b"VMFTLINK\x0b\0\0\0", key);
+        assert_eq!(refused.to_string(), "The peer speaks protocol version 11, this monitor speaks 10");
         let refused = greeted(b"GET / HT\x01\0\0\0", key);
         assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
         let cut = greeted(b"VMFTLINK\x01\0\0", key);
@@ -320,7 +332,7 @@ fn a_peer_of_another_version_is_refused_by_name() {
 
 #[test]
 fn a_key_on_one_side_only_is_refused_by_both() {
-    let opening = |security: u8| [&b"VMFTLINK\x09\0\0\0"[..], &[security, 0, 0, 0]].concat();
+    let opening = |security: u8| [&b"VMFTLINK\x0a\0\0\0"[..], &[security, 0, 0, 0]].concat();
     let refused = greeted(&opening(1), Some(&common::key()));
     assert!(matches!(refused, ChannelError::OnlyHere), "{refused}");
     let refused = greeted(&opening(2), None);
@@ -329,7 +341,7 @@ fn a_key_on_one_side_only_is_refused_by_both() {
         let refused = greeted(&opening(security), None);
         assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
     }
-    let refused = greeted(b"VMFTLINK\x09\0\0\0\x01\0\0\x01", None);
+    let refused = greeted(b"VMFTLINK\x0a\0\0\0\x01\0\0\x01", None);
     assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
 }
 

@@ -9,8 +9,9 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use ft_log::{
-    Ack, Batch, BatchReceiver, BatchSender, CpuIdentity, Expected, GuestTime, Hello, LogPart, MAX_TEXT_BYTES,
-    Mismatch, PositionSource, RecordingError, RecordingReader, RecordingWriter, SequenceError, check_hello,
+    Ack, Batch, BatchReceiver, BatchSender, CpuIdentity, Expected, FIRST_BATCH, GuestTime, Hello, LogPart,
+    MAX_TEXT_BYTES, Mismatch, PositionSource, RecordingError, RecordingReader, RecordingWriter,
+    SequenceError, check_hello,
 };
 
 fn expected() -> Expected {
@@ -82,12 +83,13 @@ fn a_backup_that_differs_is_told_in_what() {
 }
 
 fn batch(seq: u64, reached: u64, released: u64) -> Batch {
-    Batch { seq, reached, released, entries: vec![0x02] }
+    let start = (seq == FIRST_BATCH).then_some(4);
+    Batch { view: 7, seq, start, reached, released, entries: vec![0x02] }
 }
 
 #[test]
 fn batches_come_once_and_in_order() {
-    let mut receiver = BatchReceiver::default();
+    let mut receiver = BatchReceiver::new(7, 4);
     assert_eq!(receiver.accept(&batch(2, 5, 0)), Err(SequenceError::Gap { expected: 1, found: 2 }));
     assert_eq!(receiver.accept(&batch(0, 5, 0)), Err(SequenceError::Repeated { expected: 1, found: 0 }));
     receiver.accept(&batch(1, 5, 0)).unwrap();
@@ -122,6 +124,39 @@ fn acknowledgements_go_forward_and_not_ahead() {
     }
     assert_eq!(sender.acked(), ack(2, 7, 70));
     assert_eq!(sender.sent(), 2);
+}
+
+#[test]
+fn a_log_of_another_view_or_from_another_position_is_refused() {
+    let mut receiver = BatchReceiver::new(7, 4);
+    for view in [6, 8] {
+        let refused = receiver.accept(&Batch { view, ..batch(1, 5, 0) }).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            format!("Batch 1 is of view {view}, and what is followed here is the log of view 7")
+        );
+    }
+    for start in [3, 5] {
+        let refused = receiver.accept(&Batch { start: Some(start), ..batch(1, 5, 0) }).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            format!("The log starts at anchor {start}, and the snapshot before it ends at anchor 4")
+        );
+    }
+    let before = receiver.accept(&batch(1, 3, 0)).unwrap_err();
+    assert_eq!(before, SequenceError::WentBack { what: "reached anchor", previous: 4, found: 3 });
+    assert_eq!(receiver, BatchReceiver::new(7, 4), "what is refused changes nothing");
+    receiver.accept(&batch(1, 4, 0)).unwrap();
+    let other = receiver.accept(&Batch { view: 8, ..batch(2, 5, 0) }).unwrap_err();
+    assert_eq!(other, SequenceError::OtherView { seq: 2, expected: 7, found: 8 });
+}
+
+#[test]
+fn of_a_recording_the_first_batch_tells_where_it_starts() {
+    let mut receiver = BatchReceiver::default();
+    receiver.accept(&batch(1, 5, 0)).unwrap();
+    let other = receiver.accept(&Batch { view: 8, ..batch(2, 5, 0) }).unwrap_err();
+    assert_eq!(other, SequenceError::OtherView { seq: 2, expected: 7, found: 8 });
 }
 
 /// A recording with a snapshot of 5 bytes and two batches, not finished.
@@ -234,7 +269,7 @@ fn no_recording_is_overwritten() {
 fn a_recording_is_written_in_its_order() {
     let directory = tempfile::tempdir().unwrap();
     let mut writer = RecordingWriter::create(&directory.path().join("run")).unwrap();
-    assert!(matches!(writer.batch(batch(1, 0, 0)), Err(RecordingError::Stream { .. })));
+    assert!(matches!(writer.batch(batch(1, 4, 0)), Err(RecordingError::Stream { .. })));
     assert!(matches!(writer.finish(), Err(RecordingError::Stream { .. })));
     let mut writer = record(&directory.path().join("other"));
     assert!(matches!(writer.batch(batch(4, 9, 1)), Err(RecordingError::Sequence { .. })));
@@ -243,6 +278,6 @@ fn a_recording_is_written_in_its_order() {
 #[test]
 fn other_files_and_versions_are_refused_by_name() {
     let open = |bytes: &[u8]| RecordingReader::new(bytes, Path::new("run")).unwrap_err().to_string();
-    assert_eq!(open(b"VMFTREC\0\x07\0\0\0"), "run is a recording of version 7, this monitor knows 5");
+    assert_eq!(open(b"VMFTREC\0\x07\0\0\0"), "run is a recording of version 7, this monitor knows 6");
     assert_eq!(open(b"#!/bin/sh\nls"), "run is not a recording: it starts with #!/bin/s");
 }

@@ -12,7 +12,7 @@ use vmft_tests::harness::{self, Case, Need, TestResult};
 use vmft_tests::hosts::{Ending, Etcd, Link};
 use vmft_tests::pair::{
     Guest, LONG, Monitor, PROTECTED, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume,
-    load, more_replies,
+    field, load, more_replies,
 };
 
 static SITE: SharedSite = SharedSite::new(2);
@@ -79,7 +79,7 @@ fn second_is_refused(site: &mut Site, guest: &Guest, volume: &Volume, primary: &
     let sentence = refusal.stderr.last().ok_or("the second primary says nothing")?;
     println!("{sentence}");
     assert_eq!(refusal.ending, Ending::Exited(1), "{sentence}");
-    let holder = format!("already run by host1 (process {}): it holds view 1", primary.pid());
+    let holder = format!("already run by host1 (process {}): it holds view 2", primary.pid());
     let endpoints = Etcd::endpoints();
     for part in [holder, format!("at etcd:{endpoints}"), format!("etcdctl --endpoints={endpoints} del")] {
         assert!(sentence.contains(&part), "{sentence}");
@@ -124,24 +124,58 @@ fn etcd_decides() -> TestResult {
         println!("host {} goes on: {}", goes_on.host, goes_on.wait_for_line(sign, SHORT)?);
         more_replies(&client, 20)?;
 
+        let view = join_without_arbiter(site, &guest, &volume, &client, (&mut etcd, goes_on, stops.host))?;
         // The one that is left is killed while the arbiter has no majority.
         let next = site.start_backup(stops.host, goes_on.host, &guest, &volume)?;
-        goes_on.wait_for_line(&format!("{PROTECTED} view=2"), LONG)?;
+        goes_on.wait_for_line(&format!("{PROTECTED} view={}", view + 1), LONG)?;
         more_replies(&client, 20)?;
         etcd.freeze(1, true);
         goes_on.kill(Signal::SIGKILL)?;
         next.wait_for_line(UNDECIDED, SHORT)?;
         assert_all_wait(&client, &[&next], &[TAKEOVER])?;
         etcd.freeze(1, false);
-        println!("{}", next.wait_for_line(&format!("{TAKEOVER} view=3"), SHORT)?);
+        println!("{}", next.wait_for_line(&format!("{TAKEOVER} view={}", view + 2), SHORT)?);
         more_replies(&client, 20)?;
-        let claims: Vec<String> = (1..=3).map(|view| format!("/vmft/claims/guest/view-{view:020}")).collect();
+        let claims: Vec<String> =
+            (1..=view + 2).map(|view| format!("/vmft/claims/guest/view-{view:020}")).collect();
         assert_eq!(etcd.keys("/vmft/claims/")?, claims);
         assert_eq!(volume.claims()?, Vec::<String>::new(), "no claim is a file");
         let report = client.stop(SHORT);
         println!("{}", report.summary());
         site.check(&report)
     })
+}
+
+/// While the arbiter has no majority no backup can join, and the guest of `goes_on` answers as before. The view in which it is
+/// then: whether the backup was recorded meanwhile is the arbiter's secret, and no record is left that names it.
+fn join_without_arbiter(
+    site: &mut Site,
+    guest: &Guest,
+    volume: &Volume,
+    client: &Client,
+    (etcd, goes_on, on): (&mut Etcd, &Monitor, u8),
+) -> Result<u64, Box<dyn std::error::Error>> {
+    let (alone, protected) = (count(goes_on, &[UNPROTECTED]), count(goes_on, &[PROTECTED]));
+    let early = site.start_backup(on, goes_on.host, guest, volume)?;
+    goes_on.wait_for_line("sending the guest to", SHORT)?;
+    etcd.freeze(1, true);
+    let line = goes_on.wait_for_line("the arbiter has not recorded it as the backup", LONG)?;
+    println!("{line}");
+    more_replies(client, 20)?;
+    assert_eq!(early.wait(SHORT)?.ending, Ending::Exited(1));
+    assert_eq!((count(goes_on, &[UNPROTECTED]), count(goes_on, &[PROTECTED])), (alone, protected));
+    etcd.freeze(1, false);
+    let deadline = Instant::now() + SHORT;
+    while count(goes_on, &[UNPROTECTED]) == alone && Instant::now() < deadline {
+        thread::sleep(LOOK);
+    }
+    let output = goes_on.output();
+    let line =
+        output.iter().rev().find(|line| line.contains(UNPROTECTED)).ok_or("it does not say its view")?;
+    println!("{line}");
+    assert_eq!(count(goes_on, &[UNPROTECTED]), alone + 1);
+    more_replies(client, 20)?;
+    Ok(field(line, "view").ok_or("no view")?)
 }
 
 /// Takes the disk of `primary`, on the storage itself. Its claim and its lease hold, as those of a host that was paused seem
@@ -189,19 +223,19 @@ fn fence_and_disk() -> TestResult {
         println!("{}", backup.wait_for_line("'/bin/sh' did not end within 1000 ms", SHORT)?);
         assert_all_wait(&client, &[&backup], &[TAKEOVER])?;
         fs::write(&mode, "ok")?;
-        println!("{}", backup.wait_for_line(&format!("{TAKEOVER} view=2"), SHORT)?);
+        println!("{}", backup.wait_for_line(&format!("{TAKEOVER} view=3"), SHORT)?);
         more_replies(&client, 20)?;
         let lines = fs::read_to_string(&told)?;
-        let expected = "guest 2 host1 10.78.0.101 now";
+        let expected = "guest 3 host1 10.78.0.101 now";
         assert!(lines.lines().count() > 2 && lines.lines().all(|line| line == expected), "{lines}");
 
         // A primary that hands its guest over needs no fence, and none would let this backup go live.
         fs::write(&mode, "fail")?;
         fs::remove_file(&told)?;
         let next = site.start_backup_with(1, 2, &guest, &volume, &fenced)?;
-        backup.wait_for_line(&format!("{PROTECTED} view=2"), LONG)?;
+        backup.wait_for_line(&format!("{PROTECTED} view=4"), LONG)?;
         backup.kill(Signal::SIGTERM)?;
-        println!("{}", next.wait_for_line(&format!("{TAKEOVER} view=3"), SHORT)?);
+        println!("{}", next.wait_for_line(&format!("{TAKEOVER} view=5"), SHORT)?);
         more_replies(&client, 20)?;
         assert!(!told.exists(), "a primary was fenced that had left");
         let report = client.stop(SHORT);
@@ -209,7 +243,7 @@ fn fence_and_disk() -> TestResult {
         site.check(&report)?;
 
         let client = site.client(load())?;
-        take_disk(&next, 3, &volume)?;
+        take_disk(&next, 5, &volume)?;
         client.stop(Duration::ZERO);
         Ok(())
     })

@@ -188,7 +188,7 @@ fn backup_that_keeps_diverging_never_goes_live() -> TestResult {
         println!("{}", output.stderr.last().map_or("", String::as_str));
         assert!(output.stderr.iter().any(|line| line.contains("3 times within 10 minutes")));
         assert_eq!(output.stderr.iter().filter(|line| line.contains(OUT)).count(), 3);
-        primary.wait_for_line(&format!("{UNPROTECTED} view=4"), SHORT)?;
+        primary.wait_for_line(&format!("{UNPROTECTED} view=7"), SHORT)?;
         more_replies(&client, 10)?;
         let report = client.stop(SHORT);
         println!("{}", report.summary());

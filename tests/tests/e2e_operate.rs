@@ -129,7 +129,7 @@ fn status_tells_each_phase_on_both_sides() -> TestResult {
         let taken_over = status(site, 2)?;
         assert_fields(
             &taken_over,
-            &[("/role", "primary".into()), ("/view", 2.into()), ("/protected", false.into())],
+            &[("/role", "primary".into()), ("/view", 3.into()), ("/protected", false.into())],
         );
         assert!(
             taken_over["cause"].as_str().is_some_and(|cause| cause.contains("connection")),
@@ -140,7 +140,7 @@ fn status_tells_each_phase_on_both_sides() -> TestResult {
 
         // What the killed one left does not keep another from starting, and that one's end leaves nothing.
         let again = site.start_backup(1, 2, &guest, &volume)?;
-        backup.wait_for_line(&format!("{PROTECTED} view=2"), LONG)?;
+        backup.wait_for_line(&format!("{PROTECTED} view=4"), LONG)?;
         assert_fields(&status(site, 1)?, &[("/role", "backup".into()), ("/pid", again.pid().into())]);
         again.kill(Signal::SIGTERM)?;
         assert_eq!(again.wait(SHORT)?.ending, Ending::Exited(0));
@@ -150,13 +150,13 @@ fn status_tells_each_phase_on_both_sides() -> TestResult {
         assert!(said.contains("no monitor answers at /run/vmft/guest.sock"), "{said}");
         backup.wait_for_line(UNPROTECTED, SHORT)?;
         let left = status(site, 2)?;
-        assert_fields(&left, &[("/view", 3.into()), ("/protected", false.into())]);
+        assert_fields(&left, &[("/view", 5.into()), ("/protected", false.into())]);
         assert!(left["cause"].as_str().is_some_and(|cause| cause.contains("operator")), "{left}");
         Ok(())
     })
 }
 
-/// A pair under load in view 1, the primary on host 1.
+/// A pair under load in view 2, the primary on host 1.
 fn protected_on_both_sides(site: &Site) -> TestResult {
     let counted =
         |status: &Value| status.pointer("/figures/log/bytes_per_s").and_then(Value::as_u64) > Some(0);
@@ -165,7 +165,7 @@ fn protected_on_both_sides(site: &Site) -> TestResult {
         &primary,
         &[
             ("/role", "primary".into()),
-            ("/view", 1.into()),
+            ("/view", 2.into()),
             ("/protected", true.into()),
             ("/peer/host", "host2".into()),
         ],
@@ -179,7 +179,7 @@ fn protected_on_both_sides(site: &Site) -> TestResult {
         &backup,
         &[
             ("/role", "backup".into()),
-            ("/view", 1.into()),
+            ("/view", 2.into()),
             ("/protected", true.into()),
             ("/peer/host", "host1".into()),
             ("/peer/address", site.log_address(1).into()),
@@ -187,11 +187,11 @@ fn protected_on_both_sides(site: &Site) -> TestResult {
     );
     assert!(backup.pointer("/figures/anchors").and_then(Value::as_u64) > Some(1_000), "{backup}");
     let text = operate(site, 2, &["status"])?.stdout.join("\n");
-    assert!(text.starts_with("guest guest: backup, view 1\n  protected for "), "{text}");
+    assert!(text.starts_with("guest guest: backup, view 2\n  protected for "), "{text}");
     Ok(())
 }
 
-/// Fails unless Prometheus gets from host `number` the metrics of the `role` of a pair in view 1, and of them `own`, a gauge that
+/// Fails unless Prometheus gets from host `number` the metrics of the `role` of a pair in view 2, and of them `own`, a gauge that
 /// only that role has.
 fn scrape(site: &Site, number: u8, role: &str, own: &str) -> TestResult {
     let address = SocketAddr::from((site.host(number).address(Link::Guest), METRICS_PORT));
@@ -206,7 +206,7 @@ fn scrape(site: &Site, number: u8, role: &str, own: &str) -> TestResult {
         assert!(body.contains(&line), "no {line:?} in {body}");
     }
     let role = format!("vmft_role{{role=\"{role}\"}} 1\n");
-    for wanted in [role.as_str(), "vmft_view 1.0\n", "vmft_protected 1.0\n"] {
+    for wanted in [role.as_str(), "vmft_view 2.0\n", "vmft_protected 1.0\n"] {
         assert!(body.contains(wanted), "no {wanted:?} in {body}");
     }
     Ok(())
@@ -267,12 +267,13 @@ fn switches_pauses_and_a_shutdown_lose_nothing() -> TestResult {
             let primary = format!("the primary is host1 ({})", site.log_address(1));
             assert_refused(site, 2, &[command], &primary)?;
         }
-        switch(site, &first, &second, 2)?;
+        switch(site, &first, &second, 3)?;
         more_replies(&client, 30)?;
-        switch(site, &second, &first, 3)?;
+        switch(site, &second, &first, 5)?;
         more_replies(&client, 30)?;
         assert_eq!((first.ending(), second.ending()), (None, None));
-        assert_eq!(volume.claims()?, ["guest.view-1", "guest.view-2", "guest.view-3"]);
+        let claims: Vec<String> = (1..=6).map(|view| format!("guest.view-{view}")).collect();
+        assert_eq!(volume.claims()?, claims, "a takeover is a view, and so is each pair");
         pause_and_resume(site, &client, &guest)?;
         let report = client.stop(SHORT);
         println!("{}", report.summary());
@@ -291,15 +292,15 @@ fn switches_pauses_and_a_shutdown_lose_nothing() -> TestResult {
     })
 }
 
-/// Switches the roles of a pair, which gets it into `view`, protected again.
+/// Switches the roles of a pair, which takes the guest over in `view`, and is protected again in the one behind.
 fn switch(site: &Site, primary: &Monitor, backup: &Monitor, view: u64) -> TestResult {
     succeed(site, primary.host, &["switch"])?;
     println!("{}", backup.wait_for_line(&format!("{TAKEOVER} view={view}"), SHORT)?);
-    backup.wait_for_line(&format!("{PROTECTED} view={view}"), SHORT)?;
-    assert_roles(site, backup.host, primary.host, view)
+    backup.wait_for_line(&format!("{PROTECTED} view={}", view + 1), SHORT)?;
+    assert_roles(site, backup.host, primary.host, view + 1)
 }
 
-/// Pauses the guest of a pair in view 3, whose primary is on host 1, for longer than the silence that counts as failure.
+/// Pauses the guest of a pair in view 6, whose primary is on host 1, for longer than the silence that counts as failure.
 fn pause_and_resume(site: &Site, client: &Client, guest: &Guest) -> TestResult {
     succeed(site, 1, &["pause"])?;
     let before = status(site, 1)?;
@@ -308,7 +309,7 @@ fn pause_and_resume(site: &Site, client: &Client, guest: &Guest) -> TestResult {
     // Not a condition to wait for: that nothing happens.
     thread::sleep(Duration::from_millis(u64::from(guest.timeout_ms) + 1_000));
     assert!(client.answered() <= answered + 4, "a guest that stands answers no more than what was under way");
-    assert_roles(site, 1, 2, 3)?;
+    assert_roles(site, 1, 2, 6)?;
     assert_eq!(status(site, 1)?.pointer("/figures/anchors"), before.pointer("/figures/anchors"));
     assert_refused(site, 1, &["shutdown"], "resume it first")?;
     succeed(site, 1, &["resume"])?;
@@ -329,14 +330,14 @@ fn a_backup_that_is_let_go_makes_room_for_another() -> TestResult {
             "{:?}",
             output.stderr
         );
-        primary.wait_for_line(&format!("{UNPROTECTED} view=2"), SHORT)?;
+        primary.wait_for_line(&format!("{UNPROTECTED} view=3"), SHORT)?;
         assert_refused(site, 1, &["drop-backup"], "no backup that follows")?;
         assert_refused(site, 1, &["switch"], "no backup that follows")?;
         more_replies(&client, 20)?;
 
         let another = site.start_backup(3, 1, &guest, &volume)?;
-        primary.wait_for_line(&format!("{PROTECTED} view=2"), LONG)?;
-        assert_roles(site, 1, 3, 2)?;
+        primary.wait_for_line(&format!("{PROTECTED} view=4"), LONG)?;
+        assert_roles(site, 1, 3, 4)?;
         more_replies(&client, 20)?;
         let report = client.stop(SHORT);
         println!("{}", report.summary());

@@ -126,7 +126,8 @@ fn kill_again_and_again(site: &mut Site, moments: &[Moment]) -> TestResult {
     let (guest, volume) = (Guest::default(), site.volume()?);
     let (mut primary, mut backup) = site.start_pair(&guest, &volume)?;
     let client = site.client(load())?;
-    for (moment, view) in moments.iter().zip(2..) {
+    // A takeover is a view, and so is the pair after it.
+    for (moment, view) in moments.iter().zip((3..).step_by(2)) {
         match *moment {
             Moment::DiskWrite { replies } => {
                 more_replies(&client, replies)?;
@@ -145,7 +146,7 @@ fn kill_again_and_again(site: &mut Site, moments: &[Moment]) -> TestResult {
         }
         more_replies(&client, 20)?;
         let next = site.start_backup(primary.host, backup.host, &guest, &volume)?;
-        backup.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
+        backup.wait_for_line(&format!("{PROTECTED} view={}", view + 1), LONG)?;
         (primary, backup) = (backup, next);
     }
     more_replies(&client, 20)?;
@@ -210,7 +211,7 @@ fn cut_logging_link_leaves_exactly_one() -> TestResult {
         println!("host {} goes on: {}", goes_on.host, goes_on.wait_for_line(sign, SHORT)?);
         more_replies(&client, 50)?;
         assert_eq!(goes_on.ending(), None);
-        assert_eq!(volume.claims()?, ["guest.view-1", "guest.view-2"]);
+        assert_eq!(volume.claims()?, ["guest.view-1", "guest.view-2", "guest.view-3"]);
         let report = client.stop(SHORT);
         println!("{}", report.summary());
         site.check(&report)
@@ -275,15 +276,15 @@ fn killed_backup_is_replaced() -> TestResult {
         let client = site.client(load())?;
         more_replies(&client, 20)?;
         backup.kill(Signal::SIGKILL)?;
-        println!("{}", primary.wait_for_line(&format!("{UNPROTECTED} view=2"), SHORT)?);
+        println!("{}", primary.wait_for_line(&format!("{UNPROTECTED} view=3"), SHORT)?);
         more_replies(&client, 20)?;
         backup.wait_ending(SHORT)?;
 
         let backup = site.start_backup(2, 1, &guest, &volume)?;
-        println!("{}", primary.wait_for_line(&format!("{PROTECTED} view=2"), LONG)?);
+        println!("{}", primary.wait_for_line(&format!("{PROTECTED} view=4"), LONG)?);
         more_replies(&client, 20)?;
         primary.kill(Signal::SIGKILL)?;
-        println!("{}", backup.wait_for_line(&format!("{TAKEOVER} view=3"), SHORT)?);
+        println!("{}", backup.wait_for_line(&format!("{TAKEOVER} view=5"), SHORT)?);
         more_replies(&client, 20)?;
         let report = client.stop(SHORT);
         println!("{}", report.summary());
@@ -298,11 +299,18 @@ fn stopped_backup_claims_nothing() -> TestResult {
         let client = site.client(load())?;
         more_replies(&client, 20)?;
         assert_eq!(end(&backup)?, Ending::Exited(0));
-        primary.wait_for_line(&format!("{UNPROTECTED} view=2"), SHORT)?;
+        primary.wait_for_line(&format!("{UNPROTECTED} view=3"), SHORT)?;
         more_replies(&client, 20)?;
         assert_eq!(primary.ending(), None);
-        let claim = fs::read_to_string(volume.local.join("guest.view-2"))?;
-        assert!(claim.contains("\nrole primary\n") && claim.contains("\nhost host1\n"), "{claim}");
+        // The pair, and the guest that goes on alone.
+        for (view, is_pair) in [(1, false), (2, true), (3, false)] {
+            let claim = fs::read_to_string(volume.local.join(format!("guest.view-{view}")))?;
+            assert!(claim.contains("\nrole primary\n") && claim.contains("\nhost host1\n"), "{claim}");
+            assert_eq!(
+                (claim.contains(" host2\nend\n"), claim.contains("\nbackup none\n")),
+                (is_pair, !is_pair)
+            );
+        }
         site.check(&client.stop(SHORT))
     })
 }

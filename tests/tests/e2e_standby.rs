@@ -57,7 +57,7 @@ fn protection_returns_by_itself() -> TestResult {
         let (guest, volume) = (Guest { memory_mib: 96, ..Guest::default() }, site.volume()?);
         let first = start_primary(site, &guest, &volume)?;
         let standbys = [site.start_standby(2, &guest, &volume)?, site.start_standby(3, &guest, &volume)?];
-        let (host, _) = first.wait_until_protected(1)?;
+        let (host, _) = first.wait_until_protected(2)?;
         let [second, third] = standbys;
         let (backup, spare) = if host == 2 { (second, third) } else { (third, second) };
         let config = Config { interval: Duration::from_millis(250), ..Config::default() };
@@ -66,8 +66,8 @@ fn protection_returns_by_itself() -> TestResult {
 
         let killed = ("the backup was killed", Instant::now());
         backup.kill(Signal::SIGKILL)?;
-        first.wait_for_line(&format!("{UNPROTECTED} view=2"), SHORT)?;
-        assert_protected(&first, 2, spare.host, killed)?;
+        first.wait_for_line(&format!("{UNPROTECTED} view=3"), SHORT)?;
+        assert_protected(&first, 4, spare.host, killed)?;
         backup.wait_ending(SHORT)?;
         // As a service manager would.
         let again = site.start_standby(backup.host, &guest, &volume)?;
@@ -76,8 +76,8 @@ fn protection_returns_by_itself() -> TestResult {
 
         let killed = ("the primary was killed", Instant::now());
         first.kill(Signal::SIGKILL)?;
-        spare.wait_for_line(&format!("{TAKEOVER} view=3"), SHORT)?;
-        assert_protected(&spare, 3, again.host, killed)?;
+        spare.wait_for_line(&format!("{TAKEOVER} view=5"), SHORT)?;
+        assert_protected(&spare, 6, again.host, killed)?;
         first.wait_ending(SHORT)?;
         let first = site.start_standby(1, &guest, &volume)?;
         first.wait_for_line(WAITS, SHORT)?;
@@ -85,8 +85,8 @@ fn protection_returns_by_itself() -> TestResult {
 
         let frozen = ("the primary's host was frozen", Instant::now());
         site.host(spare.host).stop();
-        again.wait_for_line(&format!("{TAKEOVER} view=4"), SHORT)?;
-        assert_protected(&again, 4, 1, frozen)?;
+        again.wait_for_line(&format!("{TAKEOVER} view=7"), SHORT)?;
+        assert_protected(&again, 8, 1, frozen)?;
         more_replies(&client, 5)?;
         assert_eq!(spare.output().iter().filter(|line| line.contains(WAITS)).count(), 1);
         site.host(spare.host).cont();
@@ -94,11 +94,11 @@ fn protection_returns_by_itself() -> TestResult {
 
         let killed = ("the backup was killed, and a former zombie was left", Instant::now());
         first.kill(Signal::SIGKILL)?;
-        again.wait_for_line(&format!("{UNPROTECTED} view=5"), SHORT)?;
-        assert_protected(&again, 5, spare.host, killed)?;
+        again.wait_for_line(&format!("{UNPROTECTED} view=9"), SHORT)?;
+        assert_protected(&again, 10, spare.host, killed)?;
         more_replies(&client, 5)?;
         again.kill(Signal::SIGKILL)?;
-        spare.wait_for_line(&format!("{TAKEOVER} view=6"), SHORT)?;
+        spare.wait_for_line(&format!("{TAKEOVER} view=11"), SHORT)?;
         more_replies(&client, 5)?;
         let report = client.stop(SHORT);
         println!("{}", report.summary());
@@ -174,7 +174,7 @@ fn unfit_standbys_are_refused() -> TestResult {
 
         end(&other_version)?;
         let fit = site.start_standby(2, &guest, &volume)?;
-        let (host, _) = primary.wait_until_protected(1)?;
+        let (host, _) = primary.wait_until_protected(2)?;
         assert_eq!(host, fit.host, "the host that fits follows");
         for (standby, cause) in [
             (&other_version, version_cause),

@@ -257,7 +257,14 @@ mod tests {
     use super::*;
 
     fn batch(seq: u64) -> LogPart {
-        LogPart::Batch(Batch { seq, reached: seq, released: 0, entries: vec![1; 100] })
+        LogPart::Batch(Batch {
+            view: 2,
+            seq,
+            start: (seq == 1).then_some(0),
+            reached: seq,
+            released: 0,
+            entries: vec![1; 100],
+        })
     }
 
     /// Keeps a snapshot of 5 bytes and two batches.

@@ -32,12 +32,12 @@ use crate::control::{Monitor, Server, Standing};
 use crate::ft::accept::Listener;
 use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, connect};
 use crate::ft::channel::Receiving;
-use crate::ft::claim::{ClaimRole, Owner};
+use crate::ft::claim::{ClaimRole, Claims, Owner};
 use crate::ft::fence::Occasion;
 use crate::ft::heartbeat::Heartbeats;
 use crate::ft::hosts::HostList;
 use crate::ft::protocol::{Next, Verdict};
-use crate::ft::supervise::{Claimant, lost_to};
+use crate::ft::supervise::Claimant;
 use crate::guest::{GuestConfig, GuestError};
 use crate::host::disk::{Caching, Disk, DiskError};
 use crate::host::owner::Ownership;
@@ -162,6 +162,7 @@ impl<'a> Follower<'a> {
             guest_name: self.args.name.clone(),
             disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
             claims_id: self.side.claims.arbiter_id(),
+            life: self.side.owner.uuid,
             host_name: self.side.owner.host.clone(),
             timeout_ms: self.side.timing.timeout.as_millis() as u32,
             has_network: resources.tap.is_some(),
@@ -385,6 +386,14 @@ fn follow(
     let heartbeats = Arc::clone(&ready.heartbeats);
     let stop = ready.follower.stop.0.flag();
     spawn("watchdog", watchdog(Arc::clone(&inflow), heartbeats, timeout, Arc::clone(&stop)))?;
+    let (claims, owner) = (ready.follower.side.claims.clone(), ready.follower.side.owner.clone());
+    let checked = Arc::clone(&inflow);
+    spawn("record", move || {
+        if let Some(why) = not_recorded(&claims, view, &owner) {
+            tracing::error!("{why}");
+            checked.retire(ByeReason::Protocol, &why);
+        }
+    })?;
     let source = FromPrimary::new(Arc::clone(&inflow), stop, kept);
     let mut door = Follow::new(source, cursor, config.board.clone(), config.end_page());
     door.inject(ready.faults.clone());
@@ -413,7 +422,7 @@ fn follow(
     if let Stopped::GuestEnded(_) = stopped {
         return Ok(Followed::Ended(ending(stopped, machine.anchors())));
     }
-    let Ok(LinkEnded { verdict, holder, image, noticed }) = verdict.recv() else {
+    let Ok(LinkEnded { verdict, lost, image, noticed }) = verdict.recv() else {
         return Err(PairError::NotFormed("the receiver's thread is gone".into()).into());
     };
     if let Some(view) = inflow.machine(|machine| machine.goes_live()) {
@@ -423,12 +432,33 @@ fn follow(
     if verdict != Verdict::Lost {
         return Ok(Followed::Ended(Ending::Orderly));
     }
-    say_lost(&ready.follower.side.monitor, view + 1, holder.as_ref());
+    say_lost(&ready.follower.side.monitor, view + 1, lost);
     Ok(Followed::Ended(Ending::LostClaim))
 }
 
-fn say_lost(monitor: &Monitor, view: u64, holder: Option<&Owner>) {
-    let cause = lost_to(holder);
+/// Why this monitor is not the backup of `view`, or its primary not the primary, as far as the arbiter answers now. A
+/// takeover asks again, and needs an answer; this one makes that quicker.
+fn not_recorded(claims: &Claims, view: u64, owner: &Owner) -> Option<String> {
+    let record = match claims.read(view) {
+        Ok(Some(record)) => record,
+        // A shared directory may show it late, and without it nobody takes the guest over.
+        Ok(None) => {
+            tracing::warn!(view, "the view's record is not there: without it this backup cannot take over");
+            return None;
+        }
+        Err(error) => {
+            tracing::warn!(view, "the view's record cannot be read now, only at a takeover: {error}");
+            return None;
+        }
+    };
+    if record.backup.as_ref().is_none_or(|backup| backup.uuid != owner.uuid) {
+        return Some(format!("the record of view {view} does not name this backup: it leaves"));
+    }
+    let breach = claims.breach_of(&record).ok().flatten()?;
+    Some(format!("view {view} was not {}'s to claim, so its backup leaves: {breach}", record.owner.host))
+}
+
+fn say_lost(monitor: &Monitor, view: u64, cause: String) {
     let standing = Standing { role: control::Role::None, view, protected: false, cause };
     change!(error, monitor, standing, "the primary goes on alone; this backup stops");
 }
@@ -450,8 +480,8 @@ fn takeover(ready: &Ready<'_>, connection: &Connection, config: &GuestConfig) ->
 /// What followed from the end of the link.
 struct LinkEnded {
     verdict: Verdict,
-    /// Whose the guest is, if the claim was lost.
-    holder: Option<Owner>,
+    /// Why, if the claim was lost.
+    lost: String,
     /// If it was won: the disk image; or what this monitor waited for when the operator stopped it.
     image: Result<Option<Ownership>, &'static str>,
     /// When the end was noticed.
@@ -490,7 +520,7 @@ fn receiver(
             match next() {
                 Next::Wait => std::thread::sleep(SILENCE_POLL),
                 Next::Claim { view } => {
-                    let answer = claimant.ask(view);
+                    let answer = claimant.ask(view, None);
                     inflow.machine(|machine| machine.claim_says(answer));
                 }
                 Next::Done(verdict) => break verdict,
@@ -505,7 +535,7 @@ fn receiver(
             inflow.abandon();
             main.kick();
         }
-        LinkEnded { verdict, holder: claimant.holder().cloned(), image, noticed }
+        LinkEnded { verdict, lost: claimant.why_lost(), image, noticed }
     }
 }
 

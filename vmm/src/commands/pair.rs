@@ -3,7 +3,8 @@
 //! Owns: a guest that runs live. Must never: run one without a claim for its view.
 //!
 //! ```text
-//!   primary: claim(1) ──> live, alone <──> live, paired ──> guest ended | lost claim
+//!   primary: claim(1) ──> live, alone ── claim(view + 1), with its backup ──> live, paired ──> guest ended | lost claim
+//!                            ^──────────── claim(view + 1), without ───────────────┘
 //!   backup, standby:  join ──> follow ──> claim(view + 1) won ──> live, alone ──> as a primary
 //! ```
 
@@ -216,9 +217,9 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
             .map_err(PairError::from)?,
     );
     let prepared = prepare(&args.guest, Caching::WriteThrough, counter)?;
-    match side.claims.claim(view, &side.owner).map_err(PairError::from)? {
-        Outcome::Won => {}
-        Outcome::Lost { holder } => {
+    match side.claims.claim(view, &side.owner, None).map_err(PairError::from)? {
+        Outcome::Won | Outcome::Otherwise => {}
+        Outcome::Lost { holder, .. } => {
             return Err(claimed(&side.claims, &args.guest.name, view, holder).into());
         }
         Outcome::Unknown { why } => {
@@ -260,8 +261,8 @@ pub(super) fn other_hosts(
 fn first_view(claims: &Claims, name: &str) -> Result<u64, PairError> {
     match claims.latest()? {
         None => Ok(1),
-        Some((view, Owner { role: ClaimRole::Ended, .. })) => Ok(view + 1),
-        Some((view, holder)) => Err(claimed(claims, name, view, holder)),
+        Some(last) if last.owner.role == ClaimRole::Ended => Ok(last.view + 1),
+        Some(last) => Err(claimed(claims, name, last.view, last.owner)),
     }
 }
 
@@ -335,7 +336,8 @@ impl LiveSide {
         let _terminal = Terminal::start(&inbox)?;
         let log = PairLog::new(PairParts {
             config,
-            host: side.owner.host.clone(),
+            claims: side.claims.clone(),
+            owner: side.owner.clone(),
             link: Arc::clone(&shared.link),
             gate: Arc::clone(&shared.gate),
             joins,

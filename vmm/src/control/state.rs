@@ -113,6 +113,11 @@ impl Monitor {
         known.since = (SystemTime::now(), Instant::now());
     }
 
+    /// The view has changed, and role and protection have not.
+    pub fn note_view(&self, view: u64) {
+        self.lock().standing.view = view;
+    }
+
     /// Who the other monitor is.
     pub fn set_peer(&self, peer: Option<Peer>) {
         self.lock().peer = peer;

@@ -14,6 +14,7 @@ use ft_log::{ChannelError, Expected, FrameWriter, Key, Message, Refusal, StreamE
 use thiserror::Error;
 
 use super::channel::{Channel, Sending};
+use super::claim::{Member, check_host};
 use super::link::Link;
 use super::primary::Join;
 use super::protocol::Phase;
@@ -158,8 +159,11 @@ fn greet(
         }
         None => return Ok(()),
     };
-    if let Err(mismatch) = check_hello(&hello, expected) {
-        let cause = mismatch.to_string();
+    let unfit = match check_hello(&hello, expected) {
+        Ok(()) => check_host(&hello.host_name).err().map(|error| error.to_string()),
+        Err(mismatch) => Some(mismatch.to_string()),
+    };
+    if let Some(cause) = unfit {
         if reception.search.failed(address.ip(), &cause) {
             tracing::warn!(%address, "a backup was refused: {cause}");
         }
@@ -168,8 +172,12 @@ fn greet(
     if reception.link.phase() != Phase::Alone {
         return refused(&mut channel, Refusal::Busy, "this guest has a backup already".into());
     }
+    if !reception.link.takes_backup() {
+        return refused(&mut channel, Refusal::Busy, "another backup is joining at this moment".into());
+    }
     let listen = (hello.listen_port != 0).then(|| SocketAddr::new(address.ip(), hello.listen_port));
-    let join = Join { channel, host: hello.host_name, address, listen };
+    let member = Member { host: hello.host_name, uuid: hello.life };
+    let join = Join { channel, member, address, listen };
     match reception.joins.try_send(join) {
         Ok(()) => (reception.wake)(),
         Err(TrySendError::Full(mut join) | TrySendError::Disconnected(mut join)) => {

@@ -212,6 +212,8 @@ pub struct Inflow {
     gave_up: AtomicBool,
     abandoned: AtomicBool,
     machine: Mutex<Backup>,
+    /// The anchor at which the snapshot ends, and the log must start.
+    start: u64,
     stream: TcpStream,
 }
 
@@ -254,6 +256,7 @@ impl Connection {
             gave_up: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
             machine: Mutex::new(Backup::new(self.welcome.view, timeout)),
+            start: start.anchor,
             stream,
         };
         inflow.acknowledge()?;
@@ -315,13 +318,13 @@ impl Inflow {
 
     /// Receives until the link ends. `heard` is called for every message.
     pub fn receive(&self, mut frames: Receiving, heard: impl Fn()) -> LinkEnd {
-        let mut order = BatchReceiver::default();
+        let mut order = BatchReceiver::new(self.machine(|machine| machine.view()), self.start);
         let end = loop {
             match frames.receive() {
                 Ok(Some(Message::Batch(batch))) => {
                     heard();
                     if let Err(error) = order.accept(&batch) {
-                        break LinkEnd::unsure(format!("the primary's log is out of order: {error}"));
+                        break LinkEnd::unsure(format!("the primary's log cannot be followed: {error}"));
                     }
                     let seq = batch.seq;
                     self.push(LogPart::Batch(batch));

@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 use hdrhistogram::Histogram;
 
 use super::heartbeat::boot_time;
-use super::protocol::{Answer, Duty, Loss, NotAlone, Phase, Primary, Timing};
-use ft_log::{Ack, Batch, BatchSender, ByeReason, Checkpoint, MAX_BATCH_ENTRIES_BYTES, SequenceError};
+use super::protocol::{Answer, Ask, Duty, JoinError, Life, Loss, Phase, Primary, Timing};
+use ft_log::{
+    Ack, Batch, BatchSender, ByeReason, Checkpoint, FIRST_BATCH, MAX_BATCH_ENTRIES_BYTES, SequenceError,
+};
 
 /// Unsent bytes beyond which the vCPU thread waits for the sender: what one batch can hold.
 const PENDING_LIMIT_BYTES: usize = MAX_BATCH_ENTRIES_BYTES;
@@ -64,6 +66,8 @@ pub struct LinkFigures {
 struct State {
     primary: Primary,
     pending: Vec<u8>,
+    /// Where the log starts.
+    start: u64,
     reached: u64,
     sent_reached: u64,
     checkpoint: Checkpoints,
@@ -117,6 +121,7 @@ impl State {
         Self {
             primary,
             pending: Vec::new(),
+            start: anchor,
             reached: anchor,
             sent_reached: anchor,
             checkpoint: Checkpoints::default(),
@@ -198,8 +203,31 @@ impl Link {
         self.position.load(Ordering::Relaxed)
     }
 
-    /// A backup has been given everything up to `anchor`; numbering starts anew.
-    pub fn attach(&self, anchor: u64) -> Result<(), NotAlone> {
+    /// May a backup begin to join?
+    pub fn takes_backup(&self) -> bool {
+        self.lock().primary.takes_backup()
+    }
+
+    /// `backup`, which was welcomed for `view`, is about to get the last of the guest. Answers what has to be claimed
+    /// before; then [`Self::named`].
+    pub fn name(&self, backup: Life, view: u64) -> Result<Ask, JoinError> {
+        self.lock().primary.name(backup, view)
+    }
+
+    /// What the arbiter says to the claim that [`Self::name`] wants. True: the backup may have the rest of the guest.
+    pub fn named(&self, ask: Ask, answer: Answer) -> bool {
+        let mut state = self.lock();
+        state.primary.claim_says(ask, answer);
+        state.primary.has_named()
+    }
+
+    /// The backup that is joining does not come. What follows is a duty.
+    pub fn join_failed(&self) {
+        self.lock().primary.join_failed();
+    }
+
+    /// The backup that was named has been given everything up to `anchor`; numbering starts anew.
+    pub fn attach(&self, anchor: u64) -> Result<(), JoinError> {
         let mut state = self.lock();
         state.primary.attach(boot_time())?;
         *state = State::new(state.primary.clone(), anchor);
@@ -258,9 +286,9 @@ impl Link {
         self.wake_all();
     }
 
-    /// What the arbiter says to the claim that [`Self::duty`] wants.
-    pub fn claim_says(&self, answer: Answer) {
-        self.lock().primary.claim_says(answer);
+    /// What the arbiter says to the claim of `view` that [`Self::duty`] wants.
+    pub fn claim_says(&self, view: u64, answer: Answer) {
+        self.lock().primary.claim_says(Ask { view, backup: None }, answer);
         self.wake_all();
     }
 
@@ -391,7 +419,14 @@ impl Link {
         has_room.notify_all();
         let checkpoint = state.checkpoint.waiting.take();
         state.checkpoint.sending = checkpoint.is_some();
-        let batch = Batch { seq, reached: state.reached, released: state.released.min(seq), entries };
+        let batch = Batch {
+            view: state.primary.view(),
+            seq,
+            start: (seq == FIRST_BATCH).then_some(state.start),
+            reached: state.reached,
+            released: state.released.min(seq),
+            entries,
+        };
         Outgoing { checkpoint, batch }
     }
 
@@ -500,6 +535,16 @@ mod tests {
         Link::new(1, Timing::new(Duration::from_secs(60), Duration::from_millis(50)))
     }
 
+    /// In view 2, with a backup that has everything up to `anchor`.
+    fn joined(anchor: u64) -> Link {
+        let link = link();
+        let ask = link.name(9, 2).unwrap();
+        assert_eq!(link.attach(anchor), Err(JoinError::NotRecorded));
+        assert!(link.named(ask, Answer::Won));
+        link.attach(anchor).unwrap();
+        link
+    }
+
     fn ack(received: u64, executed: u64) -> Ack {
         Ack { received, executed, ..Ack::default() }
     }
@@ -513,28 +558,27 @@ mod tests {
 
     #[test]
     fn entries_are_in_the_batch_that_publish_named() {
-        let link = link();
-        link.attach(10).unwrap();
+        let link = joined(10);
         assert_eq!(link.publish(b"a", 11, Mood::Idle), Some(1));
         assert_eq!(link.publish(b"b", 12, Mood::Urgent), Some(1));
         let batch = link.next_batch().unwrap().batch;
         assert_eq!((batch.seq, batch.reached, batch.entries.as_slice()), (1, 12, b"ab".as_slice()));
+        assert_eq!((batch.view, batch.start), (2, Some(10)), "the log says whose it is and where it starts");
         assert_eq!(link.publish(b"c", 13, Mood::Urgent), Some(2));
-        assert_eq!(link.next_batch().unwrap().batch.entries, b"c");
+        let batch = link.next_batch().unwrap().batch;
+        assert_eq!((batch.view, batch.start, batch.entries.as_slice()), (2, None, b"c".as_slice()));
     }
 
     #[test]
     fn progress_without_entries_is_sent() {
-        let link = link();
-        link.attach(10).unwrap();
+        let link = joined(10);
         link.publish(&[], 11, Mood::Idle);
         assert_eq!(link.next_batch().unwrap().batch.reached, 11);
     }
 
     #[test]
     fn one_checkpoint_at_a_time_goes_before_the_batch_with_its_stop() {
-        let link = link();
-        link.attach(10).unwrap();
+        let link = joined(10);
         assert!(link.takes_checkpoint());
         link.checkpoint(Checkpoint::default(), Duration::ZERO);
         assert!(!link.takes_checkpoint());
@@ -551,8 +595,7 @@ mod tests {
     fn what_a_lost_backup_did_not_get_keeps_no_checkpoint_from_being_taken() {
         let lost = [|link: &Link| link.detach(Loss::Link), Link::dismiss];
         for (lose, is_taken) in lost.into_iter().flat_map(|lose| [(lose, false), (lose, true)]) {
-            let link = link();
-            link.attach(10).unwrap();
+            let link = joined(10);
             link.checkpoint(Checkpoint::default(), Duration::ZERO);
             link.publish(b"stop", 11, Mood::Urgent);
             // The sender may have got hold of it, and never says that it is sent.
@@ -571,14 +614,12 @@ mod tests {
         for (bye, last_word) in
             [(None, ByeReason::Shutdown), (Some(ByeReason::GuestEnded), ByeReason::GuestEnded)]
         {
-            let link = link();
-            link.attach(10).unwrap();
+            let link = joined(10);
             link.end(bye);
             link.close_at_rest();
             assert_eq!(link.last_word(), Some(Some(last_word)));
         }
-        let link = link();
-        link.attach(10).unwrap();
+        let link = joined(10);
         link.end(None);
         link.close();
         assert_eq!(link.last_word(), Some(None), "something may be under way");
@@ -586,8 +627,7 @@ mod tests {
 
     #[test]
     fn an_acknowledgement_of_what_was_not_sent_is_refused() {
-        let link = link();
-        link.attach(0).unwrap();
+        let link = joined(0);
         link.publish(b"a", 1, Mood::Urgent);
         link.next_batch();
         assert!(link.acknowledged(&ack(2, 0)).is_err());
@@ -596,8 +636,7 @@ mod tests {
 
     #[test]
     fn lag_is_the_age_of_the_oldest_batch_that_was_not_executed() {
-        let link = link();
-        link.attach(0).unwrap();
+        let link = joined(0);
         link.publish(b"a", 5, Mood::Urgent);
         link.next_batch();
         link.acknowledged(&ack(1, 3)).unwrap();
@@ -616,8 +655,7 @@ mod tests {
 
     #[test]
     fn a_full_buffer_makes_the_guest_wait_and_loses_nothing() {
-        let link = link();
-        link.attach(0).unwrap();
+        let link = joined(0);
         std::thread::scope(|scope| {
             let guest = scope.spawn(|| publish_all(&link));
             let mut expected = (1..=PIECES).flat_map(|piece| std::iter::repeat_n(piece as u8, PIECE));
@@ -640,8 +678,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_waits_for_a_stuck_backup_goes_on_when_that_is_given_up() {
-        let link = link();
-        link.attach(0).unwrap();
+        let link = joined(0);
         link.acknowledged(&ack(0, 0)).unwrap();
         std::thread::scope(|scope| {
             let guest = scope.spawn(|| publish_all(&link));
@@ -661,15 +698,14 @@ mod tests {
 
     #[test]
     fn an_orphan_accepts_nothing_until_it_is_alone() {
-        let link = link();
-        link.attach(0).unwrap();
+        let link = joined(0);
         assert!(link.detach(Loss::Link));
         assert!(!link.detach(Loss::Link));
         assert_eq!(link.phase(), Phase::Orphaned);
         assert_eq!(link.publish(b"a", 1, Mood::Urgent), None);
-        assert_eq!(link.attach(1), Err(NotAlone));
+        assert_eq!(link.name(9, 3), Err(JoinError::NotAlone));
         link.closed();
-        link.claim_says(Answer::Won);
-        assert_eq!((link.phase(), link.view()), (Phase::Alone, 2));
+        link.claim_says(3, Answer::Won);
+        assert_eq!((link.phase(), link.view()), (Phase::Alone, 3));
     }
 }

@@ -51,9 +51,18 @@ impl Supervisor {
         let mut taken = false;
         while !taken && Instant::now() < deadline {
             // An arbiter that does not answer now may do so later; the claim below asks until it does.
-            taken = self.claims.latest().is_ok_and(|latest| latest.is_some_and(|(view, _)| view >= next));
-            if !taken {
-                std::thread::sleep(LOOK_EVERY);
+            match self.claims.read(next) {
+                Ok(Some(record)) if record.owner.uuid != self.owner.uuid => {
+                    taken = true;
+                    if let Ok(Some(breach)) = self.claims.breach_of(&record) {
+                        tracing::error!(
+                            view = next,
+                            "the view was not {}'s to claim: {breach}",
+                            record.owner.host
+                        );
+                    }
+                }
+                _ => std::thread::sleep(LOOK_EVERY),
             }
         }
         self.heartbeats.set_peer(None);

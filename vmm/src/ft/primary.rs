@@ -4,8 +4,10 @@
 //! gate, or wait for the backup except to slow the guest down.
 //!
 //! A backup joins while the guest runs (`transfer.rs`): when little is left to be sent, the guest stops at a boundary for
-//! that, and the log goes on from exactly this position, so that every event is either before or after the snapshot.
+//! that, and the log goes on from exactly this position, so that every event is either before or after the snapshot. Before
+//! the guest stops, the arbiter records that the view behind has this backup; whoever has the guest is a member of a view.
 
+use std::cell::{Cell, RefCell};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -20,12 +22,13 @@ use ft_log::{
 
 use super::accept::refuse;
 use super::channel::{Channel, Receiving, Sending};
+use super::claim::{Claims, Member, Owner};
 use super::link::{Counted, Link, Mood, Outgoing};
 use super::output_gate::{OutputGate, Room};
-use super::protocol::Phase;
+use super::protocol::{Answer, Ask, Life, Phase};
 use super::search::Search;
-use super::supervise::LinkEvent;
-use super::transfer::{self, Copied, Transfer};
+use super::supervise::{Claimant, LinkEvent};
+use super::transfer::{self, Copied, Transfer, TransferError};
 use crate::control::Monitor;
 use crate::control::orders::Orders;
 use crate::control::protocol::Peer;
@@ -60,8 +63,8 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
 pub struct Join {
     /// The connection, with the greeting up to Hello done.
     pub channel: Channel,
-    /// Who it is, for messages.
-    pub host: String,
+    /// Who it is.
+    pub member: Member,
     /// Where it connected from.
     pub address: SocketAddr,
     /// Where it would take a backup of its own.
@@ -71,7 +74,8 @@ pub struct Join {
 /// A log whose other end is a backup, when there is one.
 pub struct PairLog {
     config: GuestConfig,
-    host: String,
+    claims: Claims,
+    owner: Owner,
     link: Arc<Link>,
     gate: Arc<OutputGate<Outlet>>,
     joins: Receiver<Join>,
@@ -108,12 +112,65 @@ struct Joining {
     first_pause: Duration,
 }
 
+/// Has a backup that is joining recorded as one.
+struct Naming {
+    link: Arc<Link>,
+    monitor: Arc<Monitor>,
+    claimant: RefCell<Claimant>,
+    member: Member,
+    view: u64,
+    asked: Cell<Option<Ask>>,
+}
+
+impl Naming {
+    /// As the backup of `view`.
+    fn new(log: &PairLog, member: Member, view: u64) -> Self {
+        let claimant = RefCell::new(Claimant::new(log.claims.clone(), log.owner.clone()));
+        let (link, monitor) = (Arc::clone(&log.link), Arc::clone(&log.monitor));
+        Self { link, monitor, claimant, member, view, asked: Cell::new(None) }
+    }
+
+    /// It does not come after all. What was asked of the arbiter may have been done.
+    fn give_up(&self) {
+        if self.asked.get().is_some() {
+            self.link.join_failed();
+        }
+    }
+
+    /// Asks the arbiter once: whether it is recorded.
+    fn attempt(&self) -> Result<bool, TransferError> {
+        let ask = match self.asked.get() {
+            Some(ask) => ask,
+            None => self.link.name(Life::from_be_bytes(self.member.uuid), self.view)?,
+        };
+        self.asked.set(Some(ask));
+        let mut claimant = self.claimant.borrow_mut();
+        let answer = claimant.ask(ask.view, Some(&self.member));
+        let named = self.link.named(ask, answer);
+        match answer {
+            Answer::Won if named => self.monitor.note_view(ask.view),
+            Answer::Unknown => {}
+            Answer::Lost => {
+                let why = claimant.why_lost();
+                return Err(TransferError::NotNamed { view: ask.view, why });
+            }
+            Answer::Won | Answer::Otherwise => {
+                let why = "an earlier attempt has recorded another one".to_owned();
+                return Err(TransferError::NotNamed { view: ask.view, why });
+            }
+        }
+        Ok(named)
+    }
+}
+
 /// What [`PairLog::new`] needs.
 pub struct PairParts {
     /// The guest.
     pub config: GuestConfig,
-    /// This host's name.
-    pub host: String,
+    /// Where a backup is recorded as such.
+    pub claims: Claims,
+    /// This monitor.
+    pub owner: Owner,
     /// The link that the supervisor watches too.
     pub link: Arc<Link>,
     /// Where effects go.
@@ -137,11 +194,12 @@ pub struct PairParts {
 impl PairLog {
     /// A log without a backup yet.
     pub fn new(parts: PairParts) -> Self {
-        let PairParts { config, host, link, gate, joins, events, search, ask, .. } = parts;
+        let PairParts { config, claims, owner, link, gate, joins, events, search, ask, .. } = parts;
         let PairParts { reports, monitor, orders, .. } = parts;
         Self {
             config,
-            host,
+            claims,
+            owner,
             link,
             gate,
             joins,
@@ -180,30 +238,35 @@ impl PairLog {
         let log = machine.start_transfer()?;
         let (transfer, copying) = transfer::begin(log.clone());
         let welcome = Welcome {
-            view: self.link.view(),
+            // Nothing changes the view of a guest that is alone until this backup is named.
+            view: self.link.view() + 1,
             guest_name: self.config.name.clone(),
             memory_bytes: self.config.memory_bytes,
             config_digest: self.config.digest(),
             cpuid_digest: self.config.cpuid_digest(),
-            host_name: self.host.clone(),
+            host_name: self.owner.host.clone(),
         };
         // From here on heartbeats tell whether the backup lives, however long it takes to load.
         join.channel.unhurried()?;
-        let Join { channel: Channel { frames, mut out, heartbeat_key, stream }, host, address, listen } =
-            join;
+        let Join { channel, member, address, listen } = join;
+        let Channel { frames, mut out, heartbeat_key, stream } = channel;
+        let host = member.host.clone();
         stream.set_write_timeout(Some(WRITE_TIMEOUT)).map_err(StreamError::Io)?;
         let to_close = stream.try_clone().map_err(StreamError::Io)?;
         let (config, ask, link) = (self.config.to_payload(), Arc::clone(&self.ask), Arc::clone(&self.link));
         let (events, backup) = (self.events.clone(), host.clone());
         let (search, failing) = (Arc::clone(&self.search), address.ip());
+        let naming = Naming::new(self, member, welcome.view);
         let send = move || {
-            let copied = Copied { welcome, backup: &backup, config, log: &log, ask: &*ask };
+            let name = || naming.attempt();
+            let copied = Copied { welcome, backup: &backup, config, log: &log, ask: &*ask, name: &name };
             if let Err(error) = copying.run(&copied, &mut out) {
+                naming.give_up();
                 let why = format!("it could not be given the guest: {}", with_causes(&error));
                 search.failed(failing, &why);
                 tracing::warn!(%backup, "{why}");
                 let _ = to_close.shutdown(Shutdown::Both);
-                // Of interest if the guest's log follows already.
+                // Of interest if the arbiter was asked to record it, or the guest's log follows already.
                 let _ = events.send(LinkEvent::Down(why));
                 return;
             }
@@ -256,6 +319,7 @@ impl PairLog {
         transfer.finish(last);
         tracing::info!(
             backup = %host,
+            view = self.link.view(),
             anchor = machine.anchors(),
             took_ms = started.elapsed().as_millis() as u64,
             rounds,
@@ -270,7 +334,7 @@ impl PairLog {
 
     /// Tells a backup that it cannot join.
     fn turn_away(mut join: Join, reason: &str) {
-        tracing::debug!(backup = %join.host, "a backup is turned away: {reason}");
+        tracing::debug!(backup = %join.member.host, "a backup is turned away: {reason}");
         // It may be gone already.
         let _ = refuse(&mut join.channel.out, Refusal::Busy, reason.into());
     }
@@ -443,7 +507,7 @@ impl LogSink for PairLog {
         if let Ok(join) = self.joins.try_recv() {
             if self.link.phase() != Phase::Alone {
                 Self::turn_away(join, "this guest has a backup already");
-            } else if self.joining.is_some() {
+            } else if self.joining.is_some() || !self.link.takes_backup() {
                 Self::turn_away(join, "another backup is joining at this moment");
             } else if let Err(error) = self.begin_transfer(machine, join) {
                 tracing::warn!(error = %with_causes(&error), "a backup cannot be given the guest; it goes on without");

@@ -106,7 +106,7 @@ pub fn start(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ft::protocol::Timing;
+    use crate::ft::protocol::{Answer, Timing};
 
     #[test]
     fn a_host_that_failed_is_passed_over_until_it_is_due() {
@@ -139,6 +139,8 @@ mod tests {
         assert_eq!(call.invitation, Ok(expected));
         assert!(call.from.ip().is_loopback());
         called.recv_timeout(limit).unwrap();
+        let ask = link.name(9, 4).unwrap();
+        assert!(link.named(ask, Answer::Won));
         link.attach(0).unwrap();
         // At most one was under way.
         std::thread::sleep(INVITE_EVERY);

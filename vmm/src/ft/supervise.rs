@@ -12,7 +12,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
 use ft_log::{Role, SealKey};
 
-use super::claim::{Claims, Outcome, Owner};
+use super::claim::{ClaimError, Claims, Member, Outcome, Owner};
 use super::heartbeat::Heartbeats;
 use super::link::Link;
 use super::output_gate::OutputGate;
@@ -89,6 +89,7 @@ impl Supervisor {
         loop {
             let (loss, why) = match events.recv_timeout(look_every) {
                 Ok(LinkEvent::Paired { stream, address, heartbeat_key }) => {
+                    self.heartbeats.set_view(self.link.view(), Role::Primary);
                     self.heartbeats.set_peer(Some((address, heartbeat_key)));
                     connection = Some((stream, address));
                     continue;
@@ -125,6 +126,10 @@ impl Supervisor {
                 Err(RecvTimeoutError::Disconnected) => return,
             };
             if !self.link.detach(loss) {
+                if self.link.duty() != Duty::Nothing {
+                    // A backup that has not got the guest does not come; output need not wait for what follows.
+                    self.go_on_without(None, why);
+                }
                 continue;
             }
             let standing = self.standing(false, why.clone());
@@ -177,17 +182,19 @@ impl Supervisor {
     /// Claims until there is an answer. While there is none nobody goes on: neither side can know that the other has not.
     pub(super) fn claim(&self, claimant: &mut Claimant) {
         while let Duty::Claim { view } = self.link.duty() {
-            let answer = claimant.ask(view);
-            if answer == Answer::Won {
+            let answer = claimant.ask(view, None);
+            if matches!(answer, Answer::Won | Answer::Otherwise) {
                 self.heartbeats.set_view(view, Role::Primary);
             }
-            self.link.claim_says(answer);
+            self.link.claim_says(view, answer);
         }
     }
 
     /// Another monitor has the guest.
     fn stop(&self, claimant: &Claimant) -> ! {
-        let cause = lost_to(claimant.holder());
+        // Without a backup output would go on until the guest has stopped.
+        self.gate.close();
+        let cause = claimant.why_lost();
         let view = self.link.view() + 1;
         let standing = Standing { role: control::Role::None, view, protected: false, cause };
         change!(error, self.monitor, standing, "the backup has taken over; this monitor stops");
@@ -237,74 +244,76 @@ impl Supervisor {
     }
 }
 
-/// Why a claim was lost, in words.
-pub fn lost_to(holder: Option<&Owner>) -> String {
-    match holder {
-        Some(holder) => format!("{} (process {}) has claimed the view", holder.host, holder.pid),
-        None => "another monitor has claimed the view".to_owned(),
-    }
-}
-
 /// Asks for views on behalf of one monitor.
 pub struct Claimant {
     claims: Claims,
     owner: Owner,
-    holder: Option<Owner>,
+    lost: Option<String>,
     said: bool,
 }
 
 impl Claimant {
     /// Asks `claims` for `owner`.
     pub fn new(claims: Claims, owner: Owner) -> Self {
-        Self { claims, owner, holder: None, said: false }
+        Self { claims, owner, lost: None, said: false }
     }
 
-    /// Claims `view`. After an answer that tells nothing it takes a while, so that it may be called again at once.
-    pub fn ask(&mut self, view: u64) -> Answer {
+    /// Claims `view`, with `backup` or without one. After an answer that tells nothing it takes a while, so that it may be
+    /// called again at once.
+    pub fn ask(&mut self, view: u64, backup: Option<&Member>) -> Answer {
         let Self { claims, owner, said, .. } = self;
         let mut say = |why: &str| {
             if !std::mem::replace(said, true) {
                 tracing::warn!(view, "the claim is undecided, asking again until there is an answer: {why}");
             }
         };
-        let why = match claim_on_a_thread(claims, view, owner, &mut say) {
-            Ok(Outcome::Won) => return Answer::Won,
-            Ok(Outcome::Lost { holder }) => {
-                self.holder = Some(holder);
+        let why = match claim_on_a_thread(claims, (view, owner, backup), &mut say) {
+            Ok(Ok(Outcome::Won)) => return Answer::Won,
+            Ok(Ok(Outcome::Otherwise)) => return Answer::Otherwise,
+            Ok(Ok(Outcome::Lost { holder, breach })) => {
+                if let Some(breach) = breach {
+                    tracing::error!(view, "the view was not {}'s to claim: {breach}", holder.host);
+                }
+                let lost = format!("{} (process {}) has claimed the view", holder.host, holder.pid);
+                self.lost = Some(lost);
                 return Answer::Lost;
             }
-            Ok(Outcome::Unknown { why }) | Err(why) => why,
+            Ok(Err(refused @ ClaimError::NotMember { .. })) => {
+                self.lost = Some(refused.to_string());
+                return Answer::Lost;
+            }
+            Ok(Ok(Outcome::Unknown { why })) | Err(why) => why,
+            Ok(Err(error)) => with_causes(&error),
         };
         say(&why);
         std::thread::sleep(CLAIM_AGAIN);
         Answer::Unknown
     }
 
-    /// Whose the view is that was lost.
-    pub fn holder(&self) -> Option<&Owner> {
-        self.holder.as_ref()
+    /// Why the claim was lost, in words.
+    pub fn why_lost(&self) -> String {
+        self.lost.clone().unwrap_or_else(|| "another monitor has claimed the view".to_owned())
     }
 }
 
-/// One attempt. It may hang in the kernel, as on a file server that does not answer; that is said meanwhile.
+/// One attempt; an error on the outside: none was made. It may hang in the kernel, as on a file server that does not answer; that is said meanwhile.
 fn claim_on_a_thread(
     claims: &Claims,
-    view: u64,
-    owner: &Owner,
+    (view, owner, backup): (u64, &Owner, Option<&Member>),
     say: &mut impl FnMut(&str),
-) -> Result<Outcome, String> {
+) -> Result<Result<Outcome, ClaimError>, String> {
     let (answer, answered) = bounded(1);
-    let (asked, owner) = (claims.clone(), owner.clone());
+    let (asked, owner, backup) = (claims.clone(), owner.clone(), backup.cloned());
     std::thread::Builder::new()
         .name("claim".into())
         .spawn(move || {
             // This function waits for exactly this.
-            let _ = answer.send(asked.claim(view, &owner).map_err(|error| with_causes(&error)));
+            let _ = answer.send(asked.claim(view, &owner, backup.as_ref()));
         })
         .map_err(|error| format!("no thread for it: {error}"))?;
     loop {
         match answered.recv_timeout(CLAIM_SAID_AFTER) {
-            Ok(outcome) => return outcome,
+            Ok(outcome) => return Ok(outcome),
             Err(RecvTimeoutError::Timeout) => {
                 say(&format!("{} has not answered for {} s", claims.arbiter(), CLAIM_SAID_AFTER.as_secs()));
             }

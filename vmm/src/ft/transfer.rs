@@ -4,10 +4,11 @@
 //! vCPU's thread hands over what has to be of one moment.
 //!
 //! ```text
-//!   all memory ── what was written meanwhile ── again ── little is left ──> ready
-//!       │                    └── not getting less: the guest is slowed ──┘     │ the vCPU's thread, at a boundary:
-//!       │                                                                      v  Transfer::finish
-//!       └─ the connection breaks: failed, nothing else happens          the rest, state ── sent ──> log sender
+//!   all memory ── what was written meanwhile ── again ── little is left ── recorded as the backup ── again ──> ready
+//!       │                    └── not getting less: the guest is slowed ──┘       the vCPU's thread, at a boundary: │
+//!       │                                                                                         Transfer::finish v
+//!       └─ the connection breaks, or it is not recorded: failed,              log sender <── sent ── the rest, state
+//!          nothing else happens
 //! ```
 
 use std::io::Write;
@@ -15,11 +16,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
 use devices::Payload;
 use ft_log::{FrameWriter, Message, Pages, SnapshotWriter, StreamError, Welcome};
 use thiserror::Error;
 
+use super::protocol::JoinError;
 use crate::control::protocol::{self as control, Direction};
 use crate::control::state::TransferOf;
 use crate::kvm::{DirtyLog, KvmError, page_count};
@@ -29,6 +31,8 @@ use crate::snapshot::{self, SnapshotError};
 const LAST_PAGES: u64 = 256;
 /// Rounds after which the guest stops for whatever is left.
 const ROUNDS_MAX: u32 = 30;
+/// The same for what is written while the arbiter records the backup.
+const ROUNDS_BEHIND_NAMING_MAX: u32 = 5;
 /// A round that leaves more than this part of what the one before left does not get anywhere.
 const PROGRESS_NUMERATOR: u64 = 3;
 const PROGRESS_DENOMINATOR: u64 = 4;
@@ -36,6 +40,8 @@ const PROGRESS_DENOMINATOR: u64 = 4;
 const SLOWER_PERCENT: [u32; 3] = [50, 75, 90];
 /// Pause between two attempts to get the vCPU's thread to a boundary.
 const ASK_EVERY: Duration = Duration::from_millis(5);
+/// How long the arbiter may take to record the backup. Less than the backup waits for a byte.
+const NAMING_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a guest did not get to a backup.
 #[derive(Debug, Error)]
@@ -52,6 +58,17 @@ pub enum TransferError {
     /// The vCPU's thread is gone.
     #[error("the guest has ended")]
     Ended,
+    /// The primary's state does not allow it.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// No record says that it is the backup.
+    #[error("the arbiter has not recorded it as the backup of view {view}: {why}")]
+    NotNamed {
+        /// The view.
+        view: u64,
+        /// What the arbiter says.
+        why: String,
+    },
 }
 
 /// What has to be of one moment: state, and the pages that are not sent yet.
@@ -142,6 +159,8 @@ pub struct Copied<'a> {
     pub log: &'a DirtyLog,
     /// Gets the vCPU's thread to a boundary.
     pub ask: &'a dyn Fn(),
+    /// Asks the arbiter once to record this as the backup: whether it is.
+    pub name: &'a dyn Fn() -> Result<bool, TransferError>,
 }
 
 impl Copying {
@@ -171,7 +190,10 @@ impl Copying {
             percent = now;
             self.progress.percent.store(now as u32, Ordering::Relaxed);
         })?;
-        self.rounds(copied, &mut writer)?;
+        self.rounds(copied, &mut writer, ROUNDS_MAX)?;
+        // Before the guest stops, so that it does not stand still for as long as the arbiter takes.
+        self.name(copied)?;
+        self.rounds(copied, &mut writer, ROUNDS_BEHIND_NAMING_MAX)?;
         let (state, pages) = self.wait_for_last_part(copied.ask)?;
         for payload in state {
             writer.payload(&payload.kind, payload.version, &payload.bytes).map_err(container)?;
@@ -180,26 +202,46 @@ impl Copying {
         Ok(writer.finish().map_err(container)?.finish()?)
     }
 
+    /// Has the backup recorded as one. It waits for bytes meanwhile, and not for ever.
+    fn name(&self, copied: &Copied<'_>) -> Result<(), TransferError> {
+        let deadline = Instant::now() + NAMING_TIMEOUT;
+        loop {
+            let named = (copied.name)()?;
+            if Instant::now() > deadline {
+                let why = format!("no answer came within {} s", NAMING_TIMEOUT.as_secs());
+                return Err(TransferError::NotNamed { view: copied.welcome.view, why });
+            }
+            if named {
+                return Ok(());
+            }
+            if self.last_part.try_recv() == Err(TryRecvError::Disconnected) {
+                return Err(TransferError::Ended);
+            }
+        }
+    }
+
     /// Sends what was written meanwhile until little is left.
     fn rounds<W: Write>(
         &self,
         copied: &Copied<'_>,
         writer: &mut SnapshotWriter<W>,
+        rounds_max: u32,
     ) -> Result<(), TransferError> {
-        let (mut before, mut slower) = (u64::MAX, SLOWER_PERCENT.into_iter());
-        for round in 1..=ROUNDS_MAX {
+        let mut before = u64::MAX;
+        for _ in 0..rounds_max {
             let started = Instant::now();
             let written = copied.log.take()?;
             let pages = page_count(&written);
             snapshot::pages_again(copied.log.ram(), &written, writer)?;
-            self.progress.rounds.store(round, Ordering::Relaxed);
+            let round = self.progress.rounds.fetch_add(1, Ordering::Relaxed) + 1;
             self.progress.pages.fetch_add(pages, Ordering::Relaxed);
             tracing::debug!(round, pages, took_ms = started.elapsed().as_millis() as u64, "sent again");
             if pages <= LAST_PAGES {
                 return Ok(());
             }
+            let present = self.progress.slower_percent.load(Ordering::Relaxed);
             if pages > before / PROGRESS_DENOMINATOR * PROGRESS_NUMERATOR
-                && let Some(percent) = slower.next()
+                && let Some(percent) = SLOWER_PERCENT.into_iter().find(|percent| *percent > present)
             {
                 self.progress.slower_percent.store(percent, Ordering::Relaxed);
                 tracing::warn!(

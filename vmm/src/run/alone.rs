@@ -4,7 +4,7 @@
 //! acknowledge anything.
 
 use devices::Effect;
-use ft_log::{Batch, CheckpointEncoder, Encoder, Entry, Position, RecordingWriter};
+use ft_log::{Batch, CheckpointEncoder, Encoder, Entry, FIRST_BATCH, Position, RecordingWriter};
 
 use super::{LogSink, RunError};
 use crate::machine::Machine;
@@ -62,13 +62,14 @@ pub struct FileLog {
     checkpointed: u64,
     pages: u64,
     seq: u64,
+    start: u64,
     checked: u64,
 }
 
 impl FileLog {
     /// Goes on behind the snapshot that `writer` already holds; `encoder` stands at its position.
     pub fn new(outlet: Outlet, writer: RecordingWriter, encoder: Encoder) -> Self {
-        let checked = encoder.cursor().anchor;
+        let start = encoder.cursor().anchor;
         Self {
             outlet,
             writer: Some(writer),
@@ -78,14 +79,17 @@ impl FileLog {
             checkpointed: 0,
             pages: 0,
             seq: 0,
-            checked,
+            start,
+            checked: start,
         }
     }
 
     fn write_batch(&mut self, machine: &Machine) -> Result<(), RunError> {
         self.seq += 1;
         let batch = Batch {
+            view: 0,
             seq: self.seq,
+            start: (self.seq == FIRST_BATCH).then_some(self.start),
             reached: machine.anchors(),
             released: self.seq,
             entries: self.encoder.take(),

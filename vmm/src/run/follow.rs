@@ -410,7 +410,7 @@ mod tests {
 
     impl PartSource for OneBatch {
         fn next(&mut self) -> Result<Option<LogPart>, RunError> {
-            let part = |entries| LogPart::Batch(Batch { seq: 1, reached: 9, released: 0, entries });
+            let part = |entries| LogPart::Batch(Batch { seq: 1, reached: 9, entries, ..Batch::default() });
             Ok(self.0.take().map(part))
         }
 

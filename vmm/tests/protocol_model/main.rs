@@ -7,6 +7,7 @@
 
 mod fair;
 mod steps;
+mod views;
 mod world;
 
 use std::collections::BTreeSet;
@@ -51,6 +52,11 @@ impl Model for Pair {
             Property::always(SURVIVES, outputs_survive),
             Property::always(NO_USE, |_, world: &World| !world.useless_lives),
             Property::always(MEMBERS, |_, world: &World| world.records.iter().all(|record| record.by_member)),
+            Property::always(RECORDED, |_, world: &World| {
+                world.hosts.iter().all(|host| is_recorded(world, host))
+            }),
+            Property::always(OWN_VIEW, |_, world: &World| !world.foreign),
+            Property::always(OWN_LOG, |_, world: &World| !world.refused),
             Property::always(RESUMES, |pair: &Self, world| {
                 !somebody_could(world) || world.serves_again(&pair.wiring)
             }),
@@ -64,6 +70,9 @@ const IMPLIED: &str = "whoever may let output out has the state that all outputs
 const SURVIVES: &str = "who may take the guest over has all that was let out";
 const NO_USE: &str = "a guest that is of no use never goes live";
 const MEMBERS: &str = "the primary of a view was primary or backup in the one before";
+const RECORDED: &str = "who has the guest is named by the record of its view";
+const OWN_VIEW: &str = "a backup takes entries of its own view only";
+const OWN_LOG: &str = "a backup is sent what it may take: its view's log, from where its guest stands";
 const RESUMES: &str = "while a member of the latest view is healthy and the arbiter answers, service resumes";
 
 /// Frozen monitors included, since they go on without notice.
@@ -79,6 +88,20 @@ fn outputs_are_implied(pair: &Pair, world: &World) -> bool {
         _ => true,
     };
     !world.contradiction && world.hosts.iter().enumerate().all(implied)
+}
+
+fn is_recorded(world: &World, host: &world::Host) -> bool {
+    match &host.monitor {
+        Monitor::Backup(following) if following.loaded => world
+            .records
+            .iter()
+            .any(|record| record.view == following.view && record.backup == Some(following.life)),
+        Monitor::Primary(running) => {
+            let is_own = |record: &world::Record| record.primary == running.life;
+            world.records.iter().any(|record| record.view == running.machine.view() && is_own(record))
+        }
+        _ => true,
+    }
 }
 
 /// So whichever of the pair fails, the other one goes on with it.
@@ -129,7 +152,11 @@ fn threads() -> usize {
 
 /// Fails unless `flaw`, or whatever else is wrong with `wiring` and `left`, breaks `property`.
 fn breaks_with(property: &'static str, left: Left, wiring: Wiring) {
-    let pair = Pair { hosts: 2, left, wiring, breaks: Some(property) };
+    breaks_on(2, property, left, wiring);
+}
+
+fn breaks_on(hosts: usize, property: &'static str, left: Left, wiring: Wiring) {
+    let pair = Pair { hosts, left, wiring, breaks: Some(property) };
     let found = HasDiscoveries::AnyOf(BTreeSet::from([property]));
     let checker = pair.checker().threads(threads()).finish_when(found).spawn_bfs().join();
     let path = checker.discovery(property).expect("the model cannot tell this wiring from the right one");
@@ -163,6 +190,17 @@ fn crashes() {
 fn unanswered_claims() {
     let left = Left { crashes: 1, doubts: 1, ..quiet(3) };
     holds("a crash and an unanswered claim", 2, left, Left { doubts: 2, ..left }.with_ticks(4));
+}
+
+#[test]
+fn joins_without_an_answer() {
+    let left = Left { crashes: 1, doubts: 1, joins: 2, ..quiet(1) };
+    holds(
+        "a backup that the arbiter may have recorded, and a crash",
+        2,
+        left,
+        Left { doubts: 2, cuts: 1, ..left }.with_ticks(2),
+    );
 }
 
 #[test]
@@ -225,15 +263,20 @@ fn what_is_meant_to_happen_happens() {
     for (what, left, seen) in [
         ("a takeover", Left { crashes: 1, ..quiet(3) }, taken_over as fn(&World) -> bool),
         ("outputs while a backup follows", quiet(1), |world| {
-            let follows = |host: &world::Host| matches!(&host.monitor, Monitor::Backup(_));
+            let follows =
+                |host: &world::Host| matches!(&host.monitor, Monitor::Backup(following) if following.loaded);
             world.released.len() == 2 && world.hosts.iter().any(follows)
         }),
         ("a backup left behind", Left { lags: 1, ..quiet(0) }, |world| {
-            let goes_on = |host: &world::Host| matches!(&host.monitor, Monitor::Primary(running) if running.machine.view() == 2);
+            let goes_on = |host: &world::Host| matches!(&host.monitor, Monitor::Primary(running) if running.machine.view() == 3);
             world.left.lags == 0 && world.hosts.iter().any(goes_on)
         }),
         ("a second pair", Left { crashes: 1, joins: 2, ..quiet(3) }, |world| {
-            taken_over(world) && world.hosts.iter().any(|host| matches!(&host.monitor, Monitor::Backup(_)))
+            taken_over(world)
+                && world
+                    .hosts
+                    .iter()
+                    .any(|host| matches!(&host.monitor, Monitor::Backup(following) if following.loaded))
         }),
     ] {
         let pair = Seen { pair: Pair { hosts: 2, left, wiring: Wiring::default(), breaks: None }, seen };
@@ -343,6 +386,44 @@ fn a_guest_of_no_use_that_goes_live_is_found() {
 #[test]
 fn going_live_before_all_is_executed_is_found() {
     breaks(Flaw::GoesLiveTooEarly, IMPLIED, Left { crashes: 1, ..quiet(2) });
+}
+
+#[test]
+fn a_pair_without_a_record_is_found() {
+    breaks(Flaw::PairsUnrecorded, MEMBERS, Left { crashes: 1, ..bare(0) });
+    breaks(Flaw::PairsUnrecorded, RECORDED, bare(0));
+    breaks(Flaw::SilenceIsAWin, MEMBERS, Left { crashes: 1, doubts: 1, ..bare(0) });
+}
+
+#[test]
+fn a_record_that_does_not_name_the_backup_is_found() {
+    breaks(Flaw::NamesNobody, MEMBERS, Left { crashes: 1, ..bare(0) });
+    breaks(Flaw::NamesNobody, RECORDED, bare(0));
+}
+
+#[test]
+fn a_record_that_names_another_backup_is_found() {
+    breaks(Flaw::AnyBackupIsNamed, MEMBERS, Left { crashes: 1, doubts: 1, joins: 2, ..bare(0) });
+}
+
+#[test]
+fn a_guest_from_before_the_start_of_the_log_is_found() {
+    breaks(Flaw::EarlySnapshot, SURVIVES, quiet(0));
+    breaks(Flaw::EarlySnapshot, OWN_LOG, quiet(0));
+}
+
+#[test]
+fn entries_of_another_view_are_found_and_refused() {
+    let left = Left { lags: 1, joins: 2, entries: 1, ..quiet(0) };
+    let wiring = Wiring { flaw: Some(Flaw::TakesAnyView), ..Wiring::default() };
+    breaks_on(3, OWN_VIEW, left, wiring);
+    let wiring = Wiring { flaw: Some(Flaw::SendsToAll), ..wiring };
+    breaks_on(3, OWN_LOG, left, wiring);
+    // Whoever looks at the view comes to no harm.
+    let pair = Pair { hosts: 3, left, wiring, breaks: None };
+    let checker = pair.checker().threads(threads()).spawn_bfs().join();
+    let broken: Vec<_> = checker.discoveries().into_keys().collect();
+    assert_eq!(broken, [OWN_LOG]);
 }
 
 #[test]

@@ -2,9 +2,9 @@
 //!
 //! Owns: which steps there are, and the budgets of faults. Must never: change anything.
 
-use vmft::ft::protocol::{Duty, Next, Phase};
+use vmft::ft::protocol::{Duty, Life, Next, Phase};
 
-use super::world::{Beat, Host, Life, Monitor, World, is_alone};
+use super::world::{Beat, Connection, Host, Monitor, Running, World, takes_backup};
 
 /// What may still happen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -50,6 +50,9 @@ pub enum Step {
     Tick { slow: Option<usize> },
     Execute(usize),
     Join { primary: usize, backup: usize },
+    Name(usize),
+    Attach(usize),
+    GiveUpJoin(usize),
     ToBackup(usize),
     ToPrimary(usize),
     CloseSeenByBackup(usize),
@@ -99,7 +102,7 @@ impl World {
         }
         match &host.monitor {
             Monitor::Off => {
-                let primary = self.hosts.iter().position(|host| !host.frozen && is_alone(host));
+                let primary = self.hosts.iter().position(|host| !host.frozen && takes_backup(host));
                 let primary = primary.filter(|_| left.joins > 0);
                 steps.extend(primary.map(|primary| Step::Join { primary, backup: place }));
                 return;
@@ -111,6 +114,7 @@ impl World {
                 if !running.asking && running.machine.duty() != Duty::Nothing {
                     steps.push(Step::Duty(place));
                 }
+                self.steps_of_join(place, running, steps);
                 if running.handed_over {
                     steps.push(Step::TakeBack(place));
                 }
@@ -139,6 +143,28 @@ impl World {
         }
         if left.freezes > 0 {
             steps.push(Step::Freeze(place));
+        }
+    }
+
+    /// What may come of a backup that is being recorded.
+    fn steps_of_join(&self, place: usize, running: &Running, steps: &mut Vec<Step>) {
+        let Some(backup) = running.joining.filter(|_| !running.asking) else { return };
+        if running.machine.has_named() {
+            steps.push(Step::Attach(place));
+        } else if running.machine.takes_backup() || running.machine.duty() != Duty::Nothing {
+            // The join has come to nothing by the arbiter's answer.
+            steps.push(Step::GiveUpJoin(place));
+            return;
+        } else {
+            // There was no answer.
+            steps.extend([Step::Name(place), Step::GiveUpJoin(place)]);
+            return;
+        }
+        let is_gone = |connection: &Connection| {
+            connection.backup == backup && (connection.closed_by_backup || connection.cut)
+        };
+        if self.place_of(backup).is_none() || self.connections.iter().any(is_gone) {
+            steps.push(Step::GiveUpJoin(place));
         }
     }
 

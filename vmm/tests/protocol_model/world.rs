@@ -9,9 +9,10 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use ft_log::{Batch, BatchReceiver, FIRST_BATCH};
 use vmft::ft::protocol::{
-    Answer, Backup, Duty, Hearing, Leave, LinkLoss, Loss, Mode, Next, OutputRule, Phase, Primary, Questions,
-    Timing,
+    Answer, Ask, Backup, Duty, Hearing, Leave, Life, LinkLoss, Loss, Mode, Next, OutputRule, Phase, Primary,
+    Questions, Timing,
 };
 
 use super::steps::{Left, Step};
@@ -20,9 +21,6 @@ use super::steps::{Left, Step};
 pub const TICK: Duration = Duration::from_secs(1);
 /// Heartbeats of one sender that are on their way at a time; of more, the oldest is lost.
 const BEATS_MAX: usize = 2;
-
-/// One life of one monitor.
-pub type Life = u8;
 
 /// A rule that is not kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +49,18 @@ pub enum Flaw {
     RetiredClaims,
     /// A backup goes live before it has executed all that it has.
     GoesLiveTooEarly,
+    /// A backup gets the guest without a record that names it.
+    PairsUnrecorded,
+    /// The record of a pair's view names no backup.
+    NamesNobody,
+    /// A join that failed is forgotten, and a view that is the primary's counts as won whoever is named in it.
+    AnyBackupIsNamed,
+    /// A backup gets the guest as it was before its view was claimed.
+    EarlySnapshot,
+    /// The log goes to everybody who ever was the primary's backup.
+    SendsToAll,
+    /// The same, and nobody looks which view's it is.
+    TakesAnyView,
 }
 
 /// How the machines are put together. The default is what the monitor does.
@@ -61,7 +71,7 @@ pub struct Wiring {
 }
 
 impl Wiring {
-    fn has(&self, flaw: Flaw) -> bool {
+    pub(super) fn has(&self, flaw: Flaw) -> bool {
         self.flaw == Some(flaw)
     }
 }
@@ -79,12 +89,16 @@ pub struct Running {
     pub machine: Primary,
     pub(super) rule: OutputRule,
     pub(super) questions: Questions,
+    /// The backup that is being recorded as one, and has not got the guest.
+    pub(super) joining: Option<Life>,
     /// The backup that heartbeats go to.
     pub(super) peer: Option<Life>,
     pub guest: Vec<u8>,
     /// Outputs that wait: batch, and place in `guest`.
     pub(super) held: VecDeque<(u64, usize)>,
     pub(super) batches: u64,
+    /// Entries that the backup was given with the guest.
+    pub(super) start: usize,
     pub(super) asking: bool,
     /// The log has ended for the backup to take over, and this monitor waits to see that.
     pub(super) handed_over: bool,
@@ -95,9 +109,11 @@ pub struct Running {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Following {
     pub life: Life,
-    /// The view of its primary.
+    /// The view in which it is the backup.
     pub view: u64,
     pub machine: Backup,
+    /// What of the log it may take next, once it has the guest.
+    pub(super) order: BatchReceiver,
     pub(super) hearing: Hearing,
     pub guest: Vec<u8>,
     pub loaded: bool,
@@ -124,7 +140,8 @@ pub struct Host {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Down {
     Snapshot(Vec<u8>),
-    Batch(u64, u8),
+    /// Of a view; number; where the log starts, where it is now; the entry.
+    Batch(u64, u64, Option<u64>, u64, u8),
 }
 
 /// A connection between the monitors of two lives. Each backup has one.
@@ -153,7 +170,7 @@ pub(super) struct Beat {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Pending {
     pub(super) life: Life,
-    pub(super) view: u64,
+    pub(super) ask: Ask,
     pub(super) answer: Option<Answer>,
     /// The monitor was told that there is no answer.
     pub(super) given_up: bool,
@@ -164,7 +181,8 @@ pub(super) struct Pending {
 pub struct Record {
     pub view: u64,
     pub primary: Life,
-    /// The claimant was primary or backup in the view before: not the arbiter's knowledge.
+    pub backup: Option<Life>,
+    /// The record of the view before names the claimant.
     pub by_member: bool,
 }
 
@@ -186,7 +204,11 @@ pub struct World {
     pub overlap: bool,
     /// A guest of no use went live.
     pub useless_lives: bool,
-    pub(super) lives: u8,
+    /// A backup took an entry of another view's log.
+    pub foreign: bool,
+    /// A backup was sent what it refused.
+    pub refused: bool,
+    pub(super) lives: Life,
     pub(super) entries: u8,
 }
 
@@ -200,11 +222,13 @@ impl World {
             connections: Vec::new(),
             beats: Vec::new(),
             pending: Vec::new(),
-            records: vec![Record { view: 1, primary: 1, by_member: true }],
+            records: vec![Record { view: 1, primary: 1, backup: None, by_member: true }],
             released: Vec::new(),
             contradiction: false,
             overlap: false,
             useless_lives: false,
+            foreign: false,
+            refused: false,
             lives: 1,
             entries: 0,
         };
@@ -212,7 +236,7 @@ impl World {
         world
     }
 
-    fn now(&self, host: usize) -> Duration {
+    pub(super) fn now(&self, host: usize) -> Duration {
         TICK * u32::from(self.tick - self.hosts[host].lag)
     }
 
@@ -256,7 +280,10 @@ impl World {
             Step::Tick { slow } => self.pass_time(slow, wiring),
             Step::Execute(host) => self.execute(host, wiring),
             Step::Join { primary, backup } => self.join(primary, backup, wiring),
-            Step::ToBackup(connection) => self.deliver_down(connection),
+            Step::Name(host) => self.name(host),
+            Step::Attach(host) => self.attach(host, wiring),
+            Step::GiveUpJoin(host) => self.give_up_join(host, wiring),
+            Step::ToBackup(connection) => self.deliver_down(connection, wiring),
             Step::ToPrimary(connection) => self.deliver_up(connection, wiring),
             Step::CloseSeenByBackup(connection) => {
                 let backup = self.connections[connection].backup;
@@ -289,16 +316,17 @@ impl World {
             Step::Ask(host) => self.ask(host),
             Step::Arbitrate(pending) => self.arbitrate(pending, wiring),
             Step::Reply(pending) => {
-                let Pending { life, answer, given_up, .. } = self.pending.remove(pending);
+                let Pending { life, ask, answer, given_up } = self.pending.remove(pending);
                 if let Some(answer) = answer.filter(|_| !given_up) {
-                    self.answer(life, answer, wiring);
+                    self.answer(life, ask, answer, wiring);
                 }
             }
             Step::Doubt(pending) => {
                 self.left.doubts -= 1;
                 self.pending[pending].given_up = true;
                 let silence = if wiring.has(Flaw::SilenceIsAWin) { Answer::Won } else { Answer::Unknown };
-                self.answer(self.pending[pending].life, silence, wiring);
+                let Pending { life, ask, .. } = self.pending[pending];
+                self.answer(life, ask, silence, wiring);
             }
             fault => self.fail(fault, wiring),
         }
@@ -445,8 +473,16 @@ impl World {
                 if wiring.has(Flaw::ReleaseBeforeAck) {
                     running.rule.acknowledge(seq);
                 }
-                if let Some(connection) = connection_of(&mut self.connections, running.life) {
-                    connection.down.push_back(Down::Batch(seq, entry));
+                let (start, reached) = (running.start as u64, running.guest.len() as u64);
+                let start = (seq == FIRST_BATCH).then_some(start);
+                let batch = Down::Batch(running.machine.view(), seq, start, reached, entry);
+                let to_all = wiring.has(Flaw::SendsToAll) || wiring.has(Flaw::TakesAnyView);
+                if to_all {
+                    let mine = |connection: &&mut Connection| connection.primary == running.life;
+                    let all = self.connections.iter_mut().filter(mine);
+                    all.for_each(|connection| connection.down.push_back(batch.clone()));
+                } else if let Some(connection) = connection_of(&mut self.connections, running.life) {
+                    connection.down.push_back(batch);
                 }
                 seq
             }
@@ -475,41 +511,7 @@ impl World {
         }
     }
 
-    fn join(&mut self, primary: usize, backup: usize, wiring: &Wiring) {
-        self.left.joins -= 1;
-        self.lives += 1;
-        let (life, now, here) = (self.lives, self.now(primary), self.now(backup));
-        let Monitor::Primary(running) = &mut self.hosts[primary].monitor else { return };
-        running.machine.attach(now).expect("it is alone");
-        running.rule.protect();
-        running.batches = 0;
-        running.questions.forget();
-        running.peer = Some(life);
-        let view = running.machine.view();
-        self.connections.push(Connection {
-            primary: running.life,
-            backup: life,
-            down: VecDeque::from([Down::Snapshot(running.guest.clone())]),
-            up: VecDeque::new(),
-            closed_by_primary: false,
-            closed_by_backup: false,
-            cut: false,
-            dismissed: false,
-        });
-        self.hosts[backup].monitor = Monitor::Backup(Box::new(Following {
-            life,
-            view,
-            machine: Backup::new(view, wiring.timing.timeout),
-            hearing: Hearing::new(here),
-            guest: Vec::new(),
-            loaded: false,
-            useless: false,
-            next: Next::Wait,
-            asking: false,
-        }));
-    }
-
-    fn deliver_down(&mut self, place: usize) {
+    fn deliver_down(&mut self, place: usize, wiring: &Wiring) {
         let Some(host) = self.place_of(self.connections[place].backup) else { return };
         let now = self.now(host);
         let connection = &mut self.connections[place];
@@ -518,10 +520,18 @@ impl World {
         following.hearing.note(now);
         let seq = match message {
             Down::Snapshot(guest) => {
+                following.order = BatchReceiver::new(following.view, guest.len() as u64);
                 (following.guest, following.loaded) = (guest, true);
                 0
             }
-            Down::Batch(seq, entry) => {
+            Down::Batch(view, seq, start, reached, entry) => {
+                let batch = Batch { view, seq, start, reached, ..Batch::default() };
+                if !wiring.has(Flaw::TakesAnyView) && following.order.accept(&batch).is_err() {
+                    self.refused = true;
+                    let life = following.life;
+                    return self.link_lost(life, LinkLoss::Unsure, wiring);
+                }
+                self.foreign |= view != following.view;
                 following.guest.push(entry);
                 seq
             }
@@ -584,75 +594,25 @@ impl World {
                     connection.closed_by_primary = true;
                 }
             }
-            Duty::Claim { .. } if wiring.has(Flaw::NoClaim) => running.machine.claim_says(Answer::Won),
+            Duty::Claim { view } if wiring.has(Flaw::NoClaim) => {
+                running.machine.claim_says(Ask { view, backup: None }, Answer::Won);
+            }
             Duty::Claim { view } => {
                 running.asking = true;
-                self.pending.push(Pending { life: running.life, view, answer: None, given_up: false });
+                let ask = Ask { view, backup: None };
+                self.pending.push(Pending { life: running.life, ask, answer: None, given_up: false });
             }
             Duty::Stop => return self.end(host, true),
         }
         self.open_if_alone(host, wiring);
     }
 
-    fn open_if_alone(&mut self, host: usize, wiring: &Wiring) {
+    pub(super) fn open_if_alone(&mut self, host: usize, wiring: &Wiring) {
         let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
         if running.machine.phase() == Phase::Alone {
             running.rule.set(Mode::Unprotected);
         }
         self.flush(host, wiring);
-    }
-
-    fn ask(&mut self, host: usize) {
-        let Monitor::Backup(following) = &mut self.hosts[host].monitor else { return };
-        let Next::Claim { view } = following.next else { return };
-        following.asking = true;
-        self.pending.push(Pending { life: following.life, view, answer: None, given_up: false });
-    }
-
-    fn arbitrate(&mut self, place: usize, wiring: &Wiring) {
-        let Pending { life, mut view, .. } = self.pending[place];
-        let latest = self.latest();
-        if wiring.has(Flaw::ClaimsAnother) && latest.view >= view && latest.primary != life {
-            view = latest.view + 1;
-        }
-        let holder = self.records.iter().find(|record| record.view == view).map(|record| record.primary);
-        let answer = match holder.filter(|_| !wiring.has(Flaw::NoTestAndSet)) {
-            Some(holder) if holder == life => Answer::Won,
-            Some(_) => Answer::Lost,
-            None => {
-                let before = self.records.iter().rev().find(|record| record.view + 1 == view);
-                let by_member =
-                    before.is_some_and(|before| before.primary == life || self.followed(life, view - 1));
-                self.records.push(Record { view, primary: life, by_member });
-                Answer::Won
-            }
-        };
-        self.pending[place].answer = Some(answer);
-    }
-
-    /// Does, or did, this life follow the primary of `view`? One that is gone is believed: its claim is only late.
-    fn followed(&self, life: Life, view: u64) -> bool {
-        self.place_of(life).is_none_or(|place| match &self.hosts[place].monitor {
-            Monitor::Backup(following) => following.view == view,
-            Monitor::Off | Monitor::Primary(_) => false,
-        })
-    }
-
-    fn answer(&mut self, life: Life, answer: Answer, wiring: &Wiring) {
-        let Some(place) = self.place_of(life) else { return };
-        match &mut self.hosts[place].monitor {
-            Monitor::Off => {}
-            Monitor::Primary(running) => {
-                running.asking = false;
-                running.machine.claim_says(answer);
-                self.open_if_alone(place, wiring);
-            }
-            Monitor::Backup(following) => {
-                following.asking = false;
-                following.machine.claim_says(answer);
-                self.look(place, wiring);
-            }
-        }
     }
 
     fn backup_lost(&mut self, life: Life, loss: Loss) {
@@ -680,7 +640,7 @@ impl World {
     }
 
     /// What the backup's machine says must be done.
-    fn look(&mut self, place: usize, wiring: &Wiring) {
+    pub(super) fn look(&mut self, place: usize, wiring: &Wiring) {
         let now = self.now(place);
         let Monitor::Backup(following) = &mut self.hosts[place].monitor else { return };
         following.next = following.machine.next(following.hearing.silent_for(now), false);
@@ -765,11 +725,11 @@ impl Running {
     }
 }
 
-pub(super) fn is_alone(host: &Host) -> bool {
-    matches!(&host.monitor, Monitor::Primary(running) if running.machine.phase() == Phase::Alone)
+pub(super) fn takes_backup(host: &Host) -> bool {
+    matches!(&host.monitor, Monitor::Primary(running) if running.machine.takes_backup())
 }
 
-fn connection_of(connections: &mut [Connection], primary: Life) -> Option<&mut Connection> {
+pub(super) fn connection_of(connections: &mut [Connection], primary: Life) -> Option<&mut Connection> {
     // The newest: those before are closed.
     connections.iter_mut().rev().find(|connection| connection.primary == primary)
 }
@@ -781,10 +741,12 @@ fn running(life: Life, view: u64, guest: Vec<u8>, wiring: &Wiring) -> Running {
         machine: Primary::new(view, wiring.timing),
         rule: OutputRule::new(Mode::Unprotected),
         questions: Questions::default(),
+        joining: None,
         peer: None,
         held: (0..guest.len()).map(|place| (0, place)).collect(),
         guest,
         batches: 0,
+        start: 0,
         asking: false,
         handed_over: false,
         answered_at: None,

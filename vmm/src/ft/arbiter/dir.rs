@@ -135,6 +135,15 @@ impl Arbiter for Directory {
         self.judge(&path, linked)
     }
 
+    fn read(&self, guest: &str, view: u64) -> Result<Option<Vec<u8>>, ArbiterError> {
+        let path = self.path_of(guest, view);
+        match read_small(&path) {
+            Ok(record) => Ok(Some(record)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(ArbiterError::Io { path, source }),
+        }
+    }
+
     fn latest(&self, guest: &str) -> Result<Option<(u64, Vec<u8>)>, ArbiterError> {
         let failed = |path: PathBuf| |source| ArbiterError::Io { path, source };
         for view in self.views(guest).map_err(failed(self.path.clone()))?.into_iter().rev() {
@@ -284,6 +293,8 @@ mod tests {
         assert_eq!(create(&directory, 9, "a"), Created::New);
         assert_eq!(create(&directory, 10, "b"), Created::New);
         assert_eq!(create(&directory, 9, "c"), Created::Exists(b"a".to_vec()));
+        assert_eq!(directory.read("web-1", 9).unwrap(), Some(b"a".to_vec()));
+        assert_eq!(directory.read("web-1", 8).unwrap(), None);
         assert_eq!(latest(&directory), Some((10, b"b".to_vec())));
     }
 

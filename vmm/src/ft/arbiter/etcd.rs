@@ -132,6 +132,22 @@ impl Etcd {
         }
     }
 
+    /// What a `range` of one key finds, in an etcd that is still the one that it was.
+    fn look(&self, range: Value) -> Result<Option<KeyValue>, ArbiterError> {
+        let transaction = json!({ "compare": [], "success": [get(ID_KEY), range], "failure": [] });
+        let answer = self.cluster.transact(&transaction)?;
+        let Branch::Got(mut values) = answer.outcome().map_err(|why| self.foreign(why))? else {
+            return Err(self.foreign("it put where it was to get".into()));
+        };
+        let found = values.pop().flatten();
+        self.check_id(values.pop().flatten().as_ref()).map_err(|why| self.foreign(why))?;
+        Ok(found)
+    }
+
+    fn foreign(&self, why: String) -> ArbiterError {
+        ArbiterError::Foreign { place: self.cluster.to_string(), why }
+    }
+
     /// Whether the id that was read is the one that it was. Else: what is wrong.
     fn check_id(&self, stored: Option<&KeyValue>) -> Result<(), String> {
         let why = match stored.map(|stored| decode_id(HEADER, &stored.value)) {
@@ -168,6 +184,11 @@ impl Arbiter for Etcd {
         Ok(self.decide(&key, answer).unwrap_or_else(|why| Created::Unknown { why }))
     }
 
+    fn read(&self, guest: &str, view: u64) -> Result<Option<Vec<u8>>, ArbiterError> {
+        let stored = self.look(get(&key_of(guest, view)))?;
+        Ok(stored.map(|stored| stored.value))
+    }
+
     fn latest(&self, guest: &str) -> Result<Option<(u64, Vec<u8>)>, ArbiterError> {
         let prefix = format!("/vmft/claims/{guest}/view-");
         // The byte behind '-'.
@@ -176,19 +197,11 @@ impl Arbiter for Etcd {
             "key": base64(prefix.as_bytes()), "range_end": base64(end.as_bytes()),
             "sort_order": "DESCEND", "sort_target": "KEY", "limit": "1",
         }});
-        let transaction = json!({ "compare": [], "success": [get(ID_KEY), last], "failure": [] });
-        let answer = self.cluster.transact(&transaction)?;
-        let foreign = |why| ArbiterError::Foreign { place: self.cluster.to_string(), why };
-        let Branch::Got(mut values) = answer.outcome().map_err(foreign)? else {
-            return Err(foreign("it put where it was to get".into()));
-        };
-        let last = values.pop().flatten();
-        self.check_id(values.pop().flatten().as_ref()).map_err(foreign)?;
-        let Some(last) = last else { return Ok(None) };
+        let Some(last) = self.look(last)? else { return Ok(None) };
         let key = String::from_utf8_lossy(&last.key);
         match key.strip_prefix(&prefix).and_then(|digits| digits.parse().ok()) {
             Some(view) if key_of(guest, view) == key => Ok(Some((view, last.value))),
-            _ => Err(foreign(format!("'{key}' is not the key of a claim"))),
+            _ => Err(self.foreign(format!("'{key}' is not the key of a claim"))),
         }
     }
 

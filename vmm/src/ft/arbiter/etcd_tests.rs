@@ -100,6 +100,8 @@ fn a_view_gets_one_record_for_good() {
     assert_eq!(create(&etcd, 9, "a"), Created::New);
     assert_eq!(create(&etcd, 10, "b"), Created::New);
     assert_eq!(create(&etcd, 9, "c"), Created::Exists(b"a".to_vec()));
+    assert_eq!(etcd.read("web-1", 9).unwrap(), Some(b"a".to_vec()));
+    assert_eq!(etcd.read("web-1", 8).unwrap(), None);
     assert_eq!(etcd.create("web-10", 99, b"d").unwrap(), Created::New);
     assert_eq!(etcd.latest("web-1").unwrap(), Some((10, b"b".to_vec())));
     assert_eq!(create(&etcd, u64::MAX, "e"), Created::New);
@@ -198,6 +200,7 @@ fn an_etcd_that_is_not_the_one_it_was_decides_nothing() {
     server.control(&["put", ID_KEY, &encode_id(HEADER, &[1; 16])]);
     assert!(unknown(create(&etcd, 1, "a")).contains("is another's"));
     assert!(matches!(etcd.latest("web-1"), Err(ArbiterError::Foreign { .. })));
+    assert!(matches!(etcd.read("web-1", 1), Err(ArbiterError::Foreign { .. })));
     server.control(&["put", ID_KEY, "vmft-etcd"]);
     assert!(unknown(create(&etcd, 1, "a")).contains("is damaged"));
     let refused = Etcd::open(std::slice::from_ref(&server.endpoint));

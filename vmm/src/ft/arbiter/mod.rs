@@ -52,6 +52,9 @@ pub trait Arbiter: fmt::Debug + fmt::Display + Send + Sync {
     /// Makes `record` the record of `view`, if it has none.
     fn create(&self, guest: &str, view: u64, record: &[u8]) -> Result<Created, ArbiterError>;
 
+    /// The record of `view`, if it has one.
+    fn read(&self, guest: &str, view: u64) -> Result<Option<Vec<u8>>, ArbiterError>;
+
     /// The highest view that has a record, and the record.
     fn latest(&self, guest: &str) -> Result<Option<(u64, Vec<u8>)>, ArbiterError>;
 

@@ -67,7 +67,7 @@ enum State {
 /// The backup's machine.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Backup {
-    /// The primary's.
+    /// The one in which a record names it as the backup.
     view: u64,
     timeout: Duration,
     retired: bool,
@@ -75,12 +75,12 @@ pub struct Backup {
 }
 
 impl Backup {
-    /// Follows the primary of `view`, which is given up when it is silent for longer than `timeout`.
+    /// Follows the primary of `view`, as the backup of that view; the primary is given up when it is silent for longer than `timeout`.
     pub fn new(view: u64, timeout: Duration) -> Self {
         Self { view, timeout, retired: false, state: State::Following }
     }
 
-    /// The view of its primary.
+    /// The view in which it is the backup.
     pub fn view(&self) -> u64 {
         self.view
     }

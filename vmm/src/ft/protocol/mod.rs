@@ -6,12 +6,14 @@
 //! exactly this code, and so does the model that `tests/protocol_model` explores.
 //!
 //! ```text
-//! Primary:  Alone (view v) ── attach ──> Paired ── backup lost ──> Orphaned ── v + 1 claimed ──> Alone (view v + 1)
-//! Backup:   Following ── link ended ──> Waiting ── the primary lets nothing out any more ──> Claiming ──> its Verdict
+//! Primary:  Alone (view v) ── v + 1 claimed, with a backup ──> Named ── attach ──> Paired (view v + 1)
+//!           Paired ── backup lost ──> Orphaned ── v + 2 claimed, without ──> Alone (view v + 2)
+//! Backup:   Following (view v + 1) ── link ended ──> Waiting ── the primary lets nothing out any more ──> Claiming v + 2
 //! Rule:     what waits at the output gate, and what lets it go
 //! ```
 //!
-//! A *view* is a number. Whoever has claimed it runs the guest in it; the arbiter gives each to one life of one monitor.
+//! A *view* is a number, a primary, and a backup or none. Whoever has claimed it runs the guest in it; the arbiter gives
+//! each to one life of one monitor, and keeps with it who the backup is. Only these two may claim the next one.
 
 mod backup;
 mod heartbeats;
@@ -22,7 +24,7 @@ use std::time::Duration;
 
 pub use backup::{Backup, LinkLoss, Next, Verdict};
 pub use heartbeats::{Hearing, Questions};
-pub use primary::{Duty, Loss, NotAlone, Phase, Primary};
+pub use primary::{Duty, JoinError, Loss, Phase, Primary};
 pub use rule::{Leave, Mode, OutputRule};
 
 /// Part of the timeout for which an answer of the backup lets output go. The rest covers clocks that run at different
@@ -54,11 +56,25 @@ impl Timing {
     }
 }
 
+/// One life of one monitor, as records name it.
+pub type Life = u128;
+
+/// A view that a monitor claims for itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Ask {
+    /// Its number.
+    pub view: u64,
+    /// Who is the backup in it.
+    pub backup: Option<Life>,
+}
+
 /// What the arbiter says to a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Answer {
-    /// The view is the claimant's.
+    /// The view is the claimant's, with the backup that it asked for, or without one if it asked for none.
     Won,
+    /// The view is the claimant's with another backup: it has asked before, and not heard the answer.
+    Otherwise,
     /// The view is another's.
     Lost,
     /// Nobody can say: the claim may have been made, may still be, or never. Asking again tells.

@@ -4,14 +4,24 @@
 //! go that a backup may have to answer for and does not have, or after another monitor may have taken the guest.
 //!
 //! ```text
-//!            attach                 it is silent, gone, or its guest is of no use        closed                 won
-//!   Alone ───────────> Paired ─┬─────────────────────────────────────────────> Closing ──────────> Claiming ─────────> Alone
-//!   view v                     │                                                                       │ lost          view v + 1
-//!                              ├─ it answers, but is too far behind,
-//!                              │  or is to go ──> ClaimFirst ── won ──> CloseLast ── closed ───────────────────────────^
-//!                              │                      └ lost ──> Lost, for ever
-//!                              └─ the log is over, the backup may take the guest ──> Ended ── take_back ──> Claiming
+//!   Alone ── a backup is about to have all ──> Naming ── v + 1 is claimed, with it ──> Named ── attach ──> Paired
+//!   view v                                       └──────────── it is gone ───────────────┴──> Unnaming     view v + 1
+//!     ^                                                                                           │
+//!     └──────────────────────── the next view is claimed, without a backup ───────────────────────┘
+//!
+//!                          it is silent, gone, or its guest is of no use        closed                 won
+//!   Paired ─┬─────────────────────────────────────────────────────────> Closing ──────────> Claiming ─────────> Alone
+//!   view v  │                                                                                  │ lost         view v + 1
+//!           ├─ it answers, but is too far behind,
+//!           │  or is to go ──> ClaimFirst ── won ──> CloseLast ── closed ──────────────────────────────────────────^
+//!           │                      └ lost ──> Lost, for ever
+//!           └─ the log is over, the backup may take the guest ──> Ended ── take_back ──> Claiming
 //! ```
+//!
+//! A backup is one from the moment at which a record says so, and it gets the last of the guest after that: who has the
+//! guest is always a member of the latest view. Until it gets it, nobody else can go on with the guest, so that output goes
+//! at once, whatever the arbiter says, or does not say. If it is gone before, no record may keep a backup that does not
+//! come, and none that is still on its way to the arbiter may count: the view behind is claimed without one.
 //!
 //! Between Paired and Alone nothing is let out: the former backup may have taken over. One that is gone or silent may claim
 //! by itself, so the connection may as well tell it. One that answers claims nothing while it hears of this side, so
@@ -20,7 +30,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::{Answer, Timing};
+use super::{Answer, Ask, Life, Timing};
 
 /// Most batches that are remembered until the backup has executed them; the last one stands for all beyond that, with the
 /// age of the first of them.
@@ -61,7 +71,7 @@ pub enum Duty {
         /// soon as it sees that, and has to find out by the silence if something is.
         claimed: bool,
     },
-    /// To claim a view; then [`Primary::claim_says`].
+    /// To claim a view, without a backup; then [`Primary::claim_says`].
     Claim {
         /// Its number.
         view: u64,
@@ -70,14 +80,31 @@ pub enum Duty {
     Stop,
 }
 
-/// Only a primary without a backup takes one.
+/// Why a backup cannot join.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a backup may join only a primary that runs alone")]
-pub struct NotAlone;
+pub enum JoinError {
+    /// There is a backup, or one is joining, or the view of one that did not come is not decided.
+    #[error("a backup may join only a primary that runs alone")]
+    NotAlone,
+    /// It was told another view than the next one.
+    #[error("the backup was welcomed for view {told}, and the next one is {next}")]
+    OtherView {
+        /// What it was told.
+        told: u64,
+        /// What comes.
+        next: u64,
+    },
+    /// No record names it.
+    #[error("a backup gets the guest only when a record of the arbiter names it")]
+    NotRecorded,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum State {
     Alone,
+    Naming(Life),
+    Named,
+    Unnaming,
     Paired {
         /// When the backup had loaded the guest.
         follows_since: Option<Duration>,
@@ -124,7 +151,7 @@ impl Primary {
     /// Whether there is a backup.
     pub fn phase(&self) -> Phase {
         match self.state {
-            State::Alone => Phase::Alone,
+            State::Alone | State::Naming(_) | State::Named | State::Unnaming => Phase::Alone,
             State::Paired { .. } => Phase::Paired,
             _ => Phase::Orphaned,
         }
@@ -135,11 +162,42 @@ impl Primary {
         self.state == State::Lost
     }
 
+    /// May a backup begin to join?
+    pub fn takes_backup(&self) -> bool {
+        self.state == State::Alone
+    }
+
+    /// `backup`, which was told that it would be one in `view`, is about to get the last of the guest. Answers the claim
+    /// that has to be won before; then [`Primary::claim_says`].
+    pub fn name(&mut self, backup: Life, view: u64) -> Result<Ask, JoinError> {
+        let next = self.view + 1;
+        match self.state {
+            State::Alone if view == next => {
+                self.state = State::Naming(backup);
+                Ok(Ask { view, backup: Some(backup) })
+            }
+            State::Alone => Err(JoinError::OtherView { told: view, next }),
+            _ => Err(JoinError::NotAlone),
+        }
+    }
+
+    /// Is the latest view recorded with a backup that has not got the guest yet?
+    pub fn has_named(&self) -> bool {
+        self.state == State::Named
+    }
+
+    /// The backup that is joining does not come. Without effect on one that has got the guest.
+    pub fn join_failed(&mut self) {
+        if matches!(self.state, State::Naming(_) | State::Named) {
+            self.state = State::Unnaming;
+        }
+    }
+
     /// A backup gets, with what is under way to it, all of the guest up to now: every event before this is in the transfer,
-    /// every later one in the log, whose batches count from 1.
-    pub fn attach(&mut self, now: Duration) -> Result<(), NotAlone> {
-        if self.state != State::Alone {
-            return Err(NotAlone);
+    /// every later one in the log, whose batches count from 1. The record of the view names it.
+    pub fn attach(&mut self, now: Duration) -> Result<(), JoinError> {
+        if self.state != State::Named {
+            return Err(JoinError::NotRecorded);
         }
         self.state = State::Paired { follows_since: None };
         self.sent.clear();
@@ -197,7 +255,7 @@ impl Primary {
     /// recent, because until then it has not claimed the guest.
     pub fn may_act(&self, heartbeat_sent_at: Option<Duration>, now: Duration) -> bool {
         match self.state {
-            State::Alone => true,
+            State::Alone | State::Naming(_) | State::Named | State::Unnaming => true,
             State::Paired { .. } => self.silent_for(heartbeat_sent_at, now) < self.timing.lease,
             _ => false,
         }
@@ -255,9 +313,11 @@ impl Primary {
         match self.state {
             State::Closing => Duty::Close { claimed: false },
             State::CloseLast => Duty::Close { claimed: true },
-            State::Claiming | State::ClaimFirst => Duty::Claim { view: self.view + 1 },
+            State::Claiming | State::ClaimFirst | State::Unnaming => Duty::Claim { view: self.view + 1 },
             State::Lost => Duty::Stop,
-            State::Alone | State::Paired { .. } | State::Ended => Duty::Nothing,
+            State::Alone | State::Naming(_) | State::Named | State::Paired { .. } | State::Ended => {
+                Duty::Nothing
+            }
         }
     }
 
@@ -270,24 +330,42 @@ impl Primary {
         };
     }
 
-    /// The arbiter's answer to the claim. While it says nothing, nobody goes on: neither side can know that the other has
-    /// not.
-    pub fn claim_says(&mut self, answer: Answer) {
-        self.state = match (self.state, answer) {
-            (State::Claiming, Answer::Won) => State::Alone,
-            (State::ClaimFirst, Answer::Won) => State::CloseLast,
-            (State::Claiming | State::ClaimFirst, Answer::Lost) => State::Lost,
-            (other, _) => return self.state = other,
-        };
-        if answer == Answer::Won {
-            self.view += 1;
+    /// The claim that is wanted.
+    fn asks(&self) -> Option<Ask> {
+        let view = self.view + 1;
+        match self.state {
+            State::Naming(backup) => Some(Ask { view, backup: Some(backup) }),
+            State::Claiming | State::ClaimFirst | State::Unnaming => Some(Ask { view, backup: None }),
+            _ => None,
         }
+    }
+
+    /// The arbiter's answer to `ask`, if that is still wanted. While it says nothing about a backup that is lost, nobody goes
+    /// on: neither side can know that the other has not.
+    pub fn claim_says(&mut self, ask: Ask, answer: Answer) {
+        if self.asks() != Some(ask) {
+            return;
+        }
+        if matches!(answer, Answer::Won | Answer::Otherwise) {
+            self.view = ask.view;
+        }
+        self.state = match (self.state, answer) {
+            (_, Answer::Lost) => State::Lost,
+            (State::Naming(_), Answer::Won) => State::Named,
+            // The one that is joining was told this view, and another one is named in it.
+            (State::Naming(_), Answer::Otherwise) => State::Unnaming,
+            (State::Claiming | State::Unnaming, Answer::Won) => State::Alone,
+            (State::ClaimFirst, Answer::Won) => State::CloseLast,
+            (other, _) => other,
+        };
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const BACKUP: Life = 7;
 
     const fn at(seconds: u64) -> Duration {
         Duration::from_secs(seconds)
@@ -299,10 +377,27 @@ mod tests {
 
     /// In view 1, with a backup since the start that has loaded the guest.
     fn paired() -> Primary {
-        let mut primary = Primary::new(1, timing());
-        primary.attach(at(0)).unwrap();
+        let mut primary = joined();
         primary.acknowledged(0, 0, at(0), drop);
         primary
+    }
+
+    /// The same with a backup that loads the guest.
+    fn joined() -> Primary {
+        let mut primary = Primary::new(0, timing());
+        join(&mut primary, at(0));
+        primary
+    }
+
+    fn join(primary: &mut Primary, now: Duration) {
+        let ask = primary.name(BACKUP, primary.view() + 1).unwrap();
+        primary.claim_says(ask, Answer::Won);
+        primary.attach(now).unwrap();
+    }
+
+    /// The arbiter's answer to the claim of `view` without a backup.
+    fn alone_in(primary: &mut Primary, view: u64, answer: Answer) {
+        primary.claim_says(Ask { view, backup: None }, answer);
     }
 
     #[test]
@@ -318,9 +413,8 @@ mod tests {
 
     #[test]
     fn a_backup_that_loads_is_given_more_time() {
-        let mut primary = Primary::new(1, timing());
-        primary.attach(at(0)).unwrap();
-        assert_eq!(primary.attach(at(0)), Err(NotAlone));
+        let mut primary = joined();
+        assert_eq!(primary.attach(at(0)), Err(JoinError::NotRecorded));
         assert_eq!(primary.look(None, at(10)), None);
         assert_eq!(primary.look(None, at(11)), Some(Loss::Silent(at(11))));
         primary.acknowledged(0, 0, at(9), drop);
@@ -334,7 +428,7 @@ mod tests {
         assert_eq!(primary.duty(), Duty::Nothing);
         assert!(primary.backup_lost(Loss::Silent(at(5))) && !primary.backup_lost(Loss::Link));
         assert_eq!(primary.duty(), Duty::Close { claimed: false });
-        primary.claim_says(Answer::Won);
+        alone_in(&mut primary, 2, Answer::Won);
         assert_eq!(
             (primary.duty(), primary.view()),
             (Duty::Close { claimed: false }, 1),
@@ -342,17 +436,85 @@ mod tests {
         );
         primary.closed();
         assert_eq!(primary.duty(), Duty::Claim { view: 2 });
-        primary.claim_says(Answer::Unknown);
+        alone_in(&mut primary, 2, Answer::Unknown);
         assert_eq!((primary.duty(), primary.phase()), (Duty::Claim { view: 2 }, Phase::Orphaned));
-        primary.claim_says(Answer::Won);
+        alone_in(&mut primary, 2, Answer::Won);
         assert_eq!((primary.view(), primary.phase(), primary.may_act(None, at(99))), (2, Phase::Alone, true));
-        primary.attach(at(99)).unwrap();
+        join(&mut primary, at(99));
         assert!(primary.backup_lost(Loss::Behind(at(21))));
-        assert_eq!(primary.duty(), Duty::Claim { view: 3 });
-        primary.claim_says(Answer::Won);
+        assert_eq!(primary.duty(), Duty::Claim { view: 4 });
+        alone_in(&mut primary, 4, Answer::Won);
         assert_eq!((primary.duty(), primary.may_act(None, at(99))), (Duty::Close { claimed: true }, false));
         primary.closed();
-        assert_eq!((primary.view(), primary.phase()), (3, Phase::Alone));
+        assert_eq!((primary.view(), primary.phase()), (4, Phase::Alone));
+    }
+
+    #[test]
+    fn a_backup_gets_the_guest_in_a_view_whose_record_names_it() {
+        let mut primary = Primary::new(4, timing());
+        assert_eq!(primary.attach(at(0)), Err(JoinError::NotRecorded));
+        assert_eq!(primary.name(BACKUP, 6), Err(JoinError::OtherView { told: 6, next: 5 }));
+        let ask = primary.name(BACKUP, 5).unwrap();
+        assert_eq!(ask, Ask { view: 5, backup: Some(BACKUP) });
+        assert_eq!(primary.name(8, 5), Err(JoinError::NotAlone));
+        primary.claim_says(ask, Answer::Unknown);
+        // The backup has nothing to go on with, whatever the arbiter has.
+        assert!(primary.may_act(None, at(99)) && primary.phase() == Phase::Alone && !primary.has_named());
+        assert_eq!((primary.attach(at(0)), primary.duty()), (Err(JoinError::NotRecorded), Duty::Nothing));
+        primary.claim_says(Ask { backup: Some(8), ..ask }, Answer::Won);
+        assert!(!primary.has_named(), "the answer was to another claim");
+        primary.claim_says(ask, Answer::Won);
+        assert_eq!((primary.has_named(), primary.view(), primary.phase()), (true, 5, Phase::Alone));
+        assert!(
+            primary.may_act(None, at(99)) && !primary.backup_lost(Loss::Dismissed) && primary.has_named()
+        );
+        primary.attach(at(9)).unwrap();
+        assert_eq!(
+            (primary.view(), primary.phase(), primary.may_act(None, at(99))),
+            (5, Phase::Paired, false)
+        );
+        primary.join_failed();
+        assert_eq!((primary.phase(), primary.duty()), (Phase::Paired, Duty::Nothing), "it has come");
+    }
+
+    #[test]
+    fn of_a_backup_that_does_not_come_no_record_is_left_behind() {
+        // Whatever became of the claim that named it: not made, made and not told, made.
+        for (answer, first, views) in [
+            (Answer::Unknown, Answer::Won, 5),
+            (Answer::Unknown, Answer::Otherwise, 6),
+            (Answer::Won, Answer::Won, 6),
+        ] {
+            let mut primary = Primary::new(4, timing());
+            let ask = primary.name(BACKUP, 5).unwrap();
+            primary.claim_says(ask, answer);
+            primary.join_failed();
+            primary.claim_says(ask, Answer::Won);
+            assert!(!primary.takes_backup() && !primary.has_named(), "nobody waits for that answer any more");
+            assert_eq!((primary.attach(at(0)), primary.phase()), (Err(JoinError::NotRecorded), Phase::Alone));
+            alone_in(&mut primary, ask.view + u64::from(answer == Answer::Won), first);
+            if first == Answer::Otherwise {
+                assert!(!primary.takes_backup() && primary.may_act(None, at(99)));
+                alone_in(&mut primary, 6, Answer::Won);
+            }
+            assert_eq!(
+                (primary.takes_backup(), primary.view(), primary.duty()),
+                (true, views, Duty::Nothing)
+            );
+        }
+    }
+
+    #[test]
+    fn a_view_in_which_another_backup_is_named_is_left_at_once() {
+        let mut primary = Primary::new(4, timing());
+        let ask = primary.name(BACKUP, 5).unwrap();
+        primary.claim_says(ask, Answer::Otherwise);
+        assert_eq!((primary.has_named(), primary.duty()), (false, Duty::Claim { view: 6 }));
+        alone_in(&mut primary, 6, Answer::Won);
+        assert_eq!((primary.view(), primary.takes_backup()), (6, true));
+        let ask = primary.name(BACKUP, 7).unwrap();
+        primary.claim_says(ask, Answer::Lost);
+        assert!(primary.is_lost() && !primary.may_act(None, at(0)) && primary.duty() == Duty::Stop);
     }
 
     #[test]
@@ -360,11 +522,12 @@ mod tests {
         let mut primary = paired();
         primary.backup_lost(Loss::Link);
         primary.closed();
-        primary.claim_says(Answer::Lost);
-        primary.claim_says(Answer::Won);
+        alone_in(&mut primary, 2, Answer::Lost);
+        alone_in(&mut primary, 2, Answer::Won);
         primary.closed();
         assert_eq!((primary.duty(), primary.is_lost(), primary.view()), (Duty::Stop, true, 1));
-        assert!(!primary.may_act(Some(at(0)), at(0)) && !primary.end() && primary.attach(at(0)).is_err());
+        assert!(!primary.may_act(Some(at(0)), at(0)) && !primary.end());
+        assert_eq!((primary.takes_backup(), primary.name(BACKUP, 2)), (false, Err(JoinError::NotAlone)));
     }
 
     #[test]
@@ -375,7 +538,7 @@ mod tests {
         assert!(!primary.may_act(None, at(0)) && !primary.backup_lost(Loss::Link));
         assert!(primary.take_back() && !primary.take_back() && !primary.may_act(None, at(0)));
         assert_eq!(primary.duty(), Duty::Claim { view: 2 });
-        primary.claim_says(Answer::Won);
+        alone_in(&mut primary, 2, Answer::Won);
         assert_eq!((primary.phase(), primary.view()), (Phase::Alone, 2));
         let mut alone = Primary::new(1, timing());
         assert!(!alone.end() && alone.may_act(None, at(0)));
@@ -383,8 +546,7 @@ mod tests {
 
     #[test]
     fn a_backup_is_overdue_when_it_follows_and_stays_behind() {
-        let mut primary = Primary::new(1, timing());
-        primary.attach(at(0)).unwrap();
+        let mut primary = joined();
         primary.sent(1, 5, at(0));
         let look = |primary: &Primary, now| primary.look(Some(at(now)), at(now));
         assert_eq!(look(&primary, 30), None, "it has not loaded the guest yet");
