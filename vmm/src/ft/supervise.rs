@@ -160,14 +160,18 @@ impl Supervisor {
         let mut claimant = Claimant::new(self.claims.clone(), self.owner.clone());
         loop {
             match self.link.duty() {
-                Duty::Nothing => return self.go_on_alone(why),
+                Duty::Nothing => {
+                    // The claim has decided. What a lost backup still says must not be taken for the next one's.
+                    close(connection);
+                    return self.go_on_alone(why);
+                }
                 Duty::Close { claimed } => {
                     self.heartbeats.set_peer(None);
                     let quiet = claimed
                         || self.gate.quiesce(QUIESCE_TIMEOUT)
                             && self.gate.performer().quiesce(QUIESCE_TIMEOUT);
-                    if let Some((stream, _)) = connection.take().filter(|_| quiet) {
-                        let _ = stream.shutdown(Shutdown::Both);
+                    if quiet {
+                        close(connection.take());
                     }
                     // A backup that is let go learns it now.
                     self.link.close();
@@ -241,6 +245,13 @@ impl Supervisor {
             lease_refusals = gate.lease_refusals,
             "pair so far"
         );
+    }
+}
+
+fn close(connection: Option<(TcpStream, SocketAddr)>) {
+    if let Some((stream, _)) = connection {
+        // It may be gone already.
+        let _ = stream.shutdown(Shutdown::Both);
     }
 }
 
