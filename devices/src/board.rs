@@ -58,6 +58,8 @@ pub struct BoardConfig {
     pub disk_bytes: Option<u64>,
     /// The guest may only read the disk.
     pub disk_read_only: bool,
+    /// What the disk has answered as written needs no flush; the guest is told so.
+    pub disk_write_through: bool,
 }
 
 /// Guest time, and what was derived from it.
@@ -115,7 +117,7 @@ impl Board {
             uart: Uart::new(),
             i8042: I8042::new(),
             net: config.net_mac.map(|mac| Transport::new(Net::new(mac))),
-            blk: config.disk_bytes.map(|bytes| Transport::new(Blk::new(bytes, config.disk_read_only))),
+            blk: config.disk_bytes.map(|bytes| Transport::new(Blk::new(bytes, config))),
             rng: Transport::new(Rng::new()),
         }
     }

@@ -386,6 +386,21 @@ fn unknown_type_is_unsupported_and_a_read_only_disk_refuses_writes() {
 }
 
 #[test]
+fn a_disk_that_writes_through_offers_no_flush_and_answers_one_all_the_same() {
+    let mut guest = Guest::new(BoardConfig { disk_write_through: true, ..config() });
+    guest.write32(VirtioKind::Blk, 0x14, 0);
+    assert_eq!(guest.read32(VirtioKind::Blk, 0x10) & 1 << 9, 0, "VIRTIO_BLK_F_FLUSH");
+    guest.negotiate(VirtioKind::Blk, FEATURES | 1 << 9);
+    assert_eq!(guest.status(VirtioKind::Blk), ACKNOWLEDGE | DRIVER, "refused");
+    let mut queues = guest.start(VirtioKind::Blk, FEATURES);
+    request(&guest, &mut queues[0], T_FLUSH, 0, 0, 0);
+    queues[0].notify(&mut guest);
+    assert!(matches!(guest.take_effects()[..], [Effect::Disk(DiskRequest { op: DiskOp::Flush, .. })]));
+    disk_done(&mut guest, 0, vec![]).unwrap();
+    assert_eq!(guest.peek(STATUS, 1), [S_OK]);
+}
+
+#[test]
 fn completions_may_come_in_any_order_and_errors_reach_the_guest() {
     let (mut guest, mut queues) = started(VirtioKind::Blk);
     let heads = [0, 1].map(|sector| request(&guest, &mut queues[0], T_OUT, sector, 512, 0));

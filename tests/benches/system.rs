@@ -28,6 +28,7 @@ const SECTIONS: &[(&str, u8, Section)] = &[
     ("requests", 2, requests),
     ("log", 2, log),
     ("compute", 2, compute),
+    ("loops", 2, loops),
     ("transfer", 2, transfer),
     ("kill", 2, killed_monitors),
     ("loss", 2, lost_hosts),
@@ -367,25 +368,31 @@ fn compute(site: &mut Site) -> Outcome {
         ("writing 100 MiB over and over", "dirty100 done"),
         ("300 fork/execs", "fork300 done"),
     ];
-    work(site, "loop,dirty1,dirty10,dirty100,fork300", &STEPS)?;
-    site.end_processes()?;
+    work(site, "loop,dirty1,dirty10,dirty100,fork300", &STEPS).map(drop)
+}
 
-    let monitor = start_alone(site, &guest("loops"))?;
-    monitor.wait_for_line(SERVICE_READY, LONG)?;
-    let alone = load(site, 1)?;
-    requests_row("alone, beside two busy loops", 1, &alone);
-    site.end_processes()?;
-    let volume = site.volume()?;
-    let (primary, _backup) = site.start_pair(&guest("loops"), &volume)?;
-    let from = Instant::now();
-    let pair = load(site, 1)?;
-    requests_row("pair, beside two busy loops", 1, &pair);
-    let seconds = REQUESTS_TIME.as_secs_f64();
-    let bytes = log_bytes(&primary, from, from + REQUESTS_TIME)?;
-    let stops = counted(&primary, "checkpoints", from, from + REQUESTS_TIME)?;
-    row("log beside two busy loops", &format!("{:.0} bytes/s", bytes / seconds));
-    row("checkpoints beside two busy loops", &format!("{:.1} /s", stops / seconds));
-    pair_rows("beside two busy loops", &primary)
+/// Requests beside nothing and beside two busy loops, alone and as a pair.
+fn loops(site: &mut Site) -> Outcome {
+    for (beside, work) in [("an idle guest", "none"), ("two busy loops", "loops")] {
+        let monitor = start_alone(site, &guest(work))?;
+        monitor.wait_for_line(SERVICE_READY, LONG)?;
+        let alone = load(site, 1)?;
+        requests_row(&format!("alone, beside {beside}"), 1, &alone);
+        site.end_processes()?;
+        let volume = site.volume()?;
+        let (primary, _backup) = site.start_pair(&guest(work), &volume)?;
+        let from = Instant::now();
+        let pair = load(site, 1)?;
+        requests_row(&format!("pair, beside {beside}"), 1, &pair);
+        let seconds = REQUESTS_TIME.as_secs_f64();
+        let bytes = log_bytes(&primary, from, from + REQUESTS_TIME)?;
+        let stops = counted(&primary, "checkpoints", from, from + REQUESTS_TIME)?;
+        row(&format!("log, requests beside {beside}"), &format!("{:.0} bytes/s", bytes / seconds));
+        row(&format!("checkpoints, requests beside {beside}"), &format!("{:.1} /s", stops / seconds));
+        pair_rows(&format!("beside {beside}"), &primary)?;
+        site.end_processes()?;
+    }
+    Ok(())
 }
 
 fn log(site: &mut Site) -> Outcome {

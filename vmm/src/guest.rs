@@ -18,7 +18,7 @@ use crate::kvm::{Kvm, KvmError};
 use crate::machine::{Machine, MachineError};
 
 const KIND: &str = "guest";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 /// Least memory that a Linux kernel with an initramfs boots in.
 pub const MIN_MEMORY_MIB: u64 = 32;
 /// Most memory of a guest: what fits below 1 TiB with the hole for devices.
@@ -188,7 +188,7 @@ impl GuestConfig {
         put_bytes(&mut bytes, self.board.net_mac.as_ref().map_or(&[], |mac| mac.as_slice()));
         let disk = self.board.disk_bytes.map(u64::to_le_bytes);
         put_bytes(&mut bytes, disk.as_ref().map_or(&[], |disk| disk.as_slice()));
-        bytes.push(u8::from(self.board.disk_read_only));
+        bytes.extend([self.board.disk_read_only, self.board.disk_write_through].map(u8::from));
         bytes.extend_from_slice(&self.cpu.vendor);
         bytes.extend_from_slice(&self.cpu.family.to_le_bytes());
         bytes.extend_from_slice(&[self.cpu.model, self.cpu.stepping]);
@@ -223,7 +223,7 @@ impl GuestConfig {
             [] => None,
             disk => Some(u64::from_le_bytes(disk.try_into().ok()?)),
         };
-        let [read_only] = get(input)?;
+        let [read_only, write_through] = get(input)?;
         let vendor = get(input)?;
         let family = u16::from_le_bytes(get(input)?);
         let [model, stepping] = get(input)?;
@@ -239,6 +239,7 @@ impl GuestConfig {
             net_mac,
             disk_bytes,
             disk_read_only: read_only != 0,
+            disk_write_through: write_through != 0,
         };
         fits.then_some(Self { name, memory_bytes, board, cpuid_bytes, cpu, positions })
     }
@@ -264,4 +265,38 @@ fn get_bytes<'a>(input: &mut &'a [u8]) -> Option<&'a [u8]> {
     let (bytes, rest) = input.split_at_checked(len)?;
     *input = rest;
     Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_saved_is_read_back() {
+        for (disk_read_only, disk_write_through) in [(false, false), (true, false), (false, true)] {
+            let board = BoardConfig {
+                epoch_s: 1,
+                ram_bytes: 64 << 20,
+                net_mac: Some([2; 6]),
+                disk_bytes: Some(1 << 20),
+                disk_read_only,
+                disk_write_through,
+            };
+            let cpu = CpuIdentity { vendor: *b"AuthenticAMD", family: 25, model: 1, stepping: 2 };
+            let config = GuestConfig {
+                name: "guest".into(),
+                memory_bytes: board.ram_bytes,
+                board,
+                cpuid_bytes: vec![1; 40],
+                cpu,
+                positions: PositionSource::default(),
+            };
+            let payload = config.to_payload();
+            let read = GuestConfig::from_payload(&payload).unwrap();
+            assert_eq!((&read.name, &read.board, read.cpu), (&config.name, &config.board, config.cpu));
+            assert_eq!(read.digest(), config.digest());
+            let older = Payload { version: VERSION - 1, ..payload };
+            assert!(GuestConfig::from_payload(&older).is_err());
+        }
+    }
 }

@@ -18,7 +18,7 @@
 use super::mmio::Backend;
 use super::queue::{Broken, Buffers, Chain, QUEUE_MAX_SIZE, Ring};
 use crate::schema::{Decoder, Encoder};
-use crate::{DeviceError, DiskOp, DiskRequest, Effect, GuestRam};
+use crate::{BoardConfig, DeviceError, DiskOp, DiskRequest, Effect, GuestRam};
 use ft_log::{DiskStatus, MAX_DISK_BYTES};
 use std::collections::BTreeMap;
 use virtio_bindings::virtio_blk::{
@@ -70,6 +70,7 @@ enum Verdict {
 pub(crate) struct Blk {
     capacity_bytes: u64,
     read_only: bool,
+    write_through: bool,
     next_id: u64,
     in_flight: BTreeMap<u64, InFlight>,
 }
@@ -83,10 +84,11 @@ fn op_bytes(op: &DiskOp) -> usize {
 }
 
 impl Blk {
-    /// A disk of `disk_bytes`, rounded down to whole sectors.
-    pub(crate) fn new(disk_bytes: u64, read_only: bool) -> Self {
+    /// A disk of `disk_bytes`, rounded down to whole sectors, that is what `config` says.
+    pub(crate) fn new(disk_bytes: u64, config: &BoardConfig) -> Self {
         let capacity_bytes = disk_bytes - disk_bytes % SECTOR_BYTES;
-        Self { capacity_bytes, read_only, next_id: 0, in_flight: BTreeMap::new() }
+        let (read_only, write_through) = (config.disk_read_only, config.disk_write_through);
+        Self { capacity_bytes, read_only, write_through, next_id: 0, in_flight: BTreeMap::new() }
     }
 
     /// Requests handed out and not answered, in the order of their ids.
@@ -229,9 +231,12 @@ impl Backend for Blk {
     const DEVICE_ID: u32 = VIRTIO_ID_BLOCK;
     const QUEUES: usize = 1;
 
+    /// Without `VIRTIO_BLK_F_FLUSH` a driver takes the disk for one that writes through (section 5.2.6.2), and sends
+    /// no flushes; one that comes all the same is passed on.
     fn features(&self) -> u64 {
         let read_only = if self.read_only { 1 << VIRTIO_BLK_F_RO } else { 0 };
-        1 << VIRTIO_BLK_F_SIZE_MAX | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_FLUSH | read_only
+        let flush = if self.write_through { 0 } else { 1 << VIRTIO_BLK_F_FLUSH };
+        1 << VIRTIO_BLK_F_SIZE_MAX | 1 << VIRTIO_BLK_F_SEG_MAX | flush | read_only
     }
 
     /// Capacity in sectors, `size_max`, `seg_max` (section 5.2.4).

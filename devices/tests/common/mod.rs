@@ -33,6 +33,7 @@ pub fn config() -> BoardConfig {
         net_mac: Some(MAC),
         disk_bytes: Some(DISK_BYTES),
         disk_read_only: false,
+        disk_write_through: false,
     }
 }
 

@@ -221,6 +221,7 @@ fn guest(
         net_mac: None,
         disk_bytes: None,
         disk_read_only: false,
+        disk_write_through: false,
     };
     let config = GuestConfig::new(&kvm, "small", memory_bytes, board)?;
     let ram = config.allocate_ram()?;

@@ -179,6 +179,7 @@ fn prepare(
         net_mac: args.tap.is_some().then(|| args.mac()),
         disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
         disk_read_only: args.disk_read_only,
+        disk_write_through: caching == Caching::WriteThrough,
     };
     let mut config = GuestConfig::new(&kvm, &args.name, memory_bytes, board)?;
     config.positions = position::source_of(counter.as_deref());

@@ -51,7 +51,7 @@ pub enum Caching {
     /// dies with the host, and so does the guest.
     Host,
     /// Once the image's storage has it (`O_DSYNC`). For a guest with a backup: the guest outlives this host,
-    /// so what it was told is written must be there for the other one to read.
+    /// so what it was told is written must be there for the other one to read. The guest knows, and flushes nothing.
     WriteThrough,
 }
 

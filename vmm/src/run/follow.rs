@@ -426,6 +426,7 @@ mod tests {
             net_mac: None,
             disk_bytes: None,
             disk_read_only: false,
+            disk_write_through: false,
         };
         let mut door = Follow::new(OneBatch(Some(encoder.take())), Cursor::default(), board, 1);
         assert!(door.fetch().unwrap());
