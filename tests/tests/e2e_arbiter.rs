@@ -157,7 +157,8 @@ fn join_without_arbiter(
 ) -> Result<u64, Box<dyn std::error::Error>> {
     let (alone, protected) = (count(goes_on, &[UNPROTECTED]), count(goes_on, &[PROTECTED]));
     let early = site.start_backup(on, goes_on.host, guest, volume)?;
-    goes_on.wait_for_line("sending the guest to", SHORT)?;
+    // By then it has asked the arbiter who that is, and nobody has asked yet for its record.
+    early.wait_for_line("receiving the guest", LONG)?;
     etcd.freeze(1, true);
     let line = goes_on.wait_for_line("the arbiter has not recorded it as the backup", LONG)?;
     println!("{line}");
