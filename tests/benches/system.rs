@@ -254,7 +254,8 @@ fn transfer(site: &mut Site) -> Outcome {
         primary.wait_for_line(SERVICE_READY, LONG)?;
         std::thread::sleep(SETTLE_TIME);
         let (mut pause_ms, mut took_ms) = (Vec::new(), Vec::new());
-        for view in 1..=u64::from(rounds()) {
+        for round in 1..=u64::from(rounds()) {
+            let view = 2 * round;
             let backup = site.start_backup(2, 1, &guest, &volume)?;
             primary.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
             let sent =
@@ -454,11 +455,17 @@ impl Takeovers {
     }
 }
 
+/// The view of the pair behind takeover `round`, from 1: the first pair has view 2, and a takeover is a view of its own.
+fn pair_view(round: u32) -> u32 {
+    2 * round + 2
+}
+
 fn killed_monitors(site: &mut Site) -> Outcome {
     let volume = site.volume()?;
     let (mut primary, mut backup) = site.start_pair(&guest("none"), &volume)?;
     let mut takeovers = Takeovers::start(site)?;
-    for view in 2..count_from_environment("VMFT_BENCH_KILLS", 10) + 2 {
+    for round in 1..=count_from_environment("VMFT_BENCH_KILLS", 10) {
+        let view = pair_view(round);
         takeovers.take_over(&backup, || Ok(primary.kill(Signal::SIGKILL)?))?;
         let next = site.start_backup(primary.host, backup.host, &guest("none"), &volume)?;
         backup.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
@@ -471,7 +478,8 @@ fn lost_hosts(site: &mut Site) -> Outcome {
     let volume = site.volume()?;
     let (mut primary, mut backup) = site.start_pair(&guest("none"), &volume)?;
     let mut takeovers = Takeovers::start(site)?;
-    for view in 2..rounds() + 2 {
+    for round in 1..=rounds() {
+        let view = pair_view(round);
         takeovers.take_over(&backup, || {
             site.host(primary.host).kill();
             Ok(())
@@ -491,10 +499,11 @@ fn protected_again(site: &mut Site) -> Outcome {
     let mut primary = site.start_primary_with(1, &guest, &volume, &hosts)?;
     primary.wait_for_line(SERVICE_READY, LONG)?;
     let mut others = vec![site.start_standby(2, &guest, &volume)?, site.start_standby(3, &guest, &volume)?];
-    let (mut backup, _) = primary.wait_until_protected(1)?;
+    let (mut backup, _) = primary.wait_until_protected(2)?;
     let client = site.client(Config { window: 1, value_len: 100, ..Config::default() })?;
     let (mut takeover_ms, mut fault_ms) = (Vec::new(), Vec::new());
-    for view in 2..u64::from(rounds()) + 2 {
+    for round in 1..=rounds() {
+        let view = pair_view(round);
         if !client.wait_for_replies(client.answered() + 50, LONG) {
             return Err("the client gets no more replies".into());
         }
@@ -502,8 +511,8 @@ fn protected_again(site: &mut Site) -> Outcome {
         let (killed, next) = (primary, others.swap_remove(index));
         let failed_at = Instant::now();
         killed.kill(Signal::SIGKILL)?;
-        let taken_over_at = printed_at(&next, &format!("{TAKEOVER} view={view}"))?;
-        let (host, protected_at) = next.wait_until_protected(view)?;
+        let taken_over_at = printed_at(&next, &format!("{TAKEOVER} view={}", view - 1))?;
+        let (host, protected_at) = next.wait_until_protected(view.into())?;
         takeover_ms.push((protected_at - taken_over_at).as_secs_f64() * 1e3);
         fault_ms.push((protected_at - failed_at).as_secs_f64() * 1e3);
         killed.wait_ending(SHORT)?;
