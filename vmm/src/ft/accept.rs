@@ -15,9 +15,8 @@ use thiserror::Error;
 
 use super::channel::{Channel, Sending};
 use super::claim::{Member, check_host};
-use super::link::Link;
+use super::link::{ANOTHER_IS_JOINING, Link};
 use super::primary::Join;
-use super::protocol::Phase;
 use super::search::Search;
 use crate::with_causes;
 
@@ -169,11 +168,8 @@ fn greet(
         }
         return refused(&mut channel, Refusal::Unfit, cause);
     }
-    if reception.link.phase() != Phase::Alone {
-        return refused(&mut channel, Refusal::Busy, "this guest has a backup already".into());
-    }
-    if !reception.link.takes_backup() {
-        return refused(&mut channel, Refusal::Busy, "another backup is joining at this moment".into());
+    if let Some(reason) = reception.link.refusal() {
+        return refused(&mut channel, Refusal::Busy, reason.into());
     }
     let listen = (hello.listen_port != 0).then(|| SocketAddr::new(address.ip(), hello.listen_port));
     let member = Member { host: hello.host_name, uuid: hello.life };
@@ -181,11 +177,7 @@ fn greet(
     match reception.joins.try_send(join) {
         Ok(()) => (reception.wake)(),
         Err(TrySendError::Full(mut join) | TrySendError::Disconnected(mut join)) => {
-            return refused(
-                &mut join.channel,
-                Refusal::Busy,
-                "another backup is joining at this moment".into(),
-            );
+            return refused(&mut join.channel, Refusal::Busy, ANOTHER_IS_JOINING.into());
         }
     }
     Ok(())

@@ -29,6 +29,9 @@ const IDLE_INTERVAL: Duration = Duration::from_millis(100);
 /// Longest lag that figures tell apart.
 const TIME_MAX_US: u64 = 60_000_000;
 
+/// Why a backup cannot join while another one does.
+pub const ANOTHER_IS_JOINING: &str = "another backup is joining at this moment";
+
 /// How soon the backup should have what is published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mood {
@@ -203,9 +206,13 @@ impl Link {
         self.position.load(Ordering::Relaxed)
     }
 
-    /// May a backup begin to join?
-    pub fn takes_backup(&self) -> bool {
-        self.lock().primary.takes_backup()
+    /// Why no backup may begin to join, if none may.
+    pub fn refusal(&self) -> Option<&'static str> {
+        let state = self.lock();
+        if state.primary.phase() != Phase::Alone {
+            return Some("this guest has a backup already");
+        }
+        (!state.primary.takes_backup()).then_some(ANOTHER_IS_JOINING)
     }
 
     /// `backup`, which was welcomed for `view`, is about to get the last of the guest. Answers what has to be claimed

@@ -23,7 +23,7 @@ use ft_log::{
 use super::accept::refuse;
 use super::channel::{Channel, Receiving, Sending};
 use super::claim::{Claims, Member, Owner};
-use super::link::{Counted, Link, Mood, Outgoing};
+use super::link::{ANOTHER_IS_JOINING, Counted, Link, Mood, Outgoing};
 use super::output_gate::{OutputGate, Room};
 use super::protocol::{Answer, Ask, Life, Phase};
 use super::search::Search;
@@ -505,10 +505,9 @@ impl LogSink for PairLog {
             machine.end_checkpoints()?;
         }
         if let Ok(join) = self.joins.try_recv() {
-            if self.link.phase() != Phase::Alone {
-                Self::turn_away(join, "this guest has a backup already");
-            } else if self.joining.is_some() || !self.link.takes_backup() {
-                Self::turn_away(join, "another backup is joining at this moment");
+            let joining = self.joining.as_ref().map(|_| ANOTHER_IS_JOINING);
+            if let Some(reason) = self.link.refusal().or(joining) {
+                Self::turn_away(join, reason);
             } else if let Err(error) = self.begin_transfer(machine, join) {
                 tracing::warn!(error = %with_causes(&error), "a backup cannot be given the guest; it goes on without");
             } else {

@@ -145,14 +145,12 @@ impl Arbiter for Directory {
     }
 
     fn latest(&self, guest: &str) -> Result<Option<(u64, Vec<u8>)>, ArbiterError> {
-        let failed = |path: PathBuf| |source| ArbiterError::Io { path, source };
-        for view in self.views(guest).map_err(failed(self.path.clone()))?.into_iter().rev() {
-            let path = self.path_of(guest, view);
-            match read_small(&path) {
-                Ok(record) => return Ok(Some((view, record))),
-                // Removed since the directory was listed.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(failed(path)(source)),
+        let views = self.views(guest);
+        let views = views.map_err(|source| ArbiterError::Io { path: self.path.clone(), source })?;
+        for view in views.into_iter().rev() {
+            // It may have been removed since the directory was listed.
+            if let Some(record) = self.read(guest, view)? {
+                return Ok(Some((view, record)));
             }
         }
         Ok(None)
