@@ -94,6 +94,9 @@ fn host_has_kvm_and_runs_commands() -> TestResult {
         sh(host, "[ -c /dev/kvm ] && ls /images && cat /sys/class/net/br0/brif/tap0/port_id")?;
     assert_eq!(ending, Ending::Exited(0), "{seen}");
     assert!(seen.contains("guest.cpio.gz") && seen.contains("vmlinuz"), "{seen}");
+    // A program in memory that the file server has written may run as what was there before.
+    let (ending, seen) = sh(host, "grep ' /images/ft-demo ' /proc/mounts")?;
+    assert!(ending == Ending::Exited(0) && !seen.contains("virtiofs"), "not a copy: {seen}");
 
     let refused = host.spawn(&["/no/such/program"]).expect_err("no such program");
     assert!(refused.to_string().contains("/no/such/program"), "{refused}");
