@@ -95,7 +95,7 @@ fn host_has_kvm_and_runs_commands() -> TestResult {
     assert_eq!(ending, Ending::Exited(0), "{seen}");
     assert!(seen.contains("guest.cpio.gz") && seen.contains("vmlinuz"), "{seen}");
     // A program in memory that the file server has written may run as what was there before.
-    let (ending, seen) = sh(host, "grep ' /images/ft-demo ' /proc/mounts")?;
+    let (ending, seen) = sh(host, "grep ' /images/vmft-demo ' /proc/mounts")?;
     assert!(ending == Ending::Exited(0) && !seen.contains("virtiofs"), "not a copy: {seen}");
 
     let refused = host.spawn(&["/no/such/program"]).expect_err("no such program");
