@@ -6,18 +6,20 @@
 //! The caller runs one access or event at a time, while the vCPU stands still:
 //!
 //! ```text
-//! port access:   if pio_needs_time { log a clock read; advance }   pio_read / pio_write
+//! exit:          log a clock read; advance
+//! port access:   pio_read / pio_write
 //! memory access: mmio_read / mmio_write
 //! event:         apply
-//! before entry:  if interrupt_pending and the vCPU takes it: acknowledge_interrupt
+//! before entry:  show hpet_registers; if interrupt_pending and the vCPU takes it: acknowledge_interrupt
 //! ```
 
 use crate::acpi_pm::AcpiPm;
 use crate::cmos::Cmos;
+use crate::hpet::Hpet;
 use crate::i8042::I8042;
 use crate::layout::{
-    KEYBOARD_IRQ, PM_TIMER_PORT, PM1A_EVENT_PORT, RESET_PORT, SCI_IRQ, TIMER_IRQ, UART_IRQ, UART_PORT,
-    VIRTIO_WINDOW_BYTES, VirtioKind, virtio_windows,
+    HPET_BASE, HPET_BYTES, KEYBOARD_IRQ, PM_TIMER_PORT, PM1A_EVENT_PORT, RESET_PORT, SCI_IRQ, TIMER_IRQ,
+    UART_IRQ, UART_PORT, VIRTIO_WINDOW_BYTES, VirtioKind, virtio_windows,
 };
 use crate::pic::Pic;
 use crate::pit::Pit;
@@ -34,8 +36,6 @@ use xxhash_rust::xxh3::Xxh3;
 const UART_LAST_PORT: u16 = UART_PORT + 7;
 /// Event, control and timer registers follow each other.
 const PM_LAST_PORT: u16 = PM_TIMER_PORT + 3;
-const PM_TIMER_LAST_PORT: u16 = PM_TIMER_PORT + 3;
-const PM1A_EVENT_LAST_PORT: u16 = PM1A_EVENT_PORT + 3;
 const PCI_ADDRESS_PORT: u16 = 0xcf8;
 const VIRTIO_OFFSET_MASK: u64 = VIRTIO_WINDOW_BYTES - 1;
 
@@ -98,6 +98,7 @@ pub struct Board {
     cmos: Cmos,
     uart: Uart,
     i8042: I8042,
+    hpet: Hpet,
     net: Option<Transport<Net>>,
     blk: Option<Transport<Blk>>,
     rng: Transport<Rng>,
@@ -116,6 +117,7 @@ impl Board {
             cmos: Cmos::new(config.epoch_s, config.ram_bytes),
             uart: Uart::new(),
             i8042: I8042::new(),
+            hpet: Hpet::new(),
             net: config.net_mac.map(|mac| Transport::new(Net::new(mac))),
             blk: config.disk_bytes.map(|bytes| Transport::new(Blk::new(bytes, config))),
             rng: Transport::new(Rng::new()),
@@ -125,17 +127,6 @@ impl Board {
     /// The time that the devices see.
     pub fn now(&self) -> GuestTime {
         self.clock.now
-    }
-
-    /// Whether this access needs a fresh clock value: log a clock read and [`Board::advance`] before it.
-    #[inline]
-    pub fn pio_needs_time(&self, port: u16, write: bool) -> bool {
-        match port {
-            0x40..=0x43 | 0x61 => self.pit.needs_time(port, write),
-            0x71 => self.cmos.needs_time(write),
-            PM1A_EVENT_PORT..=PM1A_EVENT_LAST_PORT | PM_TIMER_PORT..=PM_TIMER_LAST_PORT => !write,
-            _ => false,
-        }
     }
 
     /// Moves time forward to `now`; timers that became due raise their lines. Time never goes back: an
@@ -163,6 +154,12 @@ impl Board {
         let timer = if self.pic.is_requested(TIMER_IRQ) { None } else { self.pit.next_edge(self.clock.now) };
         let sci = self.acpi_pm.next_event(self.clock.now);
         [timer, sci].into_iter().flatten().min()
+    }
+
+    /// What the guest sees, as read-only memory, at [`HPET_BASE`]: offset in the page and value, 8 bytes each; the rest
+    /// of the page is 0.
+    pub fn hpet_registers(&self) -> [(u64, u64); 6] {
+        self.hpet.registers(self.clock.now)
     }
 
     /// The value of the time stamp counter for a trapped RDTSC: nanoseconds of guest time, and more than the
@@ -258,7 +255,7 @@ impl Board {
         }
     }
 
-    /// A read from guest physical address `gpa`. What no device claims reads as ones.
+    /// A read from guest physical address `gpa`. What no device claims reads as ones. The HPET is memory for reads.
     pub fn mmio_read(&mut self, gpa: u64, data: &mut [u8]) {
         let offset = gpa & VIRTIO_OFFSET_MASK;
         match VirtioKind::at(gpa) {
@@ -271,6 +268,9 @@ impl Board {
 
     /// A write to guest physical address `gpa`.
     pub fn mmio_write(&mut self, ram: &GuestRam, gpa: u64, data: &[u8], effects: &mut Vec<Effect>) {
+        if let Some(offset) = gpa.checked_sub(HPET_BASE).filter(|offset| *offset < HPET_BYTES) {
+            return self.hpet.write(offset, data, self.clock.now);
+        }
         let offset = gpa & VIRTIO_OFFSET_MASK;
         let Some(kind) = VirtioKind::at(gpa) else { return };
         match kind {
@@ -378,7 +378,7 @@ impl Board {
     }
 
     fn devices(&self) -> impl Iterator<Item = &dyn Device> {
-        let fixed: [&dyn Device; 8] = [
+        let fixed: [&dyn Device; 9] = [
             &self.clock,
             &self.pic,
             &self.pit,
@@ -386,6 +386,7 @@ impl Board {
             &self.cmos,
             &self.uart,
             &self.i8042,
+            &self.hpet,
             &self.rng,
         ];
         let net = self.net.as_ref().map(|net| net as &dyn Device);
@@ -394,7 +395,7 @@ impl Board {
     }
 
     fn devices_mut(&mut self) -> impl Iterator<Item = &mut dyn Device> {
-        let fixed: [&mut dyn Device; 8] = [
+        let fixed: [&mut dyn Device; 9] = [
             &mut self.clock,
             &mut self.pic,
             &mut self.pit,
@@ -402,6 +403,7 @@ impl Board {
             &mut self.cmos,
             &mut self.uart,
             &mut self.i8042,
+            &mut self.hpet,
             &mut self.rng,
         ];
         let net = self.net.as_mut().map(|net| net as &mut dyn Device);

@@ -109,11 +109,6 @@ impl Cmos {
         Self { epoch_s, index: 0, memory, offset_s: 0, copy: [0; 8], copied_at: None }
     }
 
-    /// Whether reading or writing the data port depends on the time.
-    pub(crate) fn needs_time(&self, write: bool) -> bool {
-        TIME_REGISTERS.contains(&self.index) || (write && self.index == STATUS_B)
-    }
-
     fn is_setting(&self) -> bool {
         self.memory[usize::from(STATUS_B)] & STATUS_B_SET != 0
     }
@@ -351,24 +346,5 @@ mod tests {
         let mut word =
             |at| u16::from_le_bytes([read(&mut cmos, at, at_ms(0)), read(&mut cmos, at + 1, at_ms(0))]);
         assert_eq!([word(0x15), word(0x17), word(0x30), word(0x34)], [640, 0xffff, 0xffff, 240 * 16]);
-    }
-
-    #[test]
-    fn only_time_registers_need_the_time() {
-        let mut cmos = Cmos::new(0, 0);
-        for (index, reads, writes) in [
-            (0x00, true, true),
-            (0x32, true, true),
-            (0x0a, false, false),
-            (0x0b, false, true),
-            (0x10, false, false),
-        ] {
-            cmos.write(0x70, index, at_ms(0));
-            assert_eq!(
-                (cmos.needs_time(false), cmos.needs_time(true)),
-                (reads, writes),
-                "register {index:#x}"
-            );
-        }
     }
 }

@@ -29,6 +29,11 @@ pub const RESET_VALUE: u8 = 0x06;
 /// `SLP_TYPa` of the soft-off state S5 (ACPI `\_S5`).
 pub const SLEEP_TYPE_S5: u8 = 5;
 
+/// Address of the HPET.
+pub const HPET_BASE: u64 = 0xfed0_0000;
+/// Size of the HPET's registers in bytes: a page, of which the first quarter is used.
+pub const HPET_BYTES: u64 = 0x1000;
+
 /// First address of the virtio-mmio windows.
 pub const VIRTIO_BASE: u64 = 0xd000_0000;
 /// Distance and size of the virtio-mmio windows in bytes.

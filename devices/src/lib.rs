@@ -20,6 +20,7 @@ mod board;
 mod cmos;
 mod effects;
 mod error;
+mod hpet;
 mod i8042;
 pub mod layout;
 mod pic;
@@ -31,6 +32,7 @@ mod virtio;
 pub use board::{Board, BoardConfig};
 pub use effects::{DiskOp, DiskRequest, Effect};
 pub use error::DeviceError;
+pub use hpet::HPET_IDENTITY;
 pub use layout::{VirtioKind, VirtioWindow, virtio_windows};
 pub use schema::Payload;
 

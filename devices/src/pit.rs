@@ -347,20 +347,6 @@ impl Pit {
         self.counters[0].rising_edge_after(ticks(now)).map(|tick| GuestTime(tick.saturating_mul(3)))
     }
 
-    /// Whether an access to `port` depends on the time. The first byte of a two-byte count does not, nor
-    /// does reading what is latched.
-    pub(crate) fn needs_time(&self, port: u16, write: bool) -> bool {
-        let Some(counter) = port.checked_sub(0x40).and_then(|index| self.counters.get(usize::from(index)))
-        else {
-            return write || port == 0x61;
-        };
-        if write {
-            counter.access != ACCESS_BOTH || counter.write_low.is_some()
-        } else {
-            counter.latched_count.is_none() && counter.latched_status.is_none()
-        }
-    }
-
     /// Reads one of 0x40 to 0x43 and 0x61.
     pub(crate) fn read(&mut self, port: u16, now: GuestTime) -> u8 {
         let now = ticks(now);
@@ -632,24 +618,6 @@ mod tests {
         assert_eq!(pit.read(0x40, at(T0)), 0b1011_0110, "square wave, not waiting for a count");
         let count = u16::from_le_bytes([pit.read(0x40, at(T0)), pit.read(0x40, at(T0))]);
         assert_eq!(count, (0x1_0000 - 2 * (T0 - 1)) as u16);
-    }
-
-    #[test]
-    fn only_what_depends_on_the_time_needs_it() {
-        let mut pit = counter(2, 100);
-        assert!(pit.needs_time(0x43, true) && pit.needs_time(0x61, true) && pit.needs_time(0x61, false));
-        assert!(!pit.needs_time(0x43, false));
-        assert!(!pit.needs_time(0x40, true), "first byte");
-        pit.write(0x40, 50, at(T0));
-        assert!(pit.needs_time(0x40, true), "second byte");
-        pit.write(0x43, 0x14, at(T0));
-        assert!(pit.needs_time(0x40, true), "only byte");
-        assert!(pit.needs_time(0x40, false));
-        pit.write(0x43, 0x00, at(T0));
-        assert!(!pit.needs_time(0x40, false), "latched count");
-        pit.read(0x40, at(T0));
-        pit.write(0x43, 0xe2, at(T0));
-        assert!(!pit.needs_time(0x40, false), "latched status");
     }
 
     #[test]

@@ -83,27 +83,6 @@ fn tsc_is_nanoseconds_and_strictly_increasing() {
 }
 
 #[test]
-fn accesses_that_depend_on_time_ask_for_it() {
-    let mut guest = guest();
-    for port in [0x40, 0x41, 0x42, 0x61] {
-        assert!(guest.board.pio_needs_time(port, false));
-    }
-    assert!(guest.board.pio_needs_time(0x43, true) && guest.board.pio_needs_time(0x61, true));
-    guest.outb(0x40, 1);
-    assert!(guest.board.pio_needs_time(0x40, true), "the second byte starts the count");
-    for port in [0x600, 0x603, 0x608, 0x60b] {
-        assert!(guest.board.pio_needs_time(port, false) && !guest.board.pio_needs_time(port, true));
-    }
-    for port in [0x20, 0x21, 0x3f8, 0x3fd, 0x604, 0x607, 0x60c, 0x64, 0x70, 0x80, 0xcf8] {
-        assert!(!guest.board.pio_needs_time(port, false) && !guest.board.pio_needs_time(port, true));
-    }
-    guest.outb(0x70, 0x00);
-    assert!(guest.board.pio_needs_time(0x71, false));
-    guest.outb(0x70, 0x0d);
-    assert!(!guest.board.pio_needs_time(0x71, false));
-}
-
-#[test]
 fn pm_timer_reads_as_one_double_word() {
     let mut guest = guest();
     guest.board.advance(GuestTime(0x0312_3456));
@@ -219,6 +198,20 @@ fn virtio_windows_do_not_move_when_a_device_is_missing() {
     assert_eq!(without_net, all[1..]);
 }
 
+#[test]
+fn hpet_counts_guest_time_and_is_written_through_its_page() {
+    let mut guest = guest();
+    let counter =
+        |guest: &Guest| guest.board.hpet_registers().map(|(at, value)| (at == 0xf0).then_some(value));
+    guest.board.advance(GuestTime(100));
+    assert!(counter(&guest).contains(&Some(0)));
+    guest.board.mmio_write(&guest.ram, 0xfed0_0010, &1u32.to_le_bytes(), &mut guest.effects);
+    guest.board.advance(GuestTime(350));
+    guest.reload();
+    assert!(counter(&guest).contains(&Some(1_000)));
+    assert!(guest.take_effects().is_empty());
+}
+
 /// A changed number means a changed layout: raise the version of the payload that changed.
 #[test]
 fn layout_of_a_new_board_is_fixed() {
@@ -232,12 +225,13 @@ fn layout_of_a_new_board_is_fixed() {
         ("cmos-mc146818", 146),
         ("uart-16550", 14),
         ("i8042", 5),
+        ("hpet", 17),
         ("virtio-rng", 61),
         ("virtio-net", 112),
         ("virtio-blk", 72),
     ];
     assert_eq!(layout, expected.map(|(kind, len_bytes)| (kind.to_owned(), 1, len_bytes)));
-    assert_eq!(board.digest(), 0x0c2a_4171_69c9_5250);
+    assert_eq!(board.digest(), 0x11e6_6f3a_d17b_a847);
 }
 
 /// A board with something in every device.

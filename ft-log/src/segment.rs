@@ -27,7 +27,7 @@ use crate::stream::{
 };
 
 /// Version of the file: of its frames, the entries and the snapshot in it.
-pub const RECORDING_VERSION: u32 = 6;
+pub const RECORDING_VERSION: u32 = 7;
 /// First bytes of the file.
 pub const RECORDING_MAGIC: [u8; 8] = *b"VMFTREC\0";
 

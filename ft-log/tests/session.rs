@@ -278,6 +278,6 @@ fn a_recording_is_written_in_its_order() {
 #[test]
 fn other_files_and_versions_are_refused_by_name() {
     let open = |bytes: &[u8]| RecordingReader::new(bytes, Path::new("run")).unwrap_err().to_string();
-    assert_eq!(open(b"VMFTREC\0\x07\0\0\0"), "run is a recording of version 7, this monitor knows 6");
+    assert_eq!(open(b"VMFTREC\0\x08\0\0\0"), "run is a recording of version 8, this monitor knows 7");
     assert_eq!(open(b"#!/bin/sh\nls"), "run is not a recording: it starts with #!/bin/s");
 }

@@ -1,4 +1,4 @@
-//! The ACPI tables of the guest: legacy hardware, the PM timer, power-off, and where the virtio devices are.
+//! The ACPI tables of the guest: legacy hardware, the PM timer, the HPET, power-off, and where the virtio devices are.
 //!
 //! Owns: [`write_tables`] and the area [`TABLES_START`]..[`TABLES_END`]. Must never: describe a device that the
 //! monitor does not have, or an APIC: without a MADT Linux stays with the 8259.
@@ -15,10 +15,10 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::{Aml, aml};
 use acpi_tables::{facs::FACS, rsdp::Rsdp, sdt::Sdt, xsdt::XSDT};
 use devices::layout::{
-    PM_TIMER_PORT, PM1A_CONTROL_PORT, PM1A_EVENT_PORT, RESET_PORT, RESET_VALUE, SCI_IRQ, SLEEP_TYPE_S5,
-    VIRTIO_WINDOW_BYTES,
+    HPET_BASE, PM_TIMER_PORT, PM1A_CONTROL_PORT, PM1A_EVENT_PORT, RESET_PORT, RESET_VALUE, SCI_IRQ,
+    SLEEP_TYPE_S5, VIRTIO_WINDOW_BYTES,
 };
-use devices::{GuestRam, VirtioWindow};
+use devices::{GuestRam, HPET_IDENTITY, VirtioWindow};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::BootError;
@@ -60,8 +60,10 @@ pub(super) fn write_tables(ram: &GuestRam, windows: &[VirtioWindow]) -> Result<(
     let facs = place(&bytes_of(&FACS::new()))?;
     let dsdt = place(dsdt(windows)?.as_slice())?;
     let fadt = place(&bytes_of(&fadt(facs, dsdt)))?;
+    let hpet = place(hpet().as_slice())?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
+    xsdt.add_entry(hpet);
     let xsdt = place(&bytes_of(&xsdt))?;
     put(ram, &bytes_of(&Rsdp::new(OEM_ID, xsdt)), TABLES_START)
 }
@@ -115,6 +117,22 @@ fn fadt(facs: u64, dsdt: u64) -> acpi_tables::fadt::FADT {
 
 fn port(port: u16, bits: u8, access_size: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, bits, 0, access_size, u64::from(port))
+}
+
+/// One block of timers, without interrupts (IA-PC HPET specification 1.0a, section 3.2.4).
+fn hpet() -> Sdt {
+    let mut hpet = Sdt::new(*b"HPET", 36, 1, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    hpet.append(HPET_IDENTITY);
+    hpet.append_slice(&bytes_of(&GAS::new(
+        AddressSpace::SystemMemory,
+        64,
+        0,
+        AccessSize::QwordAccess,
+        HPET_BASE,
+    )));
+    // Sequence number, least ticks of a periodic timer, and no promise about the rest of the page.
+    hpet.append_slice(&[0, 0, 0, 0]);
+    hpet
 }
 
 /// `\_S5` and one device for each window.
@@ -182,6 +200,8 @@ mod tests {
         }
         let xsdt = table(&ram, number(&rsdp, 24, 8), b"XSDT");
         let fadt = table(&ram, number(&xsdt, 36, 8), b"FACP");
+        let hpet = table(&ram, number(&xsdt, 44, 8), b"HPET");
+        assert_eq!((hpet.len(), number(&hpet, 36, 4), number(&hpet, 44, 8)), (56, 0x8086_2201, 0xfed0_0000));
         table(&ram, number(&fadt, 36, 4), b"FACS");
         assert_eq!(number(&fadt, 40, 4), number(&fadt, 140, 8));
         let dsdt = table(&ram, number(&fadt, 140, 8), b"DSDT");

@@ -28,7 +28,7 @@ use super::image::KernelImage;
 /// - `quiet`: a character on the console is three exits.
 const DEFAULTS: &str = "console=ttyS0 notsc nolapic noapic pci=off lpj=1000000 no_timer_check io_delay=none \
                         8250.nr_uarts=1 mitigations=off reboot=k randomize_kstack_offset=off random.trust_bootloader=on \
-                        initcall_blacklist=jent_mod_init panic=-1 quiet clocksource=acpi_pm";
+                        initcall_blacklist=jent_mod_init panic=-1 quiet";
 
 /// How a kernel with these capabilities finds devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -4,7 +4,8 @@
 //! vCPU's thread does, which asks [`Deferral::is_due`] once it was kicked.
 //! States of the vCPU's thread: in the guest, where something may come due, or not.
 //!
-//! What is due: events in the inbox, counted from the arrival of the oldest, and the next timer of the devices.
+//! What is due: events in the inbox, counted from the arrival of the oldest, the next timer of the devices, and the clock,
+//! which stands still in a guest that makes no exits, after [`CLOCK_STANDS_MAX`].
 //! The budget is what was asked for, or longer where a stop would take long because the guest has written many pages: so
 //! long that stops take a ninth of the guest's time at most, up to a second.
 
@@ -18,6 +19,9 @@ use crossbeam_channel::{Sender, TrySendError};
 use ft_log::Event;
 
 const NEVER: u64 = u64::MAX;
+/// Longest time that a guest's clock stands still. A guest that waits for a time, without an exit and with interrupts off,
+/// would wait for ever.
+const CLOCK_STANDS_MAX: Duration = Duration::from_millis(100);
 /// Least time that something waits, as a multiple of the pause that its stop takes.
 const STRETCH: u64 = 8;
 /// What a stop takes besides its pages, as a number of pages.
@@ -132,12 +136,25 @@ impl Deferral {
 
     /// The vCPU's thread goes into the guest; the devices' next timer is due at `timer`.
     pub fn entering(&self, timer: Option<Instant>) {
-        self.timer_ns.store(timer.map_or(NEVER, |timer| self.ns(timer)), Ordering::SeqCst);
+        self.enter(timer, Duration::ZERO);
+    }
+
+    /// As [`Self::entering`], but nothing could reach the guest if it were stopped. So only its clock counts.
+    pub fn entering_closed(&self) {
+        self.enter(None, CLOCK_STANDS_MAX);
+    }
+
+    fn enter(&self, timer: Option<Instant>, hold: Duration) {
+        let now = Instant::now();
+        let latest = now + CLOCK_STANDS_MAX;
+        let timer = timer.map_or(latest, |timer| timer.min(latest));
+        self.hold_ns.store(self.ns(now + hold), Ordering::Relaxed);
+        self.timer_ns.store(self.ns(timer), Ordering::SeqCst);
         self.in_guest.store(true, Ordering::SeqCst);
         self.wake_if_late();
     }
 
-    /// The vCPU's thread is out of the guest, or nothing could reach the guest if it were.
+    /// The vCPU's thread is out of the guest.
     pub fn left(&self) {
         self.in_guest.store(false, Ordering::SeqCst);
     }
@@ -274,6 +291,24 @@ mod tests {
         deferral.entering(Some(Instant::now()));
         kicks.recv_timeout(LONG).unwrap();
         assert!(deferral.is_due());
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_gets_the_guest_kicked() {
+        let (deferral, _watch, kicks) = watched(BUDGET);
+        deferral.entering(None);
+        kicks.recv_timeout(LONG).unwrap();
+        assert!(deferral.is_due());
+    }
+
+    #[test]
+    fn what_cannot_reach_the_guest_is_not_due_before_the_clock() {
+        let (deferral, _watch, kicks) = watched(BUDGET);
+        deferral.arrived();
+        let entered = Instant::now();
+        deferral.entering_closed();
+        assert!(deferral.due_ns() >= deferral.ns(entered + CLOCK_STANDS_MAX));
+        kicks.recv_timeout(LONG).unwrap();
     }
 
     #[test]

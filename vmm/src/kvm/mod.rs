@@ -7,6 +7,7 @@ mod dirty;
 mod fitness;
 mod linear;
 mod msr;
+mod read_page;
 pub mod segments;
 pub mod state;
 mod vcpu;

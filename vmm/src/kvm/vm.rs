@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use devices::GuestRam;
+use devices::{GuestRam, layout::HPET_BASE};
 use kvm_bindings::{
     CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_EXCEPTION_PAYLOAD, KVM_MAX_CPUID_ENTRIES,
     kvm_enable_cap, kvm_userspace_memory_region,
@@ -15,6 +15,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::dirty::{self, DirtyLog, Slots};
 use super::fitness::{self, Unfit, host_flavour};
+use super::read_page::ReadPage;
 use super::{KvmError, Vcpu, enable_cap, msr};
 
 /// Three pages that Intel's KVM needs for real-mode emulation; outside of RAM and of device windows.
@@ -91,7 +92,8 @@ impl Kvm {
                 .map_err(KvmError::call("KVM_SET_USER_MEMORY_REGION"))?;
             slots.push(region);
         }
-        Ok(Vm { fd: Arc::new(fd), ram, slots: Slots::new(slots) })
+        let hpet = ReadPage::map(&fd, slots.len(), HPET_BASE)?;
+        Ok(Vm { fd: Arc::new(fd), ram, slots: Slots::new(slots), hpet })
     }
 }
 
@@ -100,9 +102,15 @@ pub struct Vm {
     fd: Arc<VmFd>,
     ram: GuestRam,
     slots: Slots,
+    hpet: ReadPage,
 }
 
 impl Vm {
+    /// What the guest reads at [`HPET_BASE`]: 8 bytes at each offset, from now on. The vCPU stands still.
+    pub fn show_hpet(&self, registers: &[(u64, u64)]) {
+        self.hpet.show(registers);
+    }
+
     /// Finds out from now on which pages the guest writes, or no longer. At first all count as written.
     pub fn track_writes(&mut self, on: bool) -> Result<(), KvmError> {
         self.slots.track(&self.fd, on)

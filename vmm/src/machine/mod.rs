@@ -40,7 +40,7 @@ use user_tsc::UserTsc;
 pub trait Clock {
     /// What the caller of the machine fails with.
     type Error: From<MachineError>;
-    /// The time that the guest sees in the exit being handled. Never goes back.
+    /// The time that the guest sees in the exit being handled and until its next one. Never goes back.
     fn read(&mut self) -> Result<GuestTime, Self::Error>;
     /// A host signal took the vCPU out of the guest.
     fn kicked(&mut self, machine: &Machine) -> Result<Kicked, Self::Error>;
@@ -227,6 +227,7 @@ impl Machine {
     /// Enters the guest until an anchor or a forced stop, delivering pending interrupts at the first boundary of
     /// instructions that can take them.
     fn enter<C: Clock>(&mut self, clock: &mut C) -> Result<Left, C::Error> {
+        self.vm.show_hpet(&self.board.hpet_registers());
         if let Some(counter) = &mut self.counter {
             counter.restart().map_err(MachineError::from)?;
         }
@@ -303,10 +304,11 @@ impl Machine {
             rip = format_args!("{:#x}", self.vcpu.last_registers().rip)
         );
         self.digest_registers(&exit);
+        self.board.advance(clock.read()?);
         let first_effect = effects.len();
         match exit {
-            Exit::PioRead { port, size, .. } => self.port_read(port, size, clock, effects)?,
-            Exit::PioWrite { port, size, .. } => self.port_write(port, size, clock, effects)?,
+            Exit::PioRead { port, size, .. } => self.port_read(port, size, effects),
+            Exit::PioWrite { port, size, .. } => self.port_write(port, size, effects)?,
             Exit::MmioRead { gpa, len } => {
                 let mut data = [0; 8];
                 self.board.mmio_read(gpa, &mut data[..len]);
@@ -315,11 +317,11 @@ impl Machine {
             Exit::MmioWrite { gpa, data, len } => {
                 self.board.mmio_write(&self.ram, gpa, &data[..len], effects);
             }
-            Exit::MsrRead { index } => self.msr_read(index, clock)?,
+            Exit::MsrRead { index } => self.msr_read(index)?,
             Exit::MsrWrite { index, value } => {
                 let taken = msr::write(index, value);
                 tracing::debug!(index = format_args!("{index:#x}"), value, taken, "the guest writes an MSR");
-                self.answer_msr(taken.then_some(value)).map_err(C::Error::from)?;
+                self.answer_msr(taken.then_some(value))?;
             }
             Exit::Halt if self.vcpu.interrupts_enabled() => self.halted = true,
             Exit::Halt => self.end = Some(GuestEnd::HaltedForever),
@@ -336,7 +338,7 @@ impl Machine {
                 _ => {}
             }
         }
-        self.user_tsc.look_for_handler(self.anchors, &self.vcpu, &self.ram).map_err(C::Error::from)
+        Ok(self.user_tsc.look_for_handler(self.anchors, &self.vcpu, &self.ram)?)
     }
 
     fn digest_registers(&mut self, exit: &Exit) {
@@ -372,15 +374,8 @@ impl Machine {
         }
     }
 
-    fn port_read<C: Clock>(
-        &mut self,
-        port: u16,
-        size: u8,
-        clock: &mut C,
-        effects: &mut Vec<Effect>,
-    ) -> Result<(), C::Error> {
+    fn port_read(&mut self, port: u16, size: u8, effects: &mut Vec<Effect>) {
         if port == u16::from(RDTSC_PORT) || port == u16::from(RDTSCP_PORT) {
-            self.board.advance(clock.read()?);
             let tsc = self.board.tsc();
             let low = (tsc as u32).to_le_bytes();
             for element in self.vcpu.pio_data().chunks_mut(usize::from(size)) {
@@ -392,29 +387,16 @@ impl Machine {
                     regs.rcx = 0;
                 }
             });
-            return Ok(());
-        }
-        if self.board.pio_needs_time(port, false) {
-            self.board.advance(clock.read()?);
+            return;
         }
         for element in self.vcpu.pio_data().chunks_mut(usize::from(size)) {
             self.board.pio_read(port, element, effects);
         }
-        Ok(())
     }
 
-    fn port_write<C: Clock>(
-        &mut self,
-        port: u16,
-        size: u8,
-        clock: &mut C,
-        effects: &mut Vec<Effect>,
-    ) -> Result<(), C::Error> {
+    fn port_write(&mut self, port: u16, size: u8, effects: &mut Vec<Effect>) -> Result<(), MachineError> {
         if port == u16::from(GP_PORT) && self.user_tsc.is_hook(self.vcpu.last_registers().rip) {
-            return self.general_protection(clock);
-        }
-        if self.board.pio_needs_time(port, true) {
-            self.board.advance(clock.read()?);
+            return self.general_protection();
         }
         for element in self.vcpu.pio_data().chunks(usize::from(size)) {
             self.board.pio_write(port, element, effects);
@@ -422,18 +404,15 @@ impl Machine {
         Ok(())
     }
 
-    fn msr_read<C: Clock>(&mut self, index: u32, clock: &mut C) -> Result<(), C::Error> {
+    fn msr_read(&mut self, index: u32) -> Result<(), MachineError> {
         let answer = msr::read(index);
         tracing::debug!(index = format_args!("{index:#x}"), ?answer, "the guest reads an MSR");
         let value = match answer {
-            msr::Answer::TimeStampCounter => {
-                self.board.advance(clock.read()?);
-                Some(self.board.tsc())
-            }
+            msr::Answer::TimeStampCounter => Some(self.board.tsc()),
             msr::Answer::Value(value) => Some(value),
             msr::Answer::Fault => None,
         };
-        Ok(self.answer_msr(value)?)
+        self.answer_msr(value)
     }
 
     fn answer_msr(&mut self, value: Option<u64>) -> Result<(), MachineError> {
@@ -444,19 +423,13 @@ impl Machine {
     }
 
     /// The guest's #GP handler was entered: supply a user-mode RDTSC, or let the handler go on.
-    fn general_protection<C: Clock>(&mut self, clock: &mut C) -> Result<(), C::Error> {
-        if self.vcpu.complete().map_err(MachineError::from)?.is_some() {
-            return Err(MachineError::UserTsc("the hooked port write did not complete at once".into()).into());
+    fn general_protection(&mut self) -> Result<(), MachineError> {
+        if self.vcpu.complete()?.is_some() {
+            return Err(MachineError::UserTsc("the hooked port write did not complete at once".into()));
         }
-        let trap = self.user_tsc.trapped(&self.vcpu, &self.ram).map_err(C::Error::from)?;
-        let tsc = match trap {
-            None => None,
-            Some(_) => {
-                self.board.advance(clock.read()?);
-                Some(self.board.tsc())
-            }
-        };
-        self.user_tsc.resume(&self.vcpu, trap, tsc).map_err(C::Error::from)
+        let trap = self.user_tsc.trapped(&self.vcpu, &self.ram)?;
+        let tsc = trap.is_some().then(|| self.board.tsc());
+        self.user_tsc.resume(&self.vcpu, trap, tsc)
     }
 
     /// Finishes the last exit's instruction, so that the machine may be saved. False: the instruction

@@ -219,6 +219,7 @@ impl Machine {
         if let Some(exit) = self.early_exit {
             return Ok(Some(How::Exit(exit)));
         }
+        self.vm.show_hpet(&self.board.hpet_registers());
         self.offer_interrupt()?;
         counter.restart().map_err(MachineError::from)?;
         let short = target.branches.saturating_sub(counter.skid_max() + 1);

@@ -91,6 +91,8 @@ pub struct Live<L> {
     _keep_open: Sender<Event>,
     wake: Receiver<()>,
     own: VecDeque<Event>,
+    /// Time has passed since the guest's last exit: it waited, or was stopped while it computed.
+    stale: bool,
     stop: Arc<AtomicBool>,
     orders: Arc<Orders>,
     deferral: Arc<Deferral>,
@@ -119,7 +121,7 @@ impl<L: LogSink> Live<L> {
         let HostSide { time, inbox: (_keep_open, inbox), deferral, wake, stop, orders } = host;
         let model = ClockModel::starting_at(machine.now());
         let own = VecDeque::new();
-        Self { time, model, inbox, _keep_open, wake, own, stop, orders, deferral, log }
+        Self { time, model, inbox, _keep_open, wake, own, stale: false, stop, orders, deferral, log }
     }
 
     /// The log, for what comes after the loop.
@@ -152,6 +154,7 @@ impl<L: LogSink> Live<L> {
     /// Applies what is due at this boundary.
     fn apply_due(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
         self.deferral.emptying();
+        self.tick(machine, effects)?;
         let mut bytes = 0;
         for _ in 0..EVENTS_PER_BOUNDARY {
             if bytes >= BYTES_PER_BOUNDARY {
@@ -166,9 +169,16 @@ impl<L: LogSink> Live<L> {
         if !self.inbox.is_empty() || !self.own.is_empty() {
             self.deferral.arrived();
         }
+        Ok(())
+    }
+
+    /// Lets timers that are due expire. A guest that has made no exit for a while does not see other events at the time
+    /// of its last one.
+    fn tick(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
         // Never earlier than what the guest has been shown.
         let now = self.time.now().max(machine.now());
-        if machine.deadline().is_some_and(|deadline| deadline <= now) {
+        if self.stale || machine.deadline().is_some_and(|deadline| deadline <= now) {
+            self.stale = false;
             self.apply(machine, Event::Tick { now }, effects)?;
             self.model.tick(now);
         }
@@ -177,6 +187,7 @@ impl<L: LogSink> Live<L> {
 
     /// Waits until there may be something to apply.
     fn wait(&mut self, machine: &Machine) {
+        self.stale = true;
         let timer = machine
             .deadline()
             .map_or_else(crossbeam_channel::never, |deadline| at(self.time.instant_of(deadline)));
@@ -248,6 +259,7 @@ impl<L: LogSink> Door for Live<L> {
             }
             self.publish(machine, effects)?;
             if pause {
+                self.stale = true;
                 // Its other end is in a `Stop` that outlives this door.
                 let _ = self.wake.recv();
             } else if self.own.is_empty() {
@@ -258,12 +270,15 @@ impl<L: LogSink> Door for Live<L> {
 
     fn entering(&mut self, machine: &Machine) {
         // An interrupt that the guest cannot take yet keeps others out as well.
-        if !machine.board().interrupt_pending() {
+        if machine.board().interrupt_pending() {
+            self.deferral.entering_closed();
+        } else {
             self.deferral.entering(machine.deadline().map(|deadline| self.time.instant_of(deadline)));
         }
     }
 
     fn stopped(&mut self, machine: &mut Machine, position: Position) -> Result<(), RunError> {
+        self.stale = true;
         let since = Instant::now();
         let pages = self.log.stopped(machine, position)?;
         self.deferral.paused(since.elapsed(), pages);
