@@ -7,6 +7,7 @@
 use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Instant;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -92,9 +93,17 @@ pub fn run(cases: &[Case]) -> ExitCode {
     conclusion.exit_code()
 }
 
+/// Runs a test and says how long it took, since what is slow here is slow for everybody.
+fn timed(case: Case) -> Result<(), Failed> {
+    let started = Instant::now();
+    let result = (case.run)().map_err(|error| Failed::from(error.to_string()));
+    eprintln!("{} took {:.0} s", case.name, started.elapsed().as_secs_f64());
+    result
+}
+
 fn trial(case: Case, require_all: bool) -> Trial {
     match first_missing(case.needs) {
-        None => Trial::test(case.name, move || (case.run)().map_err(|error| Failed::from(error.to_string()))),
+        None => Trial::test(case.name, move || timed(case)),
         Some(reason) if require_all => {
             Trial::test(case.name, move || Err(format!("This machine cannot run it: {reason}.").into()))
         }
