@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::protocol::{Answer, CONTROL_VERSION, Command, MAX_REPLY_BYTES, Reply, Request};
+use super::protocol::{Answer, CONTROL_VERSION, Command, MAX_REPLY_BYTES, Request, read_reply};
 
 /// How long a monitor may take to answer.
 pub const ANSWER_TIME: Duration = Duration::from_secs(5);
@@ -68,10 +68,5 @@ pub fn ask(path: &Path, command: Command) -> Result<Answer, ClientError> {
         }
     }
     let strange = |why: String| ClientError::Strange { path: path.into(), why };
-    let Reply { vmft, answer } =
-        serde_json::from_slice(&reply).map_err(|error| strange(error.to_string()))?;
-    if vmft != CONTROL_VERSION {
-        return Err(strange(format!("it speaks version {vmft}, this program speaks {CONTROL_VERSION}")));
-    }
-    Ok(answer)
+    read_reply(&reply).map_err(strange)
 }

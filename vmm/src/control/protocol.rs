@@ -275,12 +275,14 @@ pub struct PrimaryFigures {
     pub silence_max_ms: u64,
 }
 
+/// What can be read of every version's messages.
+#[derive(Deserialize)]
+struct Version {
+    vmft: u32,
+}
+
 /// Reads a request, which is a line without its end.
 pub fn read_request(line: &[u8]) -> Result<Command, Refusal> {
-    #[derive(Deserialize)]
-    struct Version {
-        vmft: u32,
-    }
     let bad = |error: serde_json::Error| Refusal {
         reason: Reason::BadRequest,
         text: format!(
@@ -298,6 +300,17 @@ pub fn read_request(line: &[u8]) -> Result<Command, Refusal> {
         });
     }
     serde_json::from_slice(line).map(|request: Request| request.command).map_err(bad)
+}
+
+/// Reads a reply, which is a line. An error says what is wrong with it.
+pub fn read_reply(line: &[u8]) -> Result<Answer, String> {
+    let bad = |error: serde_json::Error| error.to_string();
+    // The version alone first, as above.
+    let Version { vmft } = serde_json::from_slice(line).map_err(bad)?;
+    if vmft != CONTROL_VERSION {
+        return Err(format!("it speaks version {vmft}, this program speaks {CONTROL_VERSION}"));
+    }
+    serde_json::from_slice(line).map(|reply: Reply| reply.answer).map_err(bad)
 }
 
 /// A reply as a line.
@@ -386,8 +399,10 @@ mod tests {
             Transfer { direction: Direction::Receiving, host: "alpha".into(), ..Transfer::default() };
         let status = Status { transfer: Some(receiving), figures: None, peer: None, ..status() };
         let answer = Answer::Status(Box::new(status));
-        let reply: Reply = serde_json::from_slice(&write_reply(answer.clone())).unwrap();
-        assert_eq!(reply, Reply { vmft: CONTROL_VERSION, answer });
+        assert_eq!(read_reply(&write_reply(answer.clone())), Ok(answer));
+        // Another version is told by its name, whatever else it says.
+        let other = read_reply(b"{\"vmft\":2,\"said\":[]}\n");
+        assert_eq!(other, Err("it speaks version 2, this program speaks 1".to_owned()));
     }
 
     #[test]

@@ -30,6 +30,7 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::arbiter::{Arbiter, ArbiterError, ArbiterSpec, Created};
@@ -158,12 +159,7 @@ pub struct Claims {
 impl Claims {
     /// Checks that claims for `guest` can be made at the arbiter.
     pub fn open(arbiter: &ArbiterSpec, guest: &str) -> Result<Self, ClaimError> {
-        let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
-        if guest.is_empty()
-            || guest.len() > MAX_GUEST_NAME_BYTES
-            || guest.starts_with('.')
-            || !guest.bytes().all(allowed)
-        {
+        if !is_guest_name(guest) {
             return Err(ClaimError::BadGuestName { name: guest.to_owned() });
         }
         Ok(Self { arbiter: arbiter.open()?, guest: guest.to_owned(), known: Arc::default() })
@@ -194,7 +190,7 @@ impl Claims {
         }
         let (guest, owner, backup) = (self.guest.clone(), owner.clone(), backup.cloned());
         let asked = Record { guest, view, owner, backup };
-        match self.arbiter.create(&self.guest, view, encode_claim(&asked).as_bytes())? {
+        match self.arbiter.create(&self.guest, view, write_record(&asked).as_bytes())? {
             Created::New => {
                 self.note(&asked);
                 Ok(Outcome::Won)
@@ -263,7 +259,7 @@ impl Claims {
 
     /// The claim of `view` by `owner`, without a backup, for whoever is to read it elsewhere.
     pub fn record(&self, view: u64, owner: &Owner) -> String {
-        encode_claim(&Record { guest: self.guest.clone(), view, owner: owner.clone(), backup: None })
+        write_record(&Record { guest: self.guest.clone(), view, owner: owner.clone(), backup: None })
     }
 
     fn note(&self, record: &Record) {
@@ -316,6 +312,11 @@ impl Claims {
     }
 }
 
+fn is_guest_name(name: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-');
+    (1..=MAX_GUEST_NAME_BYTES).contains(&name.len()) && !name.starts_with('.') && name.bytes().all(allowed)
+}
+
 /// Can `host` be written into a claim?
 pub fn check_host(host: &str) -> Result<(), ClaimError> {
     if host.is_empty() || host.len() > MAX_HOST_BYTES || host.chars().any(char::is_control) {
@@ -330,21 +331,6 @@ fn role_name(role: ClaimRole) -> &'static str {
         ClaimRole::Backup => "backup",
         ClaimRole::Ended => "ended",
     }
-}
-
-fn encode_claim(record: &Record) -> String {
-    let Record { guest, view, owner, backup } = record;
-    let backup = match backup {
-        Some(Member { host, uuid }) => format!("{} {host}", to_hex(uuid)),
-        None => NO_BACKUP.to_owned(),
-    };
-    format!(
-        "{CLAIM_HEADER}\nguest {guest}\nview {view}\nrole {}\nhost {}\npid {}\nuuid {}\nbackup {backup}\n{END}\n",
-        role_name(owner.role),
-        owner.host,
-        owner.pid,
-        to_hex(&owner.uuid),
-    )
 }
 
 fn decode_claim(contents: &[u8], guest: &str, view: u64) -> Result<Record, String> {
@@ -377,35 +363,60 @@ impl Record {
     }
 }
 
-/// Reads a claim of whatever guest and view. An error says what is wrong with it.
+/// A claim as it is stored. Guest and hosts have been checked.
+pub fn write_record(record: &Record) -> String {
+    let Record { guest, view, owner, backup } = record;
+    let backup = match backup {
+        Some(Member { host, uuid }) => format!("{} {host}", to_hex(uuid)),
+        None => NO_BACKUP.to_owned(),
+    };
+    format!(
+        "{CLAIM_HEADER}\nguest {guest}\nview {view}\nrole {}\nhost {}\npid {}\nuuid {}\nbackup {backup}\n{END}\n",
+        role_name(owner.role),
+        owner.host,
+        owner.pid,
+        to_hex(&owner.uuid),
+    )
+}
+
+/// Reads a claim of whatever guest and view. An error says what is wrong with it. One form for each claim: what is read
+/// is what [`write_record`] writes.
 pub fn read_record(contents: &[u8]) -> Result<Record, String> {
     let mut lines = Lines::start(contents, CLAIM_HEADER)?;
     let guest = lines.field("guest")?.to_owned();
-    let numbered = lines.field("view")?;
-    let view: u64 = numbered.parse().map_err(|_| format!("'{numbered}' is not a view"))?;
-    // One way to write a number.
-    if view.to_string() != numbered {
-        return Err(format!("'{numbered}' is not a view"));
+    if !is_guest_name(&guest) {
+        return Err(format!("'{}' is not a guest name", guest.escape_debug()));
     }
+    let view = number(lines.field("view")?, "view")?;
     let role = match lines.field("role")? {
         name if name == role_name(ClaimRole::Primary) => ClaimRole::Primary,
         name if name == role_name(ClaimRole::Backup) => ClaimRole::Backup,
         name if name == role_name(ClaimRole::Ended) => ClaimRole::Ended,
         name => return Err(format!("'{name}' is not a role")),
     };
-    let host = lines.field("host")?.to_owned();
-    let pid = lines.field("pid")?;
-    let pid = pid.parse().map_err(|_| format!("'{pid}' is not a process"))?;
+    let host = host_of(lines.field("host")?)?;
+    let pid = number(lines.field("pid")?, "process")?;
     let uuid = from_hex(lines.field("uuid")?)?;
     let backup = match lines.field("backup")? {
         NO_BACKUP => None,
         named => {
             let (uuid, host) = named.split_once(' ').ok_or_else(|| format!("'{named}' is not a backup"))?;
-            Some(Member { host: host.to_owned(), uuid: from_hex(uuid)? })
+            Some(Member { host: host_of(host)?, uuid: from_hex(uuid)? })
         }
     };
     lines.end()?;
     Ok(Record { guest, view, owner: Owner { host, pid, uuid, role }, backup })
+}
+
+/// A number that is written in the one way there is.
+fn number<T: FromStr + ToString>(text: &str, what: &str) -> Result<T, String> {
+    let value: Option<T> = text.parse().ok().filter(|value: &T| value.to_string() == text);
+    value.ok_or_else(|| format!("'{}' is not a {what}", text.escape_debug()))
+}
+
+fn host_of(text: &str) -> Result<String, String> {
+    check_host(text).map_err(|_| format!("'{}' is not a host", text.escape_debug()))?;
+    Ok(text.to_owned())
 }
 
 /// The rest of a file of lines.
@@ -568,7 +579,7 @@ mod tests {
         let (directory, claims) = claims();
         alone(&claims, 1, 1).unwrap();
         let intruder = Record { guest: "web-1".into(), view: 2, owner: owner(9), backup: None };
-        fs::write(directory.path().join("web-1.view-2"), encode_claim(&intruder)).unwrap();
+        fs::write(directory.path().join("web-1.view-2"), write_record(&intruder)).unwrap();
         let Outcome::Lost { holder, breach: Some(breach) } = alone(&claims, 2, 1).unwrap() else {
             panic!("not noticed");
         };
@@ -653,19 +664,23 @@ mod tests {
     #[test]
     fn a_damaged_claim_decides_nothing() {
         let (directory, claims) = claims();
-        let whole = encode_claim(&Record {
+        let whole = write_record(&Record {
             guest: "web-1".into(),
             view: 1,
             owner: owner(1),
             backup: Some(member(2)),
         });
-        let damage: [Vec<u8>; 11] = [
+        let damage: [Vec<u8>; 15] = [
             Vec::new(),
             whole[..whole.len() - 1].into(),
             whole.replace("claim 2", "claim 1").into(),
             whole.replace("web-1", "web-2").into(),
             whole.replace("view 1", "view 8").into(),
+            whole.replace("host node-a", "host node\ta").into(),
+            whole.replace("host node-a", "host ").into(),
             whole.replace("pid 1234", "pid -1").into(),
+            whole.replace("pid 1234", "pid +1234").into(),
+            whole.replace("pid 1234", "pid 01234").into(),
             whole.replace("uuid 01", "uuid 0x").into(),
             whole.replace("backup 02", "backup 0x").into(),
             whole.replace(" node-b", "").into(),

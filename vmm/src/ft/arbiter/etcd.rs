@@ -339,7 +339,7 @@ fn parse<T: for<'de> Deserialize<'de>>(endpoint: &str, text: &str) -> Result<T, 
 
 /// The answer to a transaction.
 #[derive(Debug, Deserialize)]
-struct Answer {
+pub struct Answer {
     #[expect(dead_code, reason = "every etcd sends it, and what sends none is no etcd")]
     header: Value,
     #[serde(default)]
@@ -367,21 +367,27 @@ struct EncodedKeyValue {
     value: String,
 }
 
+/// A key that an etcd has, and its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct KeyValue {
-    key: Vec<u8>,
-    value: Vec<u8>,
+pub struct KeyValue {
+    /// The key.
+    pub key: Vec<u8>,
+    /// Its value.
+    pub value: Vec<u8>,
 }
 
 /// What a transaction did: one put, or gets of at most one key each.
 #[derive(Debug, PartialEq, Eq)]
-enum Branch {
+pub enum Branch {
+    /// The one put.
     Put,
+    /// What each get found.
     Got(Vec<Option<KeyValue>>),
 }
 
 impl Answer {
-    fn outcome(self) -> Result<Branch, String> {
+    /// What the transaction did. An error: an answer that says no such thing, and why.
+    pub fn outcome(self) -> Result<Branch, String> {
         if let [ResponseOp { response_put: Some(_), response_range: None }] = &self.responses[..] {
             return if self.succeeded { Ok(Branch::Put) } else { Err("it put without agreement".into()) };
         }
