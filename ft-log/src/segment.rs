@@ -96,6 +96,20 @@ pub enum RecordingError {
         #[source]
         source: StreamError,
     },
+    /// The log in it is not that of the snapshot in it.
+    #[error(
+        "The recording {} cannot be replayed: its log starts at anchor {found}, and its snapshot is of anchor {snapshot}; \
+         they were not recorded together",
+        path.display()
+    )]
+    Start {
+        /// The file.
+        path: PathBuf,
+        /// Where the snapshot's guest is.
+        snapshot: u64,
+        /// Where the log starts.
+        found: u64,
+    },
     /// Batches are missing or out of order.
     #[error("The recording {} has its batches out of order", path.display())]
     Sequence {
@@ -274,19 +288,29 @@ impl<R: Read> RecordingReader<R> {
         self.frames.snapshot()
     }
 
+    /// What only the snapshot's reader knows: the guest in it is at `anchor`. A log that starts elsewhere is refused. To
+    /// be told before the first batch.
+    pub fn snapshot_is_at(&mut self, anchor: u64) {
+        self.sequence = BatchReceiver::of_recording(anchor);
+    }
+
     /// The next part of the log, or `None` at the end of a whole recording.
     ///
     /// # Errors
-    /// [`RecordingError::Truncated`] where a recording that is not whole ends.
+    /// [`RecordingError::Truncated`] where a recording that is not whole ends, [`RecordingError::Start`] if the snapshot is
+    /// another log's.
     pub fn next_part(&mut self) -> Result<Option<LogPart>, RecordingError> {
         if self.ended {
             return Ok(None);
         }
         match self.receive()? {
             Some(Message::Batch(batch)) => {
-                self.sequence
-                    .accept(&batch)
-                    .map_err(|source| RecordingError::Sequence { path: self.path.clone(), source })?;
+                self.sequence.accept(&batch).map_err(|error| match error {
+                    SequenceError::Start { expected: snapshot, found } => {
+                        RecordingError::Start { path: self.path.clone(), snapshot, found }
+                    }
+                    source => RecordingError::Sequence { path: self.path.clone(), source },
+                })?;
                 Ok(Some(LogPart::Batch(batch)))
             }
             Some(Message::Checkpoint(piece)) => Ok(Some(LogPart::Checkpoint(piece))),

@@ -325,16 +325,23 @@ fn forward(what: &'static str, previous: u64, found: u64) -> Result<(), Sequence
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct BatchReceiver {
     received: u64,
-    /// The view, and the last anchor that is completely logged. `None`: the first batch tells, since nobody else does.
-    at: Option<(u64, u64)>,
+    /// `None`: the first batch tells, since nobody else does.
+    view: Option<u64>,
+    /// The last anchor that is completely logged. `None`: as for the view.
+    reached: Option<u64>,
     released: u64,
 }
 
 impl BatchReceiver {
-    /// For the log of `view` behind a snapshot at anchor `start`. What is received of a recording tells both by itself
+    /// For the log of `view` behind a snapshot at anchor `start`. What is written to a recording tells both by itself
     /// (`default`).
     pub fn new(view: u64, start: u64) -> Self {
-        Self { at: Some((view, start)), ..Self::default() }
+        Self { view: Some(view), ..Self::of_recording(start) }
+    }
+
+    /// For the log of a recording, which tells its view by itself, behind a snapshot at anchor `start`.
+    pub fn of_recording(start: u64) -> Self {
+        Self { reached: Some(start), ..Self::default() }
     }
 
     /// Takes note of `batch`.
@@ -343,7 +350,8 @@ impl BatchReceiver {
     /// Another view, a gap, a repetition, a start elsewhere, or a `reached` or `released` that goes back or is ahead.
     pub fn accept(&mut self, batch: &Batch) -> Result<(), SequenceError> {
         let seq = batch.seq;
-        let (view, reached) = self.at.unwrap_or((batch.view, batch.start.unwrap_or_default()));
+        let view = self.view.unwrap_or(batch.view);
+        let reached = self.reached.or(batch.start).unwrap_or_default();
         if batch.view != view {
             return Err(SequenceError::OtherView { seq, expected: view, found: batch.view });
         }
@@ -363,7 +371,8 @@ impl BatchReceiver {
             let (found, sent) = (batch.released, batch.seq);
             return Err(SequenceError::Ahead { what: "released batch", found, sent });
         }
-        *self = Self { received: seq, at: Some((view, batch.reached)), released: batch.released };
+        let (view, reached) = (Some(view), Some(batch.reached));
+        *self = Self { received: seq, view, reached, released: batch.released };
         Ok(())
     }
 
@@ -374,7 +383,7 @@ impl BatchReceiver {
 
     /// The last anchor that is completely logged.
     pub fn reached(&self) -> u64 {
-        self.at.map_or(0, |(_, reached)| reached)
+        self.reached.unwrap_or_default()
     }
 
     /// Outputs up to this batch were let out.

@@ -250,6 +250,32 @@ fn a_recording_of_a_guest_that_differed_says_how() {
 }
 
 #[test]
+fn a_recording_whose_log_is_not_its_snapshots_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("run");
+    record(&path).finish().unwrap();
+    let open = |anchor| {
+        let mut reader = RecordingReader::open(&path).unwrap();
+        reader.snapshot().read_to_end(&mut Vec::new()).unwrap();
+        reader.snapshot_is_at(anchor);
+        reader
+    };
+    for anchor in [3, 5] {
+        let refused = open(anchor).next_part().unwrap_err().to_string();
+        let expected = format!(
+            "The recording {} cannot be replayed: its log starts at anchor 4, and its snapshot is of anchor {anchor}; they \
+             were not recorded together",
+            path.display()
+        );
+        assert_eq!(refused, expected);
+    }
+    let mut whole = open(4);
+    assert_eq!(whole.next_part().unwrap(), Some(LogPart::Batch(batch(1, 5, 0))));
+    assert_eq!(whole.next_part().unwrap(), Some(LogPart::Batch(batch(2, 6, 1))));
+    assert_eq!(whole.next_part().unwrap(), None);
+}
+
+#[test]
 fn no_recording_is_overwritten() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("run");

@@ -54,6 +54,7 @@ pub fn replay_with(
             config.cpu
         )));
     }
+    reader.snapshot_is_at(machine.anchors());
     // As the recording was made, or not at all.
     machine.count_branches(counter(config.positions)?);
     tracing::info!(guest = %config.name, positions = %config.positions, anchor = machine.anchors(), "replaying");
