@@ -6,12 +6,13 @@
 //!   connect ── snapshot ──> following ─┬─ link lost ── claim won ──> LiveSide (a primary)
 //!      ^                               ├─ diverged, or missed a forced stop: out of the running (heal.rs) ─┐
 //!      └───────────────────────────────┼───────────────────────────────────────────────────────────────────┘
-//!                                      └─ guest ended, stopped, claim lost ──> end
+//!                                      ├─ the view's record does not name it, claim lost ──> status 3, or a standby
+//!                                      └─ guest ended, stopped ──> end
 //! ```
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
@@ -386,14 +387,7 @@ fn follow(
     let heartbeats = Arc::clone(&ready.heartbeats);
     let stop = ready.follower.stop.0.flag();
     spawn("watchdog", watchdog(Arc::clone(&inflow), heartbeats, timeout, Arc::clone(&stop)))?;
-    let (claims, owner) = (ready.follower.side.claims.clone(), ready.follower.side.owner.clone());
-    let checked = Arc::clone(&inflow);
-    spawn("record", move || {
-        if let Some(why) = not_recorded(&claims, view, &owner) {
-            tracing::error!("{why}");
-            checked.retire(ByeReason::Protocol, &why);
-        }
-    })?;
+    let unfit = check_record(&ready, &inflow, view)?;
     let source = FromPrimary::new(Arc::clone(&inflow), stop, kept);
     let mut door = Follow::new(source, cursor, config.board.clone(), config.end_page());
     door.inject(ready.faults.clone());
@@ -429,11 +423,46 @@ fn follow(
         let owned = image.map_err(|what| PairError::NotLive { view, what })?;
         return go_live(ready, config, machine, door, (view, noticed, owned)).map(Followed::Ended);
     }
-    if verdict != Verdict::Lost {
-        return Ok(Followed::Ended(Ending::Orderly));
+    // What the operator wants is no failure.
+    let unfit = unfit.get().filter(|_| !ready.follower.is_stopped());
+    Ok(Followed::Ended(left(&ready.follower.side.monitor, view, verdict, lost, unfit)))
+}
+
+/// How a backup of `view` ends that does not go live. `lost`: why the claim was, if it was. `unfit`: why it left by itself.
+fn left(monitor: &Monitor, view: u64, verdict: Verdict, lost: String, unfit: Option<&String>) -> Ending {
+    let no_role = |view, cause| Standing { role: control::Role::None, view, protected: false, cause };
+    match (verdict, unfit) {
+        (Verdict::Lost, _) => {
+            let standing = no_role(view + 1, lost);
+            change!(error, monitor, standing, "the primary goes on alone; this backup stops");
+            Ending::LostClaim
+        }
+        (Verdict::Stopped | Verdict::Won, Some(why)) => {
+            let standing = no_role(view, why.clone());
+            change!(error, monitor, standing, "this backup is none by the arbiter's records; it stops");
+            Ending::LostClaim
+        }
+        _ => Ending::Orderly,
     }
-    say_lost(&ready.follower.side.monitor, view + 1, lost);
-    Ok(Followed::Ended(Ending::LostClaim))
+}
+
+/// Reads the record of `view`, and leaves if there is reason to. Then the answer says why, before the connection ends.
+fn check_record(
+    ready: &Ready<'_>,
+    inflow: &Arc<Inflow>,
+    view: u64,
+) -> Result<Arc<OnceLock<String>>, CommandError> {
+    let (claims, owner) = (ready.follower.side.claims.clone(), ready.follower.side.owner.clone());
+    let inflow = Arc::clone(inflow);
+    let unfit = Arc::new(OnceLock::new());
+    let found = Arc::clone(&unfit);
+    spawn("record", move || {
+        if let Some(why) = not_recorded(&claims, view, &owner) {
+            let why = found.get_or_init(|| why);
+            inflow.retire(ByeReason::Protocol, why);
+        }
+    })?;
+    Ok(unfit)
 }
 
 /// Why this monitor is not the backup of `view`, or its primary not the primary, as far as the arbiter answers now. A
@@ -451,16 +480,21 @@ fn not_recorded(claims: &Claims, view: u64, owner: &Owner) -> Option<String> {
             return None;
         }
     };
+    let what_to_do =
+        "Find out which monitor runs the guest (`vmft status` on each host), then start this one again";
     if record.backup.as_ref().is_none_or(|backup| backup.uuid != owner.uuid) {
-        return Some(format!("the record of view {view} does not name this backup: it leaves"));
+        let named = record
+            .backup
+            .map_or_else(|| "no backup".to_owned(), |backup| format!("another backup, of {}'s", backup.host));
+        return Some(format!(
+            "the record of view {view} names {named}: this one could not take the guest over, and leaves. {what_to_do}"
+        ));
     }
     let breach = claims.breach_of(&record).ok().flatten()?;
-    Some(format!("view {view} was not {}'s to claim, so its backup leaves: {breach}", record.owner.host))
-}
-
-fn say_lost(monitor: &Monitor, view: u64, cause: String) {
-    let standing = Standing { role: control::Role::None, view, protected: false, cause };
-    change!(error, monitor, standing, "the primary goes on alone; this backup stops");
+    Some(format!(
+        "view {view} was not {}'s to claim, so its backup leaves: {breach}. {what_to_do}",
+        record.owner.host
+    ))
 }
 
 /// What is to be done before the guest goes live here.
@@ -606,5 +640,64 @@ fn watchdog(
             }
             std::thread::sleep((timeout - silent).min(timeout / 10));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::control::Identity;
+    use crate::ft::arbiter::ArbiterSpec;
+    use crate::ft::claim::{Member, Outcome};
+
+    fn owner(number: u8, role: ClaimRole) -> Owner {
+        Owner { host: format!("host-{number}"), pid: 1, uuid: [number; 16], role }
+    }
+
+    #[test]
+    fn a_backup_whom_the_record_does_not_name_learns_who_is() {
+        let directory = TempDir::new().unwrap();
+        let claims = || Claims::open(&ArbiterSpec::Directory(directory.path().to_owned()), "web").unwrap();
+        let (primary, made) = (owner(1, ClaimRole::Primary), claims());
+        let backup = |number: u8| Member { host: format!("host-{number}"), uuid: [number; 16] };
+        assert_eq!(made.claim(1, &primary, None).unwrap(), Outcome::Won);
+        assert_eq!(made.claim(2, &primary, Some(&backup(2))).unwrap(), Outcome::Won);
+        assert_eq!(made.claim(3, &primary, None).unwrap(), Outcome::Won);
+        let says = |view, number| not_recorded(&claims(), view, &owner(number, ClaimRole::Backup));
+        assert_eq!(says(2, 2), None);
+        assert_eq!(says(4, 2), None, "what is not there yet may come");
+        let what_to_do =
+            "Find out which monitor runs the guest (`vmft status` on each host), then start this one again";
+        for (view, number, named) in [(2, 3, "another backup, of host-2's"), (3, 2, "no backup")] {
+            let expected = format!(
+                "the record of view {view} names {named}: this one could not take the guest over, and leaves. {what_to_do}"
+            );
+            assert_eq!(says(view, number), Some(expected));
+        }
+        let intruder = made.record(4, &owner(9, ClaimRole::Primary));
+        let named = intruder.replace("backup none", &format!("backup {} host-2", "02".repeat(16)));
+        std::fs::write(directory.path().join("web.view-4"), named).unwrap();
+        let breach = says(4, 2).unwrap();
+        assert!(
+            breach.contains("view 4 was not host-9's to claim") && breach.ends_with(what_to_do),
+            "{breach}"
+        );
+    }
+
+    #[test]
+    fn a_backup_that_leaves_because_of_the_record_ends_as_one_that_lost_its_claim() {
+        let monitor = Monitor::new(Identity::default());
+        let why = "the record names another".to_owned();
+        for verdict in [Verdict::Stopped, Verdict::Won] {
+            assert_eq!(left(&monitor, 2, verdict, "-".into(), Some(&why)), Ending::LostClaim);
+            assert_eq!((monitor.status().view, monitor.status().cause), (2, why.clone()));
+        }
+        // The operator's stop, a dismissal; the guest's end, by which there is nothing left to be a backup of.
+        assert_eq!(left(&monitor, 2, Verdict::Stopped, "-".into(), None), Ending::Orderly);
+        assert_eq!(left(&monitor, 2, Verdict::GuestEnded, "-".into(), Some(&why)), Ending::Orderly);
+        assert_eq!(left(&monitor, 2, Verdict::Lost, "the primary has it".into(), None), Ending::LostClaim);
+        assert_eq!((monitor.status().view, monitor.status().cause), (3, "the primary has it".to_owned()));
     }
 }
