@@ -15,8 +15,9 @@ use thiserror::Error;
 
 use super::channel::{Channel, Sending};
 use super::claim::{Member, check_host};
-use super::link::{ANOTHER_IS_JOINING, Link};
+use super::link::Link;
 use super::primary::Join;
+use super::protocol::ANOTHER_IS_JOINING;
 use super::search::Search;
 use crate::with_causes;
 

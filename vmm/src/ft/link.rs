@@ -29,9 +29,6 @@ const IDLE_INTERVAL: Duration = Duration::from_millis(100);
 /// Longest lag that figures tell apart.
 const TIME_MAX_US: u64 = 60_000_000;
 
-/// Why a backup cannot join while another one does.
-pub const ANOTHER_IS_JOINING: &str = "another backup is joining at this moment";
-
 /// How soon the backup should have what is published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mood {
@@ -208,11 +205,7 @@ impl Link {
 
     /// Why no backup may begin to join, if none may.
     pub fn refusal(&self) -> Option<&'static str> {
-        let state = self.lock();
-        if state.primary.phase() != Phase::Alone {
-            return Some("this guest has a backup already");
-        }
-        (!state.primary.takes_backup()).then_some(ANOTHER_IS_JOINING)
+        self.lock().primary.refusal()
     }
 
     /// `backup`, which was welcomed for `view`, is about to get the last of the guest. Answers what has to be claimed
@@ -554,6 +547,50 @@ mod tests {
 
     fn ack(received: u64, executed: u64) -> Ack {
         Ack { received, executed, ..Ack::default() }
+    }
+
+    #[test]
+    fn a_newcomer_is_told_what_it_would_have_to_wait_for() {
+        let says = |link: &Link, part: Option<&str>| {
+            let refusal = link.refusal();
+            assert_eq!(refusal.is_some(), part.is_some(), "{refusal:?}");
+            assert!(refusal.unwrap_or_default().contains(part.unwrap_or_default()), "{refusal:?}");
+        };
+        let link = link();
+        says(&link, None);
+        // A join of which nobody knows whether it was recorded, first while it lasts, then when it is given up.
+        let ask = link.name(9, 2).unwrap();
+        assert!(!link.named(ask, Answer::Unknown));
+        says(&link, Some("another backup is joining"));
+        link.join_failed();
+        says(&link, Some("a backup that was joining did not come, and the arbiter has not answered yet"));
+        link.claim_says(2, Answer::Unknown);
+        says(&link, Some("a backup that was joining did not come, and the arbiter has not answered yet"));
+        link.claim_says(2, Answer::Won);
+        says(&link, None);
+
+        let link = joined(10);
+        says(&link, Some("this guest has a backup already"));
+        assert!(link.detach(Loss::Link));
+        link.closed();
+        says(&link, Some("the last backup is lost, and the arbiter has not answered yet"));
+        link.claim_says(3, Answer::Lost);
+        says(&link, Some("another monitor has taken the guest over"));
+
+        let link = joined(10);
+        link.end(None);
+        says(&link, Some("the backup may take the guest over"));
+        link.take_back();
+        link.claim_says(3, Answer::Won);
+        says(&link, None);
+
+        let link = joined(10);
+        assert!(link.detach(Loss::Behind(Duration::ZERO)));
+        says(&link, Some("the last backup is lost, and the arbiter has not answered yet"));
+        link.claim_says(3, Answer::Won);
+        says(&link, Some("the last backup is being let go"));
+        link.closed();
+        says(&link, None);
     }
 
     #[test]

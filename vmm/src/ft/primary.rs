@@ -23,9 +23,9 @@ use ft_log::{
 use super::accept::refuse;
 use super::channel::{Channel, Receiving, Sending};
 use super::claim::{Claims, Member, Owner};
-use super::link::{ANOTHER_IS_JOINING, Counted, Link, Mood, Outgoing};
+use super::link::{Counted, Link, Mood, Outgoing};
 use super::output_gate::{OutputGate, Room};
-use super::protocol::{Answer, Ask, Life, Phase};
+use super::protocol::{ANOTHER_IS_JOINING, Answer, Ask, Life, Phase};
 use super::search::Search;
 use super::supervise::{Claimant, LinkEvent};
 use super::transfer::{self, Copied, Transfer, TransferError};

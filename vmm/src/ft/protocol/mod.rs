@@ -24,7 +24,7 @@ use std::time::Duration;
 
 pub use backup::{Backup, LinkLoss, Next, Verdict};
 pub use heartbeats::{Hearing, Questions};
-pub use primary::{Duty, JoinError, Loss, Phase, Primary};
+pub use primary::{ANOTHER_IS_JOINING, Duty, JoinError, Loss, Phase, Primary};
 pub use rule::{Leave, Mode, OutputRule};
 
 /// Part of the timeout for which an answer of the backup lets output go. The rest covers clocks that run at different

@@ -36,6 +36,9 @@ use super::{Answer, Ask, Life, Timing};
 /// age of the first of them.
 const BATCHES_REMEMBERED: usize = 4_096;
 
+/// Why a backup cannot join while another one does.
+pub const ANOTHER_IS_JOINING: &str = "another backup is joining at this moment";
+
 /// Whether there is a backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
@@ -164,7 +167,25 @@ impl Primary {
 
     /// May a backup begin to join?
     pub fn takes_backup(&self) -> bool {
-        self.state == State::Alone
+        self.refusal().is_none()
+    }
+
+    /// Why no backup may begin to join, if none may.
+    pub fn refusal(&self) -> Option<&'static str> {
+        match self.state {
+            State::Alone => None,
+            State::Naming(_) | State::Named => Some(ANOTHER_IS_JOINING),
+            State::Unnaming => Some(
+                "a backup that was joining did not come, and the arbiter has not answered yet to the claim of the next view",
+            ),
+            State::Paired { .. } => Some("this guest has a backup already"),
+            State::Closing | State::Claiming | State::ClaimFirst => Some(
+                "the last backup is lost, and the arbiter has not answered yet to the claim of the next view",
+            ),
+            State::CloseLast => Some("the last backup is being let go at this moment"),
+            State::Ended => Some("the log has ended, and the backup may take the guest over"),
+            State::Lost => Some("another monitor has taken the guest over"),
+        }
     }
 
     /// `backup`, which was told that it would be one in `view`, is about to get the last of the guest. Answers the claim
