@@ -17,6 +17,7 @@ use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -51,6 +52,8 @@ pub const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x77, 0x00, 0x02];
 
 const DISK_MIB: u32 = 64;
 const KEY_FILE: &str = "pair.key";
+/// How often what a monitor has written is looked at.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Test hosts with the monitor and the guest's images on them.
 #[derive(Debug)]
@@ -615,6 +618,29 @@ pub fn text_field<'a>(line: &'a str, field: &str) -> Option<&'a str> {
 }
 
 impl Monitor {
+    /// How many lines with `text` it has written.
+    pub fn count(&self, text: &str) -> usize {
+        self.output().iter().filter(|line| line.contains(text)).count()
+    }
+
+    /// Waits until it has written `count` lines with `text`, for `timeout` at most.
+    pub fn wait_for_lines(&self, text: &str, count: usize, timeout: Duration) -> TestResult {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let ending = self.ending();
+            if self.count(text) >= count {
+                return Ok(());
+            }
+            if ending.is_some() || Instant::now() > deadline {
+                let host = self.host;
+                return Err(
+                    format!("host {host} did not say '{text}' {count} times; it ended: {ending:?}").into()
+                );
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
     /// Waits until the guest that runs here is protected in `view`: the number of the backup's host, and when that was.
     pub fn wait_until_protected(&self, view: u64) -> Result<(u8, Instant), Box<dyn std::error::Error>> {
         let protected = format!("{PROTECTED} view={view}");

@@ -41,10 +41,6 @@ fn main() -> ExitCode {
     status
 }
 
-fn says(monitor: &Monitor, what: &str) -> usize {
-    monitor.output().iter().filter(|line| line.contains(what)).count()
-}
-
 /// Nothing is answered for a while, and neither monitor goes on or ends.
 fn assert_all_wait(client: &Client, monitors: &[&Monitor], signs: &[&str]) -> TestResult {
     // What left the guest before is still on its way to the client.
@@ -63,7 +59,7 @@ fn assert_all_wait(client: &Client, monitors: &[&Monitor], signs: &[&str]) -> Te
 }
 
 fn count(monitor: &Monitor, signs: &[&str]) -> usize {
-    signs.iter().map(|sign| says(monitor, sign)).sum()
+    signs.iter().map(|sign| monitor.count(sign)).sum()
 }
 
 /// A volume of which the claims are at an etcd.
@@ -96,7 +92,7 @@ fn etcd_decides() -> TestResult {
         second_is_refused(site, &guest, &volume, &primary)?;
         etcd.stop();
         more_replies(&client, 20)?;
-        assert_eq!(says(&primary, UNDECIDED), 0, "as long as both live, nobody asks the arbiter");
+        assert_eq!(primary.count(UNDECIDED), 0, "as long as both live, nobody asks the arbiter");
         // Two of three go on without it.
         etcd.kill(0);
 
@@ -108,7 +104,7 @@ fn etcd_decides() -> TestResult {
         site.host(1).restore(Link::Log)?;
         assert_all_wait(&client, &[&primary, &backup], &[TAKEOVER, UNPROTECTED])?;
         for monitor in [&primary, &backup] {
-            assert_eq!(says(monitor, UNDECIDED), 1, "it is said once");
+            assert_eq!(monitor.count(UNDECIDED), 1, "it is said once");
         }
         etcd.cont();
         let deadline = Instant::now() + SHORT;
@@ -155,7 +151,7 @@ fn join_without_arbiter(
     client: &Client,
     (etcd, goes_on, on): (&mut Etcd, &Monitor, u8),
 ) -> Result<u64, Box<dyn std::error::Error>> {
-    let (alone, protected) = (count(goes_on, &[UNPROTECTED]), count(goes_on, &[PROTECTED]));
+    let (alone, protected) = (goes_on.count(UNPROTECTED), goes_on.count(PROTECTED));
     let early = site.start_backup(on, goes_on.host, guest, volume)?;
     // By then it has asked the arbiter who that is, and nobody has asked yet for its record.
     early.wait_for_line("receiving the guest", LONG)?;
@@ -164,17 +160,14 @@ fn join_without_arbiter(
     println!("{line}");
     more_replies(client, 20)?;
     assert_eq!(early.wait(SHORT)?.ending, Ending::Exited(1));
-    assert_eq!((count(goes_on, &[UNPROTECTED]), count(goes_on, &[PROTECTED])), (alone, protected));
+    assert_eq!((goes_on.count(UNPROTECTED), goes_on.count(PROTECTED)), (alone, protected));
     etcd.freeze(1, false);
-    let deadline = Instant::now() + SHORT;
-    while count(goes_on, &[UNPROTECTED]) == alone && Instant::now() < deadline {
-        thread::sleep(LOOK);
-    }
+    goes_on.wait_for_lines(UNPROTECTED, alone + 1, SHORT)?;
     let output = goes_on.output();
     let line =
         output.iter().rev().find(|line| line.contains(UNPROTECTED)).ok_or("it does not say its view")?;
     println!("{line}");
-    assert_eq!(count(goes_on, &[UNPROTECTED]), alone + 1);
+    assert_eq!(goes_on.count(UNPROTECTED), alone + 1);
     more_replies(client, 20)?;
     Ok(field(line, "view").ok_or("no view")?)
 }

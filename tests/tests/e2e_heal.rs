@@ -68,18 +68,6 @@ fn reports(volume: &Volume, host: u8, kind: &str) -> Result<Vec<String>, Box<dyn
     Ok(names)
 }
 
-/// Waits until `monitor` has said a line with `text` so often.
-fn wait_for_lines(monitor: &Monitor, text: &str, count: usize) -> TestResult {
-    let deadline = Instant::now() + LONG;
-    while monitor.output().iter().filter(|line| line.contains(text)).count() < count {
-        if Instant::now() > deadline {
-            return Err(format!("'{text}' was not said {count} times").into());
-        }
-        thread::sleep(LOOK);
-    }
-    Ok(())
-}
-
 /// One request of the guest's service on a connection of its own.
 fn ask(site: &Site, request: &str) -> Result<String, Box<dyn Error>> {
     let mut stream = site.connect()?;
@@ -145,8 +133,8 @@ fn heals(
     backup: &Monitor,
     provoke: impl FnOnce() -> TestResult,
 ) -> TestResult {
-    let protected = primary.output().iter().filter(|line| line.contains(PROTECTED)).count();
-    wait_for_lines(primary, PROTECTED, protected + 1)?;
+    let protected = primary.count(PROTECTED);
+    primary.wait_for_lines(PROTECTED, protected + 1, LONG)?;
     provoke()?;
     println!("{}", backup.wait_for_line("the guest diverged from the log", LONG)?);
     backup.wait_for_line(OUT, SHORT)?;
@@ -154,7 +142,7 @@ fn heals(
     println!("{}", backup.wait_for_line("report written", SHORT)?);
     println!("{}", primary.wait_for_line("report written", SHORT)?);
     let before = client.answered();
-    wait_for_lines(primary, PROTECTED, protected + 2)?;
+    primary.wait_for_lines(PROTECTED, protected + 2, LONG)?;
     println!("{} replies from the report until protected again", client.answered() - before);
     assert!(client.answered() > before, "no request was answered meanwhile");
     more_replies(client, 20)
@@ -226,7 +214,7 @@ fn slow_backup_is_borne_up_to_the_limit() -> TestResult {
         primary.wait_for_line(UNPROTECTED, SHORT)?;
 
         let slow = site.start_backup_with(2, 1, &guest, &volume, &["--inject-slowness", "20:200:1000000"])?;
-        wait_for_lines(&primary, PROTECTED, 2)?;
+        primary.wait_for_lines(PROTECTED, 2, LONG)?;
         let (before, started) = (client.answered(), Instant::now());
         let lost = primary.wait_for_line("it answers, but its guest is", LONG)?;
         let (slowly, took) = (client.answered() - before, started.elapsed());
@@ -237,7 +225,7 @@ fn slow_backup_is_borne_up_to_the_limit() -> TestResult {
         let behind_ms: u64 = behind.ok_or("no lag")?.parse()?;
         assert!((LAG_LIMIT_MS..LAG_LIMIT_MS + 1_500).contains(&behind_ms), "{lost}");
         wait_for_figures(&primary, "paced_ms", 1)?;
-        wait_for_lines(&primary, UNPROTECTED, 2)?;
+        primary.wait_for_lines(UNPROTECTED, 2, LONG)?;
         let (before, started) = (client.answered(), Instant::now());
         more_replies(&client, 60)?;
         let alone = (client.answered() - before) as f64 / started.elapsed().as_secs_f64();

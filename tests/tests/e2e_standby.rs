@@ -88,7 +88,7 @@ fn protection_returns_by_itself() -> TestResult {
         again.wait_for_line(&format!("{TAKEOVER} view=7"), SHORT)?;
         assert_protected(&again, 8, 1, frozen)?;
         more_replies(&client, 5)?;
-        assert_eq!(spare.output().iter().filter(|line| line.contains(WAITS)).count(), 1);
+        assert_eq!(spare.count(WAITS), 1);
         site.host(spare.host).cont();
         zombie_stands_by(&spare)?;
 
@@ -109,14 +109,7 @@ fn protection_returns_by_itself() -> TestResult {
 /// Waits until a monitor that has lost its claim waits as a standby, in the same process.
 fn zombie_stands_by(monitor: &Monitor) -> TestResult {
     println!("{}", monitor.wait_for_line(STARTS_OVER, SHORT)?);
-    let deadline = Instant::now() + SHORT;
-    while monitor.output().iter().filter(|line| line.contains(WAITS)).count() < 2 {
-        if monitor.ending().is_some() || Instant::now() > deadline {
-            return Err(format!("it does not stand by: {:?}", monitor.ending()).into());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
+    monitor.wait_for_lines(WAITS, 2, SHORT)
 }
 
 /// Waits until `primary` and `standby` have said why that one is refused, in words that begin as given.
@@ -183,7 +176,7 @@ fn unfit_standbys_are_refused() -> TestResult {
             (&other_cpu, cpu_cause),
         ] {
             for monitor in [&primary, standby] {
-                let said = monitor.output().iter().filter(|line| line.contains(cause)).count();
+                let said = monitor.count(cause);
                 assert_eq!(said, 1, "host {} says it once and not each time: {cause}", monitor.host);
             }
         }
