@@ -19,7 +19,7 @@ use std::time::Duration;
 use crossbeam_channel::bounded;
 use devices::{Board, BoardConfig, GuestRam};
 use ft_log::{Encoder, GuestTime, PositionSource, RecordingWriter};
-use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_sregs};
 use tracing_subscriber::EnvFilter;
 use vm_memory::{Bytes, GuestAddress};
 use vmft::commands::CommandError;
@@ -41,10 +41,8 @@ const IDT: u64 = 0x6000;
 /// Present, writable, for ring 3 too.
 const PAGE: u64 = 7;
 const LARGE_PAGE: u64 = 0x80;
-const GDT_ENTRIES: [u64; 5] =
-    [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff];
 const TSS_SELECTOR: u16 = 0x28;
-const TSS_BYTES: u32 = 104;
+const TSS_LIMIT: u16 = 103;
 
 /// PG, NE, ET, MP, PE.
 const CR0: u64 = 0x8000_0033;
@@ -253,12 +251,12 @@ fn write_tables(ram: &GuestRam) -> Result<(), Box<dyn Error>> {
     for index in 0..code::MEMORY_MIB / 2 {
         ram.write_obj(index << 21 | LARGE_PAGE | PAGE, GuestAddress(PAGE_DIRECTORY + index * 8))?;
     }
-    let tss = u64::from(TSS_BYTES - 1) | code::TSS << 16 | 0x8b << 40;
-    for (index, entry) in GDT_ENTRIES.into_iter().chain([tss, 0]).enumerate() {
+    let tss = segments::tss_descriptor(code::TSS, TSS_LIMIT);
+    for (index, entry) in segments::GDT_BOTH_RINGS.into_iter().chain(tss).enumerate() {
         ram.write_obj(entry, GuestAddress(GDT + index as u64 * 8))?;
     }
     // The stack for interrupts out of ring 3.
-    ram.write_obj(code::STACK_0, GuestAddress(code::TSS + 4))?;
+    ram.write_obj(code::STACK_0, GuestAddress(u64::from(code::TSS) + 4))?;
     for (vector, handler) in
         [(6, code::INVALID_OPCODE), (14, code::PAGE_FAULT), (u64::from(code::TIMER_VECTOR), code::TIMER)]
     {
@@ -272,14 +270,7 @@ fn long_mode(sregs: &mut kvm_sregs) {
     sregs.cs = segments::code_64(code::CODE_0, 0);
     let data = segments::data(code::DATA_0, 0);
     (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
-    sregs.tr = kvm_segment {
-        base: code::TSS,
-        limit: TSS_BYTES - 1,
-        selector: TSS_SELECTOR,
-        type_: 11,
-        present: 1,
-        ..Default::default()
-    };
+    sregs.tr = segments::tss(TSS_SELECTOR, code::TSS, TSS_LIMIT);
     sregs.gdt = kvm_dtable { base: GDT, limit: 7 * 8 - 1, ..Default::default() };
     sregs.idt = kvm_dtable { base: IDT, limit: 0xfff, ..Default::default() };
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, PML4, CR4, EFER);

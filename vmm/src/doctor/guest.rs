@@ -21,7 +21,7 @@
 use std::time::{Duration, Instant};
 
 use devices::GuestRam;
-use kvm_bindings::{CpuId, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{CpuId, kvm_regs, kvm_sregs};
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -40,7 +40,7 @@ pub const VECTOR_GP: u8 = 13;
 const RAM_BYTES: usize = 2 << 20;
 const GDT: u64 = 0x1000;
 const IDT: u64 = 0x2000;
-const TSS: u64 = 0x3000;
+const TSS: u32 = 0x3000;
 const HANDLERS: u64 = 0x4000;
 const HANDLER_BYTES: u64 = 16;
 const STACK_TOP_RING_0: u64 = 0x6000;
@@ -53,17 +53,9 @@ const DATA_RING_0: u16 = 0x10;
 const DATA_RING_3: u16 = 0x18 | 3;
 const CODE_RING_3: u16 = 0x20 | 3;
 const TSS_SELECTOR: u16 = 0x28;
-const TSS_LIMIT: u64 = 0x67;
-/// Accessed already, so that loading a segment writes nothing.
-const GDT_ENTRIES: [u64; 7] = [
-    0,
-    0x00af_9b00_0000_ffff,
-    0x00cf_9300_0000_ffff,
-    0x00cf_f300_0000_ffff,
-    0x00af_fb00_0000_ffff,
-    0x0000_8b00_0000_0000 | (TSS & 0xff_ffff) << 16 | TSS_LIMIT,
-    0,
-];
+/// Seven entries.
+const GDT_LIMIT: u16 = TSS_SELECTOR + 16 - 1;
+const TSS_LIMIT: u16 = 0x67;
 /// Interrupt gate, present, 64 bits.
 const GATE: u64 = 0x8e00;
 
@@ -294,14 +286,15 @@ fn image(code: &[u8]) -> Vec<(u64, Vec<u8>)> {
         handler[..4].copy_from_slice(&[0xb0, vector as u8, 0xe6, TRAP_PORT]);
         handler
     });
-    let mut tss = vec![0; TSS_LIMIT as usize + 1];
+    let gdt = [&segments::GDT_BOTH_RINGS[..], &segments::tss_descriptor(TSS, TSS_LIMIT)].concat();
+    let mut tss = vec![0; usize::from(TSS_LIMIT) + 1];
     tss[4..12].copy_from_slice(&STACK_TOP_RING_0.to_le_bytes());
     // The bitmap of ports lies behind the limit: there is none.
-    tss[0x66..].copy_from_slice(&(TSS_LIMIT as u16 + 1).to_le_bytes());
+    tss[0x66..].copy_from_slice(&(TSS_LIMIT + 1).to_le_bytes());
     vec![
-        (GDT, words(&GDT_ENTRIES)),
+        (GDT, words(&gdt)),
         (IDT, words(&idt)),
-        (TSS, tss),
+        (TSS.into(), tss),
         (HANDLERS, handlers.collect()),
         (CODE, code.to_vec()),
         (PML4, words(&[(PML4 + PAGE_BYTES) | ENTRY])),
@@ -323,15 +316,8 @@ fn set_start(sregs: &mut kvm_sregs, ring: Ring) {
     let flat = segments::data(data, dpl);
     sregs.cs = segments::code_64(code, dpl);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (flat, flat, flat, flat, flat);
-    sregs.tr = kvm_segment {
-        base: TSS,
-        limit: TSS_LIMIT as u32,
-        selector: TSS_SELECTOR,
-        type_: 11,
-        present: 1,
-        ..Default::default()
-    };
-    (sregs.gdt.base, sregs.gdt.limit) = (GDT, (GDT_ENTRIES.len() * 8 - 1) as u16);
+    sregs.tr = segments::tss(TSS_SELECTOR, TSS, TSS_LIMIT);
+    (sregs.gdt.base, sregs.gdt.limit) = (GDT, GDT_LIMIT);
     (sregs.idt.base, sregs.idt.limit) = (IDT, PAGE_BYTES as u16 - 1);
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, PML4, CR4_PAE | CR4_TSD, EFER);
 }
@@ -372,7 +358,10 @@ mod tests {
         let mut sregs = kvm_sregs::default();
         set_start(&mut sregs, Ring::Three);
         assert_eq!((sregs.cs.selector, sregs.cs.dpl, sregs.cs.l, sregs.cs.db), (0x23, 3, 1, 0));
-        assert_eq!((sregs.ss.selector, sregs.ss.dpl, sregs.tr.base, sregs.tr.limit), (0x1b, 3, TSS, 0x67));
+        assert_eq!(
+            (sregs.ss.selector, sregs.ss.dpl, sregs.tr.base, sregs.tr.limit),
+            (0x1b, 3, TSS.into(), 0x67)
+        );
         set_start(&mut sregs, Ring::Zero);
         assert_eq!((sregs.cs.selector, sregs.ss.dpl, sregs.cr4), (8, 0, 0x24));
     }
