@@ -430,7 +430,7 @@ mod tests {
     #[test]
     fn handshake_and_records_have_their_committed_bytes() {
         let key = Key::new(std::array::from_fn(|index| index as u8));
-        let digits = |bytes: &Vec<u8>| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let digits = |bytes: &Vec<u8>| crate::hex::to_hex(bytes);
         assert_eq!(sent(&key).each_ref().map(digits), GOLDEN);
     }
 

@@ -19,12 +19,14 @@
 //!
 //! Derivation and tags are BLAKE2s in its keyed mode (RFC 7693), which is made for both.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 
 use blake2::digest::consts::U16;
 use blake2::digest::{KeyInit, Mac};
 use blake2::{Blake2sMac, Blake2sMac256};
 use thiserror::Error;
+
+use crate::hex::{from_hex, to_hex};
 
 /// Bytes of a secret.
 pub const KEY_BYTES: usize = 32;
@@ -76,13 +78,8 @@ impl Key {
 
     /// The text of its key file.
     pub fn to_text(&self) -> String {
-        let mut text = format!("{NAME}{VERSION}\nkey ");
-        for byte in self.0 {
-            // A String takes everything.
-            let _ = write!(text, "{byte:02x}");
-        }
-        let _ = writeln!(text, "\ncheck {:08x}", crc32fast::hash(&self.0));
-        text
+        let check = crc32fast::hash(&self.0);
+        format!("{NAME}{VERSION}\nkey {}\ncheck {check:08x}\n", to_hex(&self.0))
     }
 
     /// The secret that a key file holds.
@@ -101,11 +98,12 @@ impl Key {
             .strip_prefix("key ")
             .and_then(|rest| rest.split_once('\n'))
             .ok_or(damaged("its second line is not a key"))?;
-        let bytes: [u8; KEY_BYTES] = hex(digits).ok_or(damaged("the key has not 64 hexadecimal digits"))?;
+        let bytes: [u8; KEY_BYTES] =
+            from_hex(digits).ok_or(damaged("the key has not 64 hexadecimal digits"))?;
         let check = rest
             .strip_prefix("check ")
             .and_then(|rest| rest.strip_suffix('\n'))
-            .and_then(hex)
+            .and_then(from_hex)
             .map(u32::from_be_bytes)
             .ok_or(damaged("its third and last line is not a checksum"))?;
         if check != crc32fast::hash(&bytes) {
@@ -133,24 +131,6 @@ fn derive(secret: &[u8; KEY_BYTES], purpose: &str, context: &[&[u8]]) -> [u8; KE
         mac.update(part);
     }
     mac.finalize().into_bytes().into()
-}
-
-/// Lower-case digits only: one form for each value.
-fn hex<const N: usize>(digits: &str) -> Option<[u8; N]> {
-    let digit = |byte: u8| match byte {
-        b'0'..=b'9' => Some(byte - b'0'),
-        b'a'..=b'f' => Some(byte - b'a' + 10),
-        _ => None,
-    };
-    let (pairs, rest) = digits.as_bytes().as_chunks::<2>();
-    if pairs.len() != N || !rest.is_empty() {
-        return None;
-    }
-    let mut bytes = [0; N];
-    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
-        *byte = digit(*high)? << 4 | digit(*low)?;
-    }
-    Some(bytes)
 }
 
 /// Seals datagrams: whoever has not this key can neither make one nor change one.
@@ -200,7 +180,7 @@ mod tests {
         // The first of their test vectors: no input, a key of the bytes 0 to 31.
         let key: [u8; KEY_BYTES] = std::array::from_fn(|index| index as u8);
         let mac = <Blake2sMac256 as KeyInit>::new(&key.into());
-        let expected = hex("48a8997da407876b3d79c0d92325ad3b89cbb754d86ab71aee047ad345fd2c49");
+        let expected = from_hex("48a8997da407876b3d79c0d92325ad3b89cbb754d86ab71aee047ad345fd2c49");
         assert_eq!(Some(mac.finalize().into_bytes().into()), expected);
     }
 }

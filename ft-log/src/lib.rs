@@ -24,6 +24,7 @@ mod error;
 mod event;
 mod fields;
 mod heartbeat;
+mod hex;
 mod invitation;
 mod key;
 mod message;
@@ -47,6 +48,7 @@ pub use event::{
     DiskStatus, Event, GuestTime, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES,
 };
 pub use heartbeat::{HEARTBEAT_BYTES, HEARTBEAT_VERSION, Heartbeat, HeartbeatError, Role, guest_name_hash};
+pub use hex::{from_hex, to_hex};
 pub use invitation::{INVITATION_BYTES, INVITATION_VERSION, Invitation, InvitationError};
 pub use key::{KEY_BYTES, Key, KeyError, MAX_KEY_FILE_BYTES, SealKey, TAG_BYTES};
 pub use message::{

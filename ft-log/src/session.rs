@@ -16,6 +16,7 @@
 
 use thiserror::Error;
 
+use crate::hex::to_hex;
 use crate::message::{Ack, Batch};
 use crate::position::PositionSource;
 
@@ -187,8 +188,8 @@ pub enum Mismatch {
     /// Arbiters that are not the same: both sides could win the guest.
     #[error(
         "Backup host {host} asks the arbiter {}, the primary asks {}: both must name the same one with --arbiter",
-        hex(backup),
-        hex(primary)
+        to_hex(backup),
+        to_hex(primary)
     )]
     Claims {
         /// The backup's host.
@@ -202,10 +203,6 @@ pub enum Mismatch {
 
 fn disk(disk_bytes: Option<u64>) -> String {
     disk_bytes.map_or_else(|| "no disk".into(), |bytes| format!("a disk of {bytes} bytes"))
-}
-
-fn hex(id: &[u8; 16]) -> String {
-    format!("{:032x}", u128::from_be_bytes(*id))
 }
 
 /// Whether the backup that said `hello` may follow. The first field that differs is named.

@@ -15,6 +15,7 @@ use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, watch};
 use crate::config::GuestArgs;
 use crate::host::deferral::{Deferral, Inbox};
 use crate::host::disk::Caching;
+use crate::host::spawn;
 use crate::outlet::{Outlet, always};
 use crate::position::{self, Wanted};
 use crate::run::{self, FileLog, HostSide, HostTime, INBOX_EVENTS, Live, LogSink, NoLog};
@@ -62,14 +63,12 @@ fn play<L: LogSink>(
     let _watch = watch(&deferral, &stop)?;
     let quit = terminal.reader.quit().clone();
     let on_quit = stop.clone();
-    std::thread::Builder::new()
-        .name("quit".into())
-        .spawn(move || {
-            if quit.recv().is_ok() {
-                on_quit.request();
-            }
-        })
-        .map_err(CommandError::host("start a thread"))?;
+    spawn("quit", move || {
+        if quit.recv().is_ok() {
+            on_quit.request();
+        }
+    })
+    .map_err(CommandError::host("start a thread"))?;
     let time = HostTime::starting_at(machine.now());
     let host = HostSide {
         time,

@@ -20,7 +20,7 @@ use ft_log::{ByeReason, CpuIdentity, GuestTime, Hello, Key, PositionSource, Role
 use kvm_bindings::CpuId;
 
 use super::heal::{self, Attempts, HealError, Useless};
-use super::pair::{LiveSide, PairError, Side, other_hosts, spawn};
+use super::pair::{LiveSide, PairError, Side, other_hosts};
 use super::stop::Stop;
 use super::takeover::Takeover;
 use super::{CommandError, Ending, ending};
@@ -42,6 +42,7 @@ use crate::ft::supervise::Claimant;
 use crate::guest::{GuestConfig, GuestError};
 use crate::host::disk::{Caching, Disk, DiskError};
 use crate::host::owner::Ownership;
+use crate::host::spawn;
 use crate::host::tap::Tap;
 use crate::kvm::Kvm;
 use crate::machine::Machine;
@@ -383,10 +384,12 @@ fn follow(
         let receive = receiver(&ready, &inflow, takeover);
         // The main thread waits for exactly this.
         move || drop(verdict_in.send(receive(frames)))
-    })?;
+    })
+    .map_err(CommandError::host("start a thread"))?;
     let heartbeats = Arc::clone(&ready.heartbeats);
     let stop = ready.follower.stop.0.flag();
-    spawn("watchdog", watchdog(Arc::clone(&inflow), heartbeats, timeout, Arc::clone(&stop)))?;
+    spawn("watchdog", watchdog(Arc::clone(&inflow), heartbeats, timeout, Arc::clone(&stop)))
+        .map_err(CommandError::host("start a thread"))?;
     let unfit = check_record(&ready, &inflow, view)?;
     let source = FromPrimary::new(Arc::clone(&inflow), stop, kept);
     let mut door = Follow::new(source, cursor, config.board.clone(), config.end_page());
@@ -461,7 +464,8 @@ fn check_record(
             let why = found.get_or_init(|| why);
             inflow.retire(ByeReason::Protocol, why);
         }
-    })?;
+    })
+    .map_err(CommandError::host("start a thread"))?;
     Ok(unfit)
 }
 
@@ -491,10 +495,7 @@ fn not_recorded(claims: &Claims, view: u64, owner: &Owner) -> Option<String> {
         ));
     }
     let breach = claims.breach_of(&record).ok().flatten()?;
-    Some(format!(
-        "view {view} was not {}'s to claim, so its backup leaves: {breach}. {what_to_do}",
-        record.owner.host
-    ))
+    Some(format!("{breach}; so its backup leaves. {what_to_do}"))
 }
 
 /// What is to be done before the guest goes live here.

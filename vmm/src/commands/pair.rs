@@ -48,6 +48,7 @@ use crate::guest::GuestConfig;
 use crate::host::deferral::{Deferral, Inbox};
 use crate::host::disk::{Caching, Disk, Guard};
 use crate::host::owner::Ownership;
+use crate::host::spawn;
 use crate::machine::Machine;
 use crate::outlet::{Outlet, Resources};
 use crate::position;
@@ -350,7 +351,8 @@ impl LiveSide {
         });
         side.monitor.set_figures(figures(&shared, &heartbeats, &deferral));
         let supervisor = supervisor(&side, &shared, heartbeats, Arc::clone(&deferral), &stop);
-        spawn("supervisor", move || supervisor.run(&event_queue))?;
+        spawn("supervisor", move || supervisor.run(&event_queue))
+            .map_err(CommandError::host("start a thread"))?;
         let time = HostTime::starting_at(time.unwrap_or(GuestTime(0)).max(machine.now()));
         let _watch = watch(&deferral, &stop)?;
         let (inbox, orders) = ((sender, receiver), Arc::clone(&shared.orders));
@@ -513,12 +515,4 @@ fn figures(shared: &Shared, heartbeats: &Arc<Heartbeats>, deferral: &Arc<Deferra
             }),
         }
     })
-}
-
-pub(super) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), CommandError> {
-    std::thread::Builder::new()
-        .name(name.into())
-        .spawn(body)
-        .map_err(CommandError::host("start a thread"))?;
-    Ok(())
 }

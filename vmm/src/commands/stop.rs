@@ -9,6 +9,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::signal::{SigSet, Signal};
 
 use super::CommandError;
+use crate::host::spawn;
 use crate::kvm::{install_kick_handler, kick};
 
 /// Set by the operator's signals alone.
@@ -41,15 +42,13 @@ impl Stop {
         let thread = unsafe { libc::pthread_self() };
         let stop = Self { flag: Arc::new(AtomicBool::new(false)), wake, thread };
         let requested = stop.clone();
-        std::thread::Builder::new()
-            .name("signals".into())
-            .spawn(move || {
-                while signals.wait().is_ok() {
-                    ASKED.store(true, Ordering::Relaxed);
-                    requested.request();
-                }
-            })
-            .map_err(CommandError::host("start the signal thread"))?;
+        let wait = move || {
+            while signals.wait().is_ok() {
+                ASKED.store(true, Ordering::Relaxed);
+                requested.request();
+            }
+        };
+        spawn("signals", wait).map_err(CommandError::host("start the signal thread"))?;
         Ok((stop, woken))
     }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::host::spawn;
 use crate::kvm::kick;
 
 /// How long a guest runs until the first kick, and between two. Guests that keep their word need
@@ -51,7 +52,7 @@ impl Watchdog {
                 }
             }
         };
-        let thread = std::thread::Builder::new().name("watchdog".into()).spawn(watcher)?;
+        let thread = spawn("watchdog", watcher)?;
         Ok(Self { watch, stop: Some(stop), thread: Some(thread) })
     }
 

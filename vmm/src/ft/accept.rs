@@ -19,6 +19,7 @@ use super::link::Link;
 use super::primary::Join;
 use super::protocol::ANOTHER_IS_JOINING;
 use super::search::Search;
+use crate::host::spawn;
 use crate::with_causes;
 
 /// Longest that a greeting may take in all.
@@ -85,21 +86,19 @@ impl Listener {
     pub fn serve(self, reception: Reception) -> Result<(), AcceptError> {
         let reception = Arc::new(reception);
         let greetings = Arc::new(AtomicUsize::new(0));
-        std::thread::Builder::new()
-            .name("accept".into())
-            .spawn(move || {
-                loop {
-                    match self.socket.accept() {
-                        Ok((stream, address)) => greet_aside(stream, address, &reception, &greetings),
-                        Err(error) => {
-                            tracing::warn!(%error, "a connection could not be accepted");
-                            // Out of descriptors, most likely: give others the time to close some.
-                            std::thread::sleep(Duration::from_millis(100));
-                        }
+        let accept = move || {
+            loop {
+                match self.socket.accept() {
+                    Ok((stream, address)) => greet_aside(stream, address, &reception, &greetings),
+                    Err(error) => {
+                        tracing::warn!(%error, "a connection could not be accepted");
+                        // Out of descriptors, most likely: give others the time to close some.
+                        std::thread::sleep(Duration::from_millis(100));
                     }
                 }
-            })
-            .map_err(AcceptError::Thread)?;
+            }
+        };
+        spawn("accept", accept).map_err(AcceptError::Thread)?;
         Ok(())
     }
 }
@@ -112,7 +111,7 @@ fn greet_aside(
 ) {
     let Some(place) = Place::take(greetings) else { return };
     let reception = Arc::clone(reception);
-    let spawned = std::thread::Builder::new().name("greeting".into()).spawn(move || {
+    let spawned = spawn("greeting", move || {
         if let Err(error) = greet(stream, address, &reception, place) {
             let error = with_causes(&error);
             if reception.search.failed(address.ip(), &error) {

@@ -33,6 +33,8 @@ use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use ft_log::{from_hex, to_hex};
+
 use super::arbiter::{Arbiter, ArbiterError, ArbiterSpec, Created};
 
 const CLAIM_HEADER: &str = "vmft-claim 2";
@@ -88,7 +90,7 @@ pub enum Outcome {
     Lost {
         /// Whose it is.
         holder: Owner,
-        /// That was not that monitor's to claim: a sentence.
+        /// That was not that monitor's to claim: a sentence that says so and why.
         breach: Option<String>,
     },
     /// The claim may or may not have been made. Nothing may be done on the strength of it; claim again.
@@ -208,7 +210,7 @@ impl Claims {
     /// What it means for `asked` that the view has the record `found`.
     fn judge(&self, asked: &Record, found: &Record, before: Option<&Record>) -> Outcome {
         if found.owner.uuid != asked.owner.uuid {
-            let breach = self.breach(before, &found.owner.uuid);
+            let breach = self.sentence(before, found);
             return Outcome::Lost { holder: found.owner.clone(), breach };
         }
         match (found.owner.role == ClaimRole::Ended, asked.owner.role == ClaimRole::Ended) {
@@ -252,9 +254,16 @@ impl Claims {
         Ok(Some(record))
     }
 
-    /// What is wrong with `record`, which another monitor has made: its primary was no member of the view before.
+    /// What is wrong with `record`, which another monitor has made, as a sentence: its primary was no member of the view
+    /// before.
     pub fn breach_of(&self, record: &Record) -> Result<Option<String>, ClaimError> {
-        Ok(self.breach(self.before(record.view)?.as_ref(), &record.owner.uuid))
+        Ok(self.sentence(self.before(record.view)?.as_ref(), record))
+    }
+
+    fn sentence(&self, before: Option<&Record>, record: &Record) -> Option<String> {
+        let Record { view, owner, .. } = record;
+        let why = self.breach(before, &owner.uuid)?;
+        Some(format!("view {view} was not {}'s to claim: {why}", owner.host))
     }
 
     /// The claim of `view` by `owner`, without a backup, for whoever is to read it elsewhere.
@@ -396,12 +405,12 @@ pub fn read_record(contents: &[u8]) -> Result<Record, String> {
     };
     let host = host_of(lines.field("host")?)?;
     let pid = number(lines.field("pid")?, "process")?;
-    let uuid = from_hex(lines.field("uuid")?)?;
+    let uuid = id_of(lines.field("uuid")?)?;
     let backup = match lines.field("backup")? {
         NO_BACKUP => None,
         named => {
             let (uuid, host) = named.split_once(' ').ok_or_else(|| format!("'{named}' is not a backup"))?;
-            Some(Member { host: host_of(host)?, uuid: from_hex(uuid)? })
+            Some(Member { host: host_of(host)?, uuid: id_of(uuid)? })
         }
     };
     lines.end()?;
@@ -456,14 +465,9 @@ impl<'a> Lines<'a> {
     }
 }
 
-pub(super) fn to_hex(bytes: &[u8; 16]) -> String {
-    format!("{:032x}", u128::from_be_bytes(*bytes))
-}
-
-pub(super) fn from_hex(text: &str) -> Result<[u8; 16], String> {
-    let digits = text.len() == 32 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    let value = digits.then(|| u128::from_str_radix(text, 16).ok()).flatten();
-    value.map(u128::to_be_bytes).ok_or_else(|| format!("'{text}' is not 32 hex digits"))
+/// Sixteen bytes in hexadecimal digits: the id of an arbiter, or the life of a monitor.
+pub(super) fn id_of(text: &str) -> Result<[u8; 16], String> {
+    from_hex(text).ok_or_else(|| format!("'{text}' is not 32 hex digits"))
 }
 
 #[cfg(test)]

@@ -55,11 +55,7 @@ impl Supervisor {
                 Ok(Some(record)) if record.owner.uuid != self.owner.uuid => {
                     taken = true;
                     if let Ok(Some(breach)) = self.claims.breach_of(&record) {
-                        tracing::error!(
-                            view = next,
-                            "the view was not {}'s to claim: {breach}",
-                            record.owner.host
-                        );
+                        tracing::error!("{breach}");
                     }
                 }
                 _ => std::thread::sleep(LOOK_EVERY),

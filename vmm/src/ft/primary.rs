@@ -7,7 +7,6 @@
 //! that, and the log goes on from exactly this position, so that every event is either before or after the snapshot. Before
 //! the guest stops, the arbiter records that the view behind has this backup; whoever has the guest is a member of a view.
 
-use std::cell::{Cell, RefCell};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -33,6 +32,7 @@ use crate::control::Monitor;
 use crate::control::orders::Orders;
 use crate::control::protocol::Peer;
 use crate::guest::GuestConfig;
+use crate::host::spawn;
 use crate::machine::Machine;
 use crate::outlet::Outlet;
 use crate::report::Reports;
@@ -116,42 +116,41 @@ struct Joining {
 struct Naming {
     link: Arc<Link>,
     monitor: Arc<Monitor>,
-    claimant: RefCell<Claimant>,
+    claimant: Claimant,
     member: Member,
     view: u64,
-    asked: Cell<Option<Ask>>,
+    asked: Option<Ask>,
 }
 
 impl Naming {
     /// As the backup of `view`.
     fn new(log: &PairLog, member: Member, view: u64) -> Self {
-        let claimant = RefCell::new(Claimant::new(log.claims.clone(), log.owner.clone()));
+        let claimant = Claimant::new(log.claims.clone(), log.owner.clone());
         let (link, monitor) = (Arc::clone(&log.link), Arc::clone(&log.monitor));
-        Self { link, monitor, claimant, member, view, asked: Cell::new(None) }
+        Self { link, monitor, claimant, member, view, asked: None }
     }
 
     /// It does not come after all. What was asked of the arbiter may have been done.
     fn give_up(&self) {
-        if self.asked.get().is_some() {
+        if self.asked.is_some() {
             self.link.join_failed();
         }
     }
 
     /// Asks the arbiter once: whether it is recorded.
-    fn attempt(&self) -> Result<bool, TransferError> {
-        let ask = match self.asked.get() {
+    fn attempt(&mut self) -> Result<bool, TransferError> {
+        let ask = match self.asked {
             Some(ask) => ask,
             None => self.link.name(Life::from_be_bytes(self.member.uuid), self.view)?,
         };
-        self.asked.set(Some(ask));
-        let mut claimant = self.claimant.borrow_mut();
-        let answer = claimant.ask(ask.view, Some(&self.member));
+        self.asked = Some(ask);
+        let answer = self.claimant.ask(ask.view, Some(&self.member));
         let named = self.link.named(ask, answer);
         match answer {
             Answer::Won if named => self.monitor.note_view(ask.view),
             Answer::Unknown => {}
             Answer::Lost => {
-                let why = claimant.why_lost();
+                let why = self.claimant.why_lost();
                 return Err(TransferError::NotNamed { view: ask.view, why });
             }
             Answer::Won | Answer::Otherwise => {
@@ -256,11 +255,11 @@ impl PairLog {
         let (config, ask, link) = (self.config.to_payload(), Arc::clone(&self.ask), Arc::clone(&self.link));
         let (events, backup) = (self.events.clone(), host.clone());
         let (search, failing) = (Arc::clone(&self.search), address.ip());
-        let naming = Naming::new(self, member, welcome.view);
+        let mut naming = Naming::new(self, member, welcome.view);
         let send = move || {
-            let name = || naming.attempt();
-            let copied = Copied { welcome, backup: &backup, config, log: &log, ask: &*ask, name: &name };
-            if let Err(error) = copying.run(&copied, &mut out) {
+            let mut name = || naming.attempt();
+            let copied = Copied { welcome, backup: &backup, config, log: &log, ask: &*ask, name: &mut name };
+            if let Err(error) = copying.run(copied, &mut out) {
                 naming.give_up();
                 let why = format!("it could not be given the guest: {}", with_causes(&error));
                 search.failed(failing, &why);
@@ -272,7 +271,7 @@ impl PairLog {
             }
             send_batches(&link, out, &to_close, &events);
         };
-        self.sender = Some(spawn("log-sender", send)?);
+        self.sender = Some(spawn("log-sender", send).map_err(StreamError::Io)?);
         self.monitor.set_transfer(Some(transfer.watch(&host)));
         let first_pause = started.elapsed();
         self.joining = Some(Joining {
@@ -307,7 +306,7 @@ impl PairLog {
         self.recent = Recent::keeping(ENTRIES_REMEMBERED);
         self.checked = machine.anchors();
         let (link, gate, events) = (Arc::clone(&self.link), Arc::clone(&self.gate), self.events.clone());
-        spawn("log-acks", move || receive_acks(&link, &gate, frames, &events))?;
+        spawn("log-acks", move || receive_acks(&link, &gate, frames, &events)).map_err(StreamError::Io)?;
         self.monitor.set_transfer(None);
         self.listen = listen;
         self.monitor.set_peer(Some(Peer {
@@ -391,7 +390,7 @@ impl PairLog {
             Err(error) => tracing::warn!("{}", with_causes(&error)),
         };
         if let Err(error) = spawn("report", write) {
-            tracing::warn!("the report cannot be written: {}", with_causes(&error));
+            tracing::warn!("the report cannot be written: {error}");
         }
     }
 
@@ -570,10 +569,6 @@ impl LogSink for PairLog {
     fn may_break_off(&self) -> bool {
         true
     }
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, StreamError> {
-    std::thread::Builder::new().name(name.into()).spawn(body).map_err(StreamError::Io)
 }
 
 fn send_batches(link: &Link, out: Sending, stream: &TcpStream, events: &Sender<LinkEvent>) {

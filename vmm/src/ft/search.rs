@@ -19,6 +19,7 @@ use super::heartbeat::Heartbeats;
 use super::hosts::Memory;
 use super::link::Link;
 use super::protocol::Phase;
+use crate::host::spawn;
 
 /// Time between two invitations.
 const INVITE_EVERY: Duration = Duration::from_millis(250);
@@ -99,7 +100,7 @@ pub fn start(
         return Ok(());
     }
     let (search, link, heartbeats) = (Arc::clone(search), Arc::clone(link), Arc::clone(heartbeats));
-    std::thread::Builder::new().name("search".into()).spawn(move || search.run(port, &link, &heartbeats))?;
+    spawn("search", move || search.run(port, &link, &heartbeats))?;
     Ok(())
 }
 

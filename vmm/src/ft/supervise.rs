@@ -21,6 +21,7 @@ use super::search::Search;
 use crate::change;
 use crate::control::{Monitor, Standing, protocol as control};
 use crate::host::deferral::Deferral;
+use crate::host::spawn;
 use crate::outlet::Outlet;
 use crate::with_causes;
 
@@ -283,7 +284,7 @@ impl Claimant {
             Ok(Ok(Outcome::Otherwise)) => return Answer::Otherwise,
             Ok(Ok(Outcome::Lost { holder, breach })) => {
                 if let Some(breach) = breach {
-                    tracing::error!(view, "the view was not {}'s to claim: {breach}", holder.host);
+                    tracing::error!("{breach}");
                 }
                 let lost = format!("{} (process {}) has claimed the view", holder.host, holder.pid);
                 self.lost = Some(lost);
@@ -315,13 +316,11 @@ fn claim_on_a_thread(
 ) -> Result<Result<Outcome, ClaimError>, String> {
     let (answer, answered) = bounded(1);
     let (asked, owner, backup) = (claims.clone(), owner.clone(), backup.cloned());
-    std::thread::Builder::new()
-        .name("claim".into())
-        .spawn(move || {
-            // This function waits for exactly this.
-            let _ = answer.send(asked.claim(view, &owner, backup.as_ref()));
-        })
-        .map_err(|error| format!("no thread for it: {error}"))?;
+    spawn("claim", move || {
+        // This function waits for exactly this.
+        let _ = answer.send(asked.claim(view, &owner, backup.as_ref()));
+    })
+    .map_err(|error| format!("no thread for it: {error}"))?;
     loop {
         match answered.recv_timeout(CLAIM_SAID_AFTER) {
             Ok(outcome) => return Ok(outcome),

@@ -160,13 +160,13 @@ pub struct Copied<'a> {
     /// Gets the vCPU's thread to a boundary.
     pub ask: &'a dyn Fn(),
     /// Asks the arbiter once to record this as the backup: whether it is.
-    pub name: &'a dyn Fn() -> Result<bool, TransferError>,
+    pub name: &'a mut dyn FnMut() -> Result<bool, TransferError>,
 }
 
 impl Copying {
     /// Sends the guest to `out`. Returns when all of it was sent, with the vCPU's thread on its way behind it.
-    pub fn run(&self, copied: &Copied<'_>, out: &mut impl Write) -> Result<(), TransferError> {
-        let result = self.copy(copied, out);
+    pub fn run(&self, mut copied: Copied<'_>, out: &mut impl Write) -> Result<(), TransferError> {
+        let result = self.copy(&mut copied, out);
         if result.is_err() {
             self.progress.failed.store(true, Ordering::SeqCst);
             (copied.ask)();
@@ -174,7 +174,7 @@ impl Copying {
         result
     }
 
-    fn copy(&self, copied: &Copied<'_>, out: &mut impl Write) -> Result<(), TransferError> {
+    fn copy(&self, copied: &mut Copied<'_>, out: &mut impl Write) -> Result<(), TransferError> {
         let mut frames = FrameWriter::new(out);
         frames.send(&Message::Welcome(copied.welcome.clone()))?;
         let container = |error: ft_log::SnapshotError| TransferError::from(SnapshotError::from(error));
@@ -203,7 +203,7 @@ impl Copying {
     }
 
     /// Has the backup recorded as one. It waits for bytes meanwhile, and not for ever.
-    fn name(&self, copied: &Copied<'_>) -> Result<(), TransferError> {
+    fn name(&self, copied: &mut Copied<'_>) -> Result<(), TransferError> {
         let deadline = Instant::now() + NAMING_TIMEOUT;
         loop {
             let named = (copied.name)()?;

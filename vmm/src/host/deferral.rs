@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, TrySendError};
 use ft_log::Event;
 
+use super::spawn;
+
 const NEVER: u64 = u64::MAX;
 /// Longest time that a guest's clock stands still. A guest that waits for a time, without an exit and with interrupts off,
 /// would wait for ever.
@@ -71,7 +73,7 @@ impl Deferral {
     /// Starts the thread. It calls `kick` when something has waited for too long.
     pub fn watch(self: &Arc<Self>, kick: impl Fn() + Send + 'static) -> io::Result<Watch> {
         let deferral = Arc::clone(self);
-        let thread = thread::Builder::new().name("deferral".into()).spawn(move || deferral.run(&kick))?;
+        let thread = spawn("deferral", move || deferral.run(&kick))?;
         // Only the first of several would be woken; there is one for each guest.
         let _ = self.watcher.set(thread.thread().clone());
         Ok(Watch { deferral: Arc::clone(self), thread: Some(thread) })

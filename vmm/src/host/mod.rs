@@ -39,6 +39,11 @@ pub fn sync_directory(directory: &Path) -> io::Result<()> {
     }
 }
 
+/// Starts `body` on a thread called `name` (at most 15 bytes are shown by the host), which nobody stops.
+pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    thread::Builder::new().name(name.to_owned()).spawn(body)
+}
+
 /// Fills `bytes` with random bytes of the host's kernel.
 pub fn random_bytes(bytes: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;
@@ -134,13 +139,13 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts `body` on a thread called `name` (at most 15 bytes are shown by the host).
+    /// As [`spawn`], with a thread that can be stopped.
     pub(crate) fn spawn(name: &str, body: impl FnOnce(&StopToken) + Send + 'static) -> io::Result<Self> {
         let (reader, writer) = io::pipe()?;
         let (stop_tx, stop_rx) = bounded(0);
         let (ended_tx, ended_rx) = bounded(0);
         let token = StopToken { pipe: reader, channel: stop_rx };
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let thread = spawn(name, move || {
             let _ended: Sender<Infallible> = ended_tx;
             body(&token);
         })?;

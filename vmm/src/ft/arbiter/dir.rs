@@ -24,10 +24,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use ft_log::to_hex;
 use nix::errno::Errno;
 
 use super::{Arbiter, ArbiterError, Created, decode_id, encode_id, random_id};
-use crate::ft::claim::to_hex;
 use crate::host::sync_directory;
 
 const HEADER: &str = "vmft-directory 1";

@@ -26,7 +26,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::ft::claim::{Lines, from_hex, to_hex};
+use ft_log::to_hex;
+
+use crate::ft::claim::{Lines, id_of};
 use crate::host::random_bytes;
 
 /// The answer to [`Arbiter::create`].
@@ -239,7 +241,7 @@ fn encode_id(header: &str, id: &[u8; 16]) -> String {
 /// The id that [`encode_id`] wrote.
 fn decode_id(header: &str, contents: &[u8]) -> Result<[u8; 16], String> {
     let mut lines = Lines::start(contents, header)?;
-    let id = from_hex(lines.field("id")?)?;
+    let id = id_of(lines.field("id")?)?;
     lines.end()?;
     Ok(id)
 }
