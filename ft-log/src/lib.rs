@@ -29,6 +29,7 @@ mod invitation;
 mod key;
 mod message;
 mod position;
+mod probe;
 mod record;
 mod segment;
 mod session;
@@ -56,6 +57,7 @@ pub use message::{
     MAX_TEXT_BYTES, Message, MessageKind, Refusal,
 };
 pub use position::{Counted, Position, PositionSource, REGISTERS, Registers};
+pub use probe::{PROBE_BYTES, PROBE_VERSION, Probe, ProbeKind};
 pub use record::{Cursor, Entry};
 pub use segment::{RECORDING_MAGIC, RECORDING_VERSION, RecordingError, RecordingReader, RecordingWriter};
 pub use session::{

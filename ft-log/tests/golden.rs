@@ -10,8 +10,8 @@ use std::path::Path;
 
 use ft_log::{
     Batch, Checkpoint, CheckpointDecoder, CheckpointEncoder, Decoder, Encoder, FrameReader, FrameWriter,
-    Heartbeat, Invitation, Key, LogPart, OPENING_BYTES, PAGE_BYTES, Pages, RecordingReader, RecordingWriter,
-    Session, SnapshotPart, SnapshotReader, SnapshotWriter, guest_name_hash,
+    Heartbeat, Invitation, Key, LogPart, OPENING_BYTES, PAGE_BYTES, Pages, Probe, RecordingReader,
+    RecordingWriter, Session, SnapshotPart, SnapshotReader, SnapshotWriter, guest_name_hash,
 };
 
 /// Relative to [`common::START`], one line for each of [`common::entries`].
@@ -157,6 +157,14 @@ const INVITATION: &[u8] = &[
     0xb4, 0x07, 0xbb, 0xd3, 0x76, 0xba, 0x9a, 0x24, 0x87, 0xbd, 0x1e, 0x81, 0xe0, 0xce, 0x53, 0x67,
 ];
 
+/// [`common::PROBE`], sealed with [`common::probe_key`]. The tag is what Python's hashlib makes of it.
+#[rustfmt::skip]
+const PROBE: &[u8] = &[
+    0x56, 0x4d, 0x46, 0x54, 0x45, 0x43, 0x48, 0x4f, 0x01, 0x00, 0x00, 0x00, 0x08, 0x07, 0x06, 0x05,
+    0x04, 0x03, 0x02, 0x01, 0x01, 0x02, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x02, 0x00, 0x00, 0x00,
+    0xf0, 0x8e, 0xe1, 0x50, 0x74, 0xe4, 0x49, 0xbb, 0x14, 0xf5, 0x2d, 0x62, 0xf5, 0xb3, 0xd1, 0x97,
+];
+
 /// A container with one payload.
 #[rustfmt::skip]
 const SNAPSHOT_PAYLOAD: &[u8] = &[
@@ -245,6 +253,13 @@ fn invitation_has_its_committed_bytes() {
     let key = common::invitation_key();
     assert_eq!(common::INVITATION.encode(&key), INVITATION);
     assert_eq!(Invitation::decode(INVITATION, &key), Ok(common::INVITATION));
+}
+
+#[test]
+fn probe_has_its_committed_bytes() {
+    let key = common::probe_key();
+    assert_eq!(common::PROBE.encode(&key), PROBE);
+    assert_eq!(Probe::decode(PROBE, &key), Some(common::PROBE));
 }
 
 #[test]

@@ -12,8 +12,8 @@ use ft_log::{
     Ack, Batch, ByeReason, CLOCK_TOLERANCE, Checkpoint, CheckpointDecoder, CheckpointEncoder, ClockModel,
     Counted, Cursor, Decoder, DiskStatus, Encoder, Entry, Event, FIRST_BATCH, FrameDecoder, FrameReader,
     FrameWriter, GuestTime, Heartbeat, Invitation, Key, LogError, Message, PAGE_BYTES, Pages, Position,
-    RECORDING_MAGIC, RECORDING_VERSION, REGISTERS, RecordingReader, Refusal, Role, SNAPSHOT_MAGIC,
-    SnapshotPart, SnapshotReader, SnapshotWriter, StateDigest,
+    Probe, ProbeKind, RECORDING_MAGIC, RECORDING_VERSION, REGISTERS, RecordingReader, Refusal, Role,
+    SNAPSHOT_MAGIC, SnapshotPart, SnapshotReader, SnapshotWriter, StateDigest,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -293,6 +293,15 @@ proptest! {
         let mut datagram = common::INVITATION.encode(&key)[..if behind_header { 12 } else { 0 }].to_vec();
         datagram.extend(bytes);
         prop_assert!(Invitation::decode(&datagram, &key).is_err());
+    }
+
+    #[test]
+    fn probes_are_read_back_and_random_datagrams_are_none(guest: u64, number: u64, asks: bool, bytes in vec(any::<u8>(), 0..60)) {
+        let kind = if asks { ProbeKind::Question } else { ProbeKind::Answer };
+        let (probe, key) = (Probe { guest, number, kind }, common::probe_key());
+        let sealed = probe.encode(&key);
+        prop_assert_eq!(Probe::decode(&sealed, &key), Some(probe));
+        prop_assert_eq!(Probe::decode(&[&sealed[..12], &bytes].concat(), &key), None);
     }
 
     #[test]

@@ -11,8 +11,8 @@ use ft_log::{
     Batch, ByeReason, ChannelError, CheckpointDecoder, Cursor, Decoder, Encoder, Entry, Event, FrameReader,
     FrameWriter, GuestTime, Heartbeat, HeartbeatError, Invitation, InvitationError, Key, KeyError, LogError,
     MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES,
-    Message, PAGE_BYTES, PositionSource, SealKey, Session, SnapshotError, SnapshotReader, SnapshotWriter,
-    StateDigest, StreamError, TAG_BYTES,
+    Message, PAGE_BYTES, PositionSource, Probe, SealKey, Session, SnapshotError, SnapshotReader,
+    SnapshotWriter, StateDigest, StreamError, TAG_BYTES,
 };
 
 fn encoded(entries: &[Entry]) -> Vec<u8> {
@@ -455,6 +455,29 @@ fn invitation_fields_are_refused_even_with_a_right_seal() {
     assert_eq!(forged(8, [2, 0]), Err(InvitationError::Version { found: 2 }));
     assert_eq!(forged(28, [0, 0]), Err(InvitationError::Port));
     assert_eq!(forged(30, [0, 1]), Err(InvitationError::Reserved));
+}
+
+#[test]
+fn probes_are_refused_when_cut_longer_changed_or_forged() {
+    let key = common::probe_key();
+    let bytes = common::PROBE.encode(&key);
+    assert!((0..bytes.len()).all(|cut| Probe::decode(&bytes[..cut], &key).is_none()));
+    assert_eq!(Probe::decode(&[&bytes[..], &[0]].concat(), &key), None);
+    for bit in 0..bytes.len() * 8 {
+        let mut damaged = bytes.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        assert_eq!(Probe::decode(&damaged, &key), None, "bit {bit}");
+    }
+    for other in [common::invitation_key(), SealKey::without_secret("probe", &[])] {
+        assert_eq!(Probe::decode(&bytes, &other), None);
+    }
+    // Version, kind and reserved bytes, with a right seal.
+    for (at, value) in [(8, 2), (28, 0), (28, 3), (29, 1), (31, 1)] {
+        let mut forged = bytes[..bytes.len() - TAG_BYTES].to_vec();
+        forged[at] = value;
+        key.seal(&mut forged);
+        assert_eq!(Probe::decode(&forged, &key), None, "byte {at}");
+    }
 }
 
 fn container() -> Vec<u8> {

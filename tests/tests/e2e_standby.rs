@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use vmft_tests::client::Config;
 use vmft_tests::harness::{self, Case, TestResult};
-use vmft_tests::hosts::{Ending, build_vmft, make_disk, make_key};
+use vmft_tests::hosts::{Ending, Link, build_vmft, make_disk, make_key};
 use vmft_tests::pair::{
     Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume, more_replies,
 };
@@ -24,6 +24,7 @@ const OTHER_STEPPING: u8 = 2;
 fn main() -> ExitCode {
     let status = harness::run(&[
         Case::on_hosts("protection_returns_by_itself_after_each_fault", protection_returns_by_itself),
+        Case::on_hosts("a_host_that_hears_nobody_lets_the_other_go_first", cut_off_host_goes_last),
         Case::on_hosts("unfit_standbys_are_refused_by_name_and_passed_over", unfit_standbys_are_refused),
     ]);
     SITE.close();
@@ -99,6 +100,41 @@ fn protection_returns_by_itself() -> TestResult {
         more_replies(&client, 5)?;
         again.kill(Signal::SIGKILL)?;
         spare.wait_for_line(&format!("{TAKEOVER} view=11"), SHORT)?;
+        more_replies(&client, 5)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
+
+fn cut_off_host_goes_last() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest { memory_mib: 96, ..Guest::default() }, site.volume()?);
+        let first = start_primary(site, &guest, &volume)?;
+        let [second, third] =
+            [site.start_standby(2, &guest, &volume)?, site.start_standby(3, &guest, &volume)?];
+        let (host, _) = first.wait_until_protected(2)?;
+        let (backup, spare) = if host == 2 { (second, third) } else { (third, second) };
+        let client = site.client(Config { interval: Duration::from_millis(250), ..Config::default() })?;
+        more_replies(&client, 5)?;
+
+        // Both claim the next view, and either could win it. Protection can return only where the third host is heard.
+        let cut = ("the backup's host was cut off", Instant::now());
+        site.host(backup.host).cut(Link::Log)?;
+        first.wait_for_line(&format!("{UNPROTECTED} view=3"), SHORT)?;
+        assert_protected(&first, 4, spare.host, cut)?;
+        assert_eq!(backup.count(TAKEOVER), 0);
+        site.host(backup.host).restore(Link::Log)?;
+        zombie_stands_by(&backup)?;
+        more_replies(&client, 5)?;
+
+        let cut = ("the primary's host was cut off", Instant::now());
+        site.host(first.host).cut(Link::Log)?;
+        spare.wait_for_line(&format!("{TAKEOVER} view=5"), SHORT)?;
+        assert_protected(&spare, 6, backup.host, cut)?;
+        assert_eq!(first.count(UNPROTECTED), 1);
+        site.host(first.host).restore(Link::Log)?;
+        first.wait_for_lines(WAITS, 1, SHORT)?;
         more_replies(&client, 5)?;
         let report = client.stop(SHORT);
         println!("{}", report.summary());

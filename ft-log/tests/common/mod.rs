@@ -3,8 +3,8 @@
 
 use ft_log::{
     Ack, Batch, ByeReason, Counted, CpuIdentity, Cursor, DiskStatus, Entry, Event, GuestTime, Heartbeat,
-    Hello, Invitation, Key, Message, Position, PositionSource, REGISTERS, Refusal, Role, SealKey,
-    StateDigest, Welcome,
+    Hello, Invitation, Key, Message, Position, PositionSource, Probe, ProbeKind, REGISTERS, Refusal, Role,
+    SealKey, StateDigest, Welcome,
 };
 
 /// A cursor that is not at zero, so that a codec that forgets it is noticed.
@@ -101,6 +101,8 @@ pub const HEARTBEAT: Heartbeat =
 
 pub const INVITATION: Invitation = Invitation { view: 7, guest: 0x0102_0304_0506_0708, port: 7_700 };
 
+pub const PROBE: Probe = Probe { guest: 0x0102_0304_0506_0708, number: 513, kind: ProbeKind::Answer };
+
 /// The secret whose bytes are 0 to 31.
 pub fn key() -> Key {
     Key::new(std::array::from_fn(|index| index as u8))
@@ -114,6 +116,11 @@ pub fn seal_key() -> SealKey {
 /// Another of its.
 pub fn invitation_key() -> SealKey {
     key().seal_key("invitation", &[])
+}
+
+/// A third.
+pub fn probe_key() -> SealKey {
+    key().seal_key("probe", &[])
 }
 
 /// Bytes without a pattern that a compressor could use (xorshift64).

@@ -38,6 +38,7 @@ use crate::ft::fence::Occasion;
 use crate::ft::heartbeat::Heartbeats;
 use crate::ft::hosts::HostList;
 use crate::ft::protocol::{Next, Verdict};
+use crate::ft::search::probe_key;
 use crate::ft::supervise::Claimant;
 use crate::guest::{GuestConfig, GuestError};
 use crate::host::disk::{Caching, Disk, DiskError};
@@ -85,6 +86,7 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
         Heartbeats::start(listen, &args.follow.name, Role::Backup, follower.heartbeat())
             .map_err(PairError::from)?,
     );
+    follower.introduce(&heartbeats);
     let guest = follower.receive(&mut connection, &heartbeats)?;
     follower.follow(guest, resources, connection, heartbeats)
 }
@@ -191,6 +193,11 @@ impl<'a> Follower<'a> {
     /// The other hosts of the configuration.
     pub(super) fn hosts(&self) -> &[SocketAddr] {
         &self.hosts
+    }
+
+    /// Lets this host know the others, and answer them.
+    pub(super) fn introduce(&self, heartbeats: &Heartbeats) {
+        heartbeats.know_others(self.hosts.clone(), probe_key(self.key()));
     }
 
     /// Time between two heartbeats.
@@ -540,8 +547,9 @@ fn receiver(
         // An answer from here would let the primary act on; whoever claims is silent first.
         heartbeats.fall_silent();
         let next = || {
-            let (silent_for, stopped) = (heartbeats.silent_for(), stop.load(Ordering::Relaxed));
-            inflow.machine(|machine| machine.next(silent_for, stopped))
+            let (silent_for, cut_off) = (heartbeats.silent_for(), heartbeats.is_cut_off());
+            let stopped = stop.load(Ordering::Relaxed);
+            inflow.machine(|machine| machine.next(silent_for, cut_off, stopped))
         };
         if let (LinkEnd::Lost { why, .. }, Next::Wait | Next::Claim { .. }) = (&end, next()) {
             change!(warn, monitor, unprotected(view, why.clone()), "primary lost");
@@ -619,7 +627,7 @@ fn unprotected(view: u64, cause: String) -> Standing {
     Standing { role: control::Role::Backup, view, protected: false, cause }
 }
 
-/// Gives the primary up when nothing has been heard of it for `timeout`.
+/// Gives the primary up when nothing has been heard of it for too long; looks as often as that makes sense with `timeout`.
 fn watchdog(
     inflow: Arc<Inflow>,
     heartbeats: Arc<Heartbeats>,
@@ -628,8 +636,8 @@ fn watchdog(
 ) -> impl FnOnce() + Send + 'static {
     move || {
         while inflow.end().is_none() {
-            let silent = heartbeats.silent_for();
-            if inflow.machine(|machine| machine.gives_up(silent)) {
+            let (silent, cut_off) = (heartbeats.silent_for(), heartbeats.is_cut_off());
+            if inflow.machine(|machine| machine.gives_up(silent, cut_off)) {
                 tracing::warn!(silent_ms = silent.as_millis() as u64, "the primary is silent");
                 inflow.give_up();
                 return;
@@ -639,7 +647,8 @@ fn watchdog(
                 inflow.give_up();
                 return;
             }
-            std::thread::sleep((timeout - silent).min(timeout / 10));
+            // A little behind the moment at which it counts, if that comes soon.
+            std::thread::sleep(timeout.saturating_sub(silent).clamp(timeout / 100, timeout / 10));
         }
     }
 }

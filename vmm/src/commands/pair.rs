@@ -42,7 +42,7 @@ use crate::ft::link::Link;
 use crate::ft::output_gate::{Limits, OutputGate};
 use crate::ft::primary::{Join, PairLog, PairParts};
 use crate::ft::protocol::{Mode, Phase, Timing};
-use crate::ft::search::{self, Search};
+use crate::ft::search::{self, Search, probe_key};
 use crate::ft::supervise::{LinkEvent, Supervisor};
 use crate::guest::GuestConfig;
 use crate::host::deferral::{Deferral, Inbox};
@@ -217,6 +217,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
         Heartbeats::start(args.listen, &args.guest.name, Role::Primary, side.heartbeat)
             .map_err(PairError::from)?,
     );
+    heartbeats.know_others(hosts.clone(), probe_key(side.key.as_ref()));
     let prepared = prepare(&args.guest, Caching::WriteThrough, counter)?;
     match side.claims.claim(view, &side.owner, None).map_err(PairError::from)? {
         Outcome::Won | Outcome::Otherwise => {}

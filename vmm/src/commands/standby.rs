@@ -51,6 +51,7 @@ pub fn standby(args: &StandbyArgs) -> Result<Ending, CommandError> {
     );
     let (calls, called) = bounded(CALLS);
     heartbeats.await_invitations(calls, invitation_key(follower.key()));
+    follower.introduce(&heartbeats);
     let mut standby =
         Standby { follower, heartbeats, called, memory: Memory::default(), strangers: Memory::default() };
     let names: Vec<String> = standby.follower.hosts().iter().map(ToString::to_string).collect();

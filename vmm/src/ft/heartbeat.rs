@@ -25,22 +25,30 @@
 //! Invitations come and go by the same socket: a host that waits as a standby hears those of a primary without a
 //! backup. What follows from one is not decided here.
 //!
+//! While the peer is silent, the other hosts of the configuration are asked whether they are there. A host that hears none of
+//! them either is most likely the one that is cut off.
+//!
 //! Time is `CLOCK_BOOTTIME`, which goes on while the host is suspended. It does not go on while a host that
 //! is itself a virtual machine is paused.
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use ft_log::{
-    HEARTBEAT_BYTES, Heartbeat, INVITATION_BYTES, Invitation, InvitationError, Role, SealKey, guest_name_hash,
+    HEARTBEAT_BYTES, Heartbeat, INVITATION_BYTES, Invitation, InvitationError, PROBE_BYTES, Probe, Role,
+    SealKey, guest_name_hash,
 };
 
+use super::others::{Others, Probed};
 use super::protocol::{Hearing, Questions};
 use crate::host::{StopToken, Wait, Worker};
+
+/// Heartbeats that a peer may miss before others are asked.
+const MISSED_BEFORE_ASKING: u32 = 2;
 
 /// Why heartbeats cannot be exchanged.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +96,17 @@ pub struct Call {
     pub from: SocketAddr,
 }
 
+/// What a datagram leads to.
+#[derive(Debug, PartialEq, Eq)]
+enum Response {
+    /// Nothing.
+    None,
+    /// The peer is answered.
+    Heartbeat,
+    /// This goes back.
+    Answer(Vec<u8>),
+}
+
 /// Everything but socket and clock. `now` is the time of [`boot_time`].
 #[derive(Debug)]
 struct Exchange {
@@ -95,6 +114,9 @@ struct Exchange {
     view: u64,
     role: Role,
     peer: Option<SocketAddr>,
+    /// Who is waited for, also while it is not answered.
+    expected: Option<IpAddr>,
+    others: Option<Others>,
     /// That of the connection with the peer.
     key: Option<SealKey>,
     /// What a primary sends.
@@ -115,6 +137,8 @@ impl Exchange {
             view: 1,
             role,
             peer: None,
+            expected: None,
+            others: None,
             key: None,
             questions: Questions::default(),
             hearing: Hearing::new(now),
@@ -126,6 +150,7 @@ impl Exchange {
 
     fn set_peer(&mut self, peer: Option<(SocketAddr, SealKey)>, now: Duration) {
         (self.peer, self.key) = peer.unzip();
+        self.expected = self.peer.map(|peer| peer.ip());
         self.hearing = Hearing::new(now);
         self.silence_max = Duration::ZERO;
         self.questions.forget();
@@ -149,19 +174,22 @@ impl Exchange {
         Some((Heartbeat { view, counter, guest, role }.encode(&key), peer))
     }
 
-    /// Takes in a datagram. True: it is to be answered at once.
-    fn received(&mut self, datagram: &[u8], from: SocketAddr, now: Duration) -> bool {
+    /// Takes in a datagram.
+    fn received(&mut self, datagram: &[u8], from: SocketAddr, now: Duration) -> Response {
         if Invitation::is_meant(datagram) {
             self.called(datagram, from);
-            return false;
+            return Response::None;
+        }
+        if Probe::is_meant(datagram) {
+            return self.probed(datagram);
         }
         let Some(key) = &self.key else {
             self.stats.ignored += 1;
-            return false;
+            return Response::None;
         };
         let Ok(heartbeat) = Heartbeat::decode(datagram, key) else {
             self.stats.damaged += 1;
-            return false;
+            return Response::None;
         };
         // Our own heartbeats would come back if the peer's address were ours by mistake.
         let counts =
@@ -173,10 +201,39 @@ impl Exchange {
             };
         if !news {
             self.stats.ignored += 1;
-            return false;
+            return Response::None;
         }
         self.stats.heard += 1;
-        self.role == Role::Backup
+        if self.role == Role::Backup { Response::Heartbeat } else { Response::None }
+    }
+
+    /// Takes in a probe, which may have an answer.
+    fn probed(&mut self, datagram: &[u8]) -> Response {
+        let guest = self.guest;
+        match self.others.as_mut().map(|others| others.take(datagram, guest)) {
+            Some(Probed::Answer(answer)) => return Response::Answer(answer),
+            Some(Probed::Noted) => {}
+            Some(Probed::Foreign) => self.stats.damaged += 1,
+            None => self.stats.ignored += 1,
+        }
+        Response::None
+    }
+
+    /// What is to be asked of other hosts now, if the peer has been silent for `patience`.
+    fn question_to_others(
+        &mut self,
+        patience: Duration,
+        now: Duration,
+    ) -> Option<(Vec<u8>, Vec<SocketAddr>)> {
+        if self.hearing.silent_for(now) < patience {
+            return None;
+        }
+        self.others.as_mut()?.ask(self.guest, self.expected, now)
+    }
+
+    fn is_cut_off(&self) -> bool {
+        let heard_at = self.hearing.heard_at();
+        self.others.as_ref().is_some_and(|others| others.are_silent(self.expected, heard_at))
     }
 
     /// Passes an invitation on to whoever waits for one.
@@ -290,6 +347,18 @@ impl Heartbeats {
         lock(&self.exchange).calls = Some((calls, key));
     }
 
+    /// The other hosts of the configuration, which answer questions that `key` has sealed, as this one does from now on.
+    pub fn know_others(&self, hosts: Vec<SocketAddr>, key: SealKey) {
+        let base = boot_time().as_nanos() as u64;
+        lock(&self.exchange).others = Some(Others::new(hosts, key, base));
+    }
+
+    /// While the peer is silent: is every other host of the configuration silent, too? Then this one is most likely cut off.
+    /// Without other hosts nobody can tell.
+    pub fn is_cut_off(&self) -> bool {
+        lock(&self.exchange).is_cut_off()
+    }
+
     /// Invites whoever waits at `host` to become the backup; `key` seals the invitation.
     pub fn invite(&self, invitation: &Invitation, key: &SealKey, host: SocketAddr) {
         if let Err(error) = self.socket.send_to(&invitation.encode(key), host) {
@@ -314,13 +383,14 @@ fn run(
     interval: Duration,
 ) -> io::Result<()> {
     // One byte more than any datagram, so that a longer one is seen as such.
-    const { assert!(INVITATION_BYTES < HEARTBEAT_BYTES) };
+    const { assert!(INVITATION_BYTES < HEARTBEAT_BYTES && PROBE_BYTES < HEARTBEAT_BYTES) };
     let mut buffer = [0; HEARTBEAT_BYTES + 1];
     let mut next = boot_time();
     loop {
         let now = boot_time();
         if now >= next {
             send(socket, exchange);
+            ask_others(socket, exchange, interval * MISSED_BEFORE_ASKING);
             // From now, not from when it was due: no burst after the host was frozen.
             next = now + interval;
         }
@@ -329,10 +399,12 @@ fn run(
             Wait::TimedOut => {}
             // An error is a datagram that was damaged or, reported late, one of ours that nobody wanted.
             Wait::Ready => {
-                if let Ok((len, from)) = socket.recv_from(&mut buffer)
-                    && lock(exchange).received(&buffer[..len], from, boot_time())
-                {
-                    send(socket, exchange);
+                let Ok((len, from)) = socket.recv_from(&mut buffer) else { continue };
+                let response = lock(exchange).received(&buffer[..len], from, boot_time());
+                match response {
+                    Response::None => {}
+                    Response::Heartbeat => send(socket, exchange),
+                    Response::Answer(answer) => send_probe(socket, &answer, from),
                 }
             }
         }
@@ -351,6 +423,19 @@ fn send(socket: &UdpSocket, exchange: &Mutex<Exchange>) {
                 tracing::warn!(%peer, %error, "A heartbeat cannot be sent; further failures are only counted.");
             }
         }
+    }
+}
+
+fn ask_others(socket: &UdpSocket, exchange: &Mutex<Exchange>, patience: Duration) {
+    let asked = lock(exchange).question_to_others(patience, boot_time());
+    if let Some((question, hosts)) = asked {
+        hosts.into_iter().for_each(|host| send_probe(socket, &question, host));
+    }
+}
+
+fn send_probe(socket: &UdpSocket, probe: &[u8], host: SocketAddr) {
+    if let Err(error) = socket.send_to(probe, host) {
+        tracing::debug!(%host, %error, "a probe cannot be sent");
     }
 }
 
@@ -379,6 +464,13 @@ mod tests {
 
     fn now_key() -> SealKey {
         key("now")
+    }
+
+    impl Exchange {
+        /// Takes in a datagram; is the peer answered?
+        fn heard(&mut self, datagram: &[u8], from: SocketAddr, now: Duration) -> bool {
+            self.received(datagram, from, now) == Response::Heartbeat
+        }
     }
 
     fn exchange(role: Role) -> Exchange {
@@ -414,7 +506,7 @@ mod tests {
     fn a_backup_counts_and_answers_newer_heartbeats_of_its_primary_only() {
         let mut backup = exchange(Role::Backup);
         backup.set_peer(connected(), at(0));
-        assert!(backup.received(&sealed(heartbeat(Role::Primary, 5)), peer(), at(1)));
+        assert!(backup.heard(&sealed(heartbeat(Role::Primary, 5)), peer(), at(1)));
         assert_eq!((backup.hearing.heard_at(), backup.stats.heard), (at(1), 1));
         assert_eq!(backup.next_heartbeat(at(1)), Some((sealed(heartbeat(Role::Backup, 5)), peer())));
         let newer = heartbeat(Role::Primary, 6);
@@ -427,14 +519,14 @@ mod tests {
             Heartbeat { guest: 1, ..newer },
         ];
         for (count, other) in refused.iter().enumerate() {
-            assert!(!backup.received(&sealed(*other), peer(), at(2)), "{other:?}");
+            assert!(!backup.heard(&sealed(*other), peer(), at(2)), "{other:?}");
             assert_eq!(
                 (backup.hearing.heard_at(), backup.stats.ignored),
                 (at(1), count as u64 + 1),
                 "{other:?}"
             );
         }
-        assert!(backup.received(&sealed(newer), peer(), at(3)));
+        assert!(backup.heard(&sealed(newer), peer(), at(3)));
         assert_eq!(backup.hearing.heard_at(), at(3));
     }
 
@@ -447,7 +539,7 @@ mod tests {
             assert_eq!(sent, Some((sealed(heartbeat(Role::Primary, counter)), peer())));
         }
         let mut answer = |counter| {
-            primary.received(&sealed(heartbeat(Role::Backup, counter)), peer(), at(100));
+            primary.heard(&sealed(heartbeat(Role::Backup, counter)), peer(), at(100));
             (primary.questions.answered_sent_at(), primary.stats.heard)
         };
         assert_eq!(answer(0), (None, 0), "nothing heard yet");
@@ -465,13 +557,13 @@ mod tests {
         let view_2 = |counter| Heartbeat { view: 2, ..heartbeat(Role::Backup, counter) };
         primary.next_heartbeat(at(1));
         primary.set_peer(connected(), at(2));
-        primary.received(&sealed(heartbeat(Role::Backup, 1)), peer(), at(3));
+        primary.heard(&sealed(heartbeat(Role::Backup, 1)), peer(), at(3));
         primary.next_heartbeat(at(4));
         primary.set_view(2, Role::Primary);
-        primary.received(&sealed(view_2(2)), peer(), at(5));
+        primary.heard(&sealed(view_2(2)), peer(), at(5));
         assert_eq!((primary.questions.answered_sent_at(), primary.stats.heard), (None, 0));
         primary.next_heartbeat(at(6));
-        primary.received(&sealed(view_2(3)), peer(), at(7));
+        primary.heard(&sealed(view_2(3)), peer(), at(7));
         assert_eq!(primary.questions.answered_sent_at(), Some(at(6)));
     }
 
@@ -480,12 +572,12 @@ mod tests {
         let mut primary = exchange(Role::Primary);
         let greeting = sealed(heartbeat(Role::Backup, 0));
         primary.set_peer(connected(), at(0));
-        primary.received(&greeting, address("192.0.2.9:1"), at(1));
+        primary.heard(&greeting, address("192.0.2.9:1"), at(1));
         assert_eq!(primary.peer, Some(peer()));
-        primary.received(&greeting, address("192.0.2.1:4242"), at(1));
+        primary.heard(&greeting, address("192.0.2.1:4242"), at(1));
         assert_eq!(primary.peer, Some(address("192.0.2.1:4242")));
         primary.set_peer(None, at(2));
-        primary.received(&greeting, peer(), at(3));
+        primary.heard(&greeting, peer(), at(3));
         assert_eq!(primary.peer, None);
     }
 
@@ -493,10 +585,10 @@ mod tests {
     fn a_backup_follows_a_new_primary_from_its_start() {
         let mut backup = exchange(Role::Backup);
         backup.set_peer(connected(), at(0));
-        assert!(backup.received(&sealed(heartbeat(Role::Primary, 1_000)), peer(), at(1)));
+        assert!(backup.heard(&sealed(heartbeat(Role::Primary, 1_000)), peer(), at(1)));
         backup.set_peer(connected(), at(50));
         assert_eq!(backup.hearing.heard_at(), at(50));
-        assert!(backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(51)));
+        assert!(backup.heard(&sealed(heartbeat(Role::Primary, 1)), peer(), at(51)));
     }
 
     #[test]
@@ -507,7 +599,7 @@ mod tests {
         flipped[20] ^= 1;
         let longer = [&sealed(heartbeat(Role::Primary, 1))[..], &[0]].concat();
         for datagram in [&b""[..], b"hello", &flipped, &longer] {
-            assert!(!backup.received(datagram, peer(), at(1)));
+            assert!(!backup.heard(datagram, peer(), at(1)));
         }
         let stats = HeartbeatStats { damaged: 4, ..HeartbeatStats::default() };
         assert_eq!((backup.stats, backup.hearing.heard_at()), (stats, Duration::ZERO));
@@ -523,14 +615,14 @@ mod tests {
             SealKey::without_secret("heartbeat", &[GUEST.as_bytes()]),
         ];
         for key in &forged {
-            assert!(!backup.received(&heartbeat(Role::Primary, 1).encode(key), peer(), at(1)));
+            assert!(!backup.heard(&heartbeat(Role::Primary, 1).encode(key), peer(), at(1)));
         }
         assert_eq!((backup.stats.damaged, backup.hearing.heard_at()), (3, at(0)));
         let mut primary = exchange(Role::Primary);
         primary.set_peer(connected(), at(0));
         primary.next_heartbeat(at(1));
         for key in &forged {
-            primary.received(&heartbeat(Role::Backup, 1).encode(key), address("192.0.2.1:66"), at(2));
+            primary.heard(&heartbeat(Role::Backup, 1).encode(key), address("192.0.2.1:66"), at(2));
         }
         assert_eq!(
             (primary.questions.answered_sent_at(), primary.peer),
@@ -548,7 +640,7 @@ mod tests {
         let mut recorded = Vec::new();
         for second in 1..=100 {
             let (question, _) = old_primary.next_heartbeat(at(second)).unwrap();
-            assert!(old_backup.received(&question, peer(), at(second)));
+            assert!(old_backup.heard(&question, peer(), at(second)));
             let (answer, _) = old_backup.next_heartbeat(at(second)).unwrap();
             recorded.push((question, answer));
         }
@@ -561,8 +653,8 @@ mod tests {
             primary.next_heartbeat(at(200));
         }
         for (question, answer) in &recorded {
-            assert!(!backup.received(question, peer(), at(300)));
-            primary.received(answer, peer(), at(300));
+            assert!(!backup.heard(question, peer(), at(300)));
+            primary.heard(answer, peer(), at(300));
         }
         assert_eq!((backup.hearing.heard_at(), backup.hearing.counter()), (at(200), 0));
         assert_eq!((primary.hearing.heard_at(), primary.questions.answered_sent_at()), (at(200), None));
@@ -574,18 +666,18 @@ mod tests {
         let mut backup = exchange(Role::Backup);
         backup.set_peer(connected(), at(0));
         let questions: Vec<_> = (1..=3).map(|counter| sealed(heartbeat(Role::Primary, counter))).collect();
-        assert!(questions.iter().all(|question| backup.received(question, peer(), at(1))));
-        assert!(!questions.iter().any(|question| backup.received(question, peer(), at(2))));
+        assert!(questions.iter().all(|question| backup.heard(question, peer(), at(1))));
+        assert!(!questions.iter().any(|question| backup.heard(question, peer(), at(2))));
         assert_eq!((backup.hearing.heard_at(), backup.stats.ignored), (at(1), 3));
     }
 
     #[test]
     fn nothing_is_heard_without_a_connection() {
         let mut backup = exchange(Role::Backup);
-        assert!(!backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(1)));
+        assert!(!backup.heard(&sealed(heartbeat(Role::Primary, 1)), peer(), at(1)));
         backup.set_peer(connected(), at(2));
         backup.set_peer(None, at(3));
-        assert!(!backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(4)));
+        assert!(!backup.heard(&sealed(heartbeat(Role::Primary, 1)), peer(), at(4)));
         assert_eq!((backup.stats.ignored, backup.hearing.heard_at()), (2, at(3)));
     }
 
@@ -594,7 +686,7 @@ mod tests {
         let mut backup = exchange(Role::Backup);
         backup.set_peer(connected(), at(0));
         backup.peer = None;
-        assert!(backup.received(&sealed(heartbeat(Role::Primary, 1)), peer(), at(1)));
+        assert!(backup.heard(&sealed(heartbeat(Role::Primary, 1)), peer(), at(1)));
         assert_eq!((backup.hearing.heard_at(), backup.next_heartbeat(at(1))), (at(1), None));
     }
 

@@ -240,9 +240,9 @@ impl Link {
         self.lock().primary.may_act(heartbeat_sent_at, boot_time())
     }
 
-    /// Is the backup to be given up?
-    pub fn look(&self, heartbeat_sent_at: Option<Duration>) -> Option<Loss> {
-        self.lock().primary.look(heartbeat_sent_at, boot_time())
+    /// Is the backup to be given up? `cut_off`: nobody else is heard, either.
+    pub fn look(&self, heartbeat_sent_at: Option<Duration>, cut_off: bool) -> Option<Loss> {
+        self.lock().primary.look(heartbeat_sent_at, cut_off, boot_time())
     }
 
     /// The backup is lost. False: that was known.
@@ -729,7 +729,7 @@ mod tests {
             // The sender takes a batch and never gets it out.
             link.next_batch().unwrap();
             let loss = loop {
-                match link.look(None) {
+                match link.look(None, false) {
                     Some(loss) => break loss,
                     None => std::thread::sleep(Duration::from_millis(1)),
                 }

@@ -22,6 +22,7 @@ pub mod heartbeat;
 pub mod hosts;
 pub mod key_file;
 pub mod link;
+mod others;
 pub mod output_gate;
 pub mod planned;
 pub mod primary;

@@ -28,7 +28,15 @@ const SAY_AFTER: Duration = Duration::from_secs(10);
 
 /// What seals the invitations of hosts that have `key`.
 pub fn invitation_key(key: Option<&Key>) -> SealKey {
-    let purpose = "invitation";
+    sealing("invitation", key)
+}
+
+/// What seals the questions of hosts that have `key` whether the others are there.
+pub fn probe_key(key: Option<&Key>) -> SealKey {
+    sealing("probe", key)
+}
+
+fn sealing(purpose: &str, key: Option<&Key>) -> SealKey {
     key.map_or_else(|| SealKey::without_secret(purpose, &[]), |key| key.seal_key(purpose, &[]))
 }
 

@@ -111,7 +111,7 @@ impl Supervisor {
                     self.hand_over(&outcome);
                     continue;
                 }
-                Err(RecvTimeoutError::Timeout) => match self.link.look(self.heartbeats.answered_sent_at()) {
+                Err(RecvTimeoutError::Timeout) => match self.look() {
                     Some(loss) => (loss, self.in_words(loss)),
                     None => {
                         // What was acknowledged while the lease had run out may go now.
@@ -141,6 +141,10 @@ impl Supervisor {
             }
             self.go_on_without(connection.take(), why);
         }
+    }
+
+    fn look(&self) -> Option<Loss> {
+        self.link.look(self.heartbeats.answered_sent_at(), self.heartbeats.is_cut_off())
     }
 
     pub(super) fn in_words(&self, loss: Loss) -> String {

@@ -425,8 +425,10 @@ impl World {
             match &mut self.hosts[place].monitor {
                 Monitor::Off => {}
                 Monitor::Primary(running) => {
-                    let (life, loss) =
-                        (running.life, running.machine.look(running.questions.answered_sent_at(), now));
+                    let (life, loss) = (
+                        running.life,
+                        running.machine.look(running.questions.answered_sent_at(), false, now),
+                    );
                     if let Some(backup) = running.peer {
                         let counter = running.questions.ask(now);
                         self.send_beat(Beat { backup, counter, answer: false });
@@ -438,7 +440,7 @@ impl World {
                 }
                 Monitor::Backup(following) => {
                     let (life, silent) = (following.life, following.hearing.silent_for(now));
-                    if following.machine.acknowledges() && following.machine.gives_up(silent) {
+                    if following.machine.acknowledges() && following.machine.gives_up(silent, false) {
                         self.link_lost(life, LinkLoss::Unsure, wiring);
                     } else {
                         self.look(place, wiring);
@@ -643,7 +645,7 @@ impl World {
     pub(super) fn look(&mut self, place: usize, wiring: &Wiring) {
         let now = self.now(place);
         let Monitor::Backup(following) = &mut self.hosts[place].monitor else { return };
-        following.next = following.machine.next(following.hearing.silent_for(now), false);
+        following.next = following.machine.next(following.hearing.silent_for(now), false, false);
         if let Some(view) = following.machine.goes_live() {
             self.useless_lives |= following.useless;
             let mut guest = std::mem::take(&mut following.guest);
@@ -668,7 +670,7 @@ impl World {
             }
             Monitor::Backup(following) => {
                 following.machine.link_ended(LinkLoss::Unsure);
-                if !matches!(following.machine.next(Duration::ZERO, true), Next::Done(_)) {
+                if !matches!(following.machine.next(Duration::ZERO, false, true), Next::Done(_)) {
                     // The claim may be made already.
                     return;
                 }

@@ -13,7 +13,7 @@
 
 use std::time::Duration;
 
-use super::Answer;
+use super::{Answer, patience};
 
 /// How a link was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -96,9 +96,10 @@ impl Backup {
         self.retired = true;
     }
 
-    /// Is the primary to be given up, which has been silent for so long?
-    pub fn gives_up(&self, silent_for: Duration) -> bool {
-        silent_for > self.timeout
+    /// Is the primary to be given up, which has been silent for so long? A host that is cut off from all others lets the
+    /// primary go first: it waits twice as long.
+    pub fn gives_up(&self, silent_for: Duration, cut_off: bool) -> bool {
+        silent_for > patience(self.timeout, cut_off)
     }
 
     /// There will be no more batches, and no more acknowledgements.
@@ -108,16 +109,16 @@ impl Backup {
         }
     }
 
-    /// What is to be done now. `silent_for`: since the primary was last heard. `stopped`: the operator wants this monitor to
-    /// end.
-    pub fn next(&mut self, silent_for: Duration, stopped: bool) -> Next {
+    /// What is to be done now. `silent_for`: since the primary was last heard; `cut_off`: nobody else was heard since, either.
+    /// `stopped`: the operator wants this monitor to end.
+    pub fn next(&mut self, silent_for: Duration, cut_off: bool, stopped: bool) -> Next {
         if let State::Waiting(loss) = self.state {
             self.state = match loss {
                 _ if stopped || self.retired => State::Done(Verdict::Stopped),
                 LinkLoss::GuestEnded => State::Done(Verdict::GuestEnded),
                 LinkLoss::Dismissed => State::Done(Verdict::Stopped),
                 // A primary that cannot be reached may let output go until it has not heard from here for the timeout.
-                LinkLoss::Unsure if !self.gives_up(silent_for) => State::Waiting(loss),
+                LinkLoss::Unsure if !self.gives_up(silent_for, cut_off) => State::Waiting(loss),
                 LinkLoss::Unsure | LinkLoss::ByPeer => State::Claiming,
             };
         }
@@ -159,7 +160,7 @@ mod tests {
     fn lost(loss: LinkLoss) -> Backup {
         let mut backup = Backup::new(7, TIMEOUT);
         assert!(backup.acknowledges());
-        assert_eq!(backup.next(TOO_LONG, true), Next::Wait, "the link has not ended");
+        assert_eq!(backup.next(TOO_LONG, false, true), Next::Wait, "the link has not ended");
         backup.link_ended(loss);
         assert!(!backup.acknowledges());
         backup
@@ -167,33 +168,46 @@ mod tests {
 
     #[test]
     fn a_primary_that_closed_is_replaced_at_once_and_one_that_is_out_of_reach_when_it_is_silent() {
-        assert_eq!(lost(LinkLoss::ByPeer).next(HEARD_NOW, false), Next::Claim { view: 8 });
+        assert_eq!(lost(LinkLoss::ByPeer).next(HEARD_NOW, false, false), Next::Claim { view: 8 });
         let mut unsure = lost(LinkLoss::Unsure);
-        assert_eq!(unsure.next(TIMEOUT, false), Next::Wait);
+        assert_eq!(unsure.next(TIMEOUT, false, false), Next::Wait);
         unsure.link_ended(LinkLoss::ByPeer);
-        assert_eq!(unsure.next(TIMEOUT, false), Next::Wait, "the first end counts");
-        assert_eq!(unsure.next(TOO_LONG, false), Next::Claim { view: 8 });
-        assert_eq!(unsure.next(HEARD_NOW, true), Next::Claim { view: 8 }, "it may be made already");
+        assert_eq!(unsure.next(TIMEOUT, false, false), Next::Wait, "the first end counts");
+        assert_eq!(unsure.next(TOO_LONG, false, false), Next::Claim { view: 8 });
+        assert_eq!(unsure.next(HEARD_NOW, false, true), Next::Claim { view: 8 }, "it may be made already");
         unsure.claim_says(Answer::Unknown);
-        assert_eq!(unsure.next(HEARD_NOW, false), Next::Claim { view: 8 });
+        assert_eq!(unsure.next(HEARD_NOW, false, false), Next::Claim { view: 8 });
         unsure.claim_says(Answer::Won);
-        assert_eq!((unsure.next(HEARD_NOW, false), unsure.goes_live()), (Next::Done(Verdict::Won), Some(8)));
+        assert_eq!(
+            (unsure.next(HEARD_NOW, false, false), unsure.goes_live()),
+            (Next::Done(Verdict::Won), Some(8))
+        );
         unsure.claim_says(Answer::Lost);
         assert_eq!(unsure.goes_live(), Some(8));
     }
 
     #[test]
+    fn who_hears_nobody_at_all_lets_the_primary_go_first() {
+        let mut backup = lost(LinkLoss::Unsure);
+        assert!(backup.gives_up(TOO_LONG, false) && !backup.gives_up(TOO_LONG, true));
+        assert_eq!(backup.next(TOO_LONG, true, false), Next::Wait);
+        assert_eq!(backup.next(2 * TIMEOUT, true, false), Next::Wait);
+        assert_eq!(backup.next(2 * TOO_LONG, true, false), Next::Claim { view: 8 });
+        assert_eq!(lost(LinkLoss::ByPeer).next(HEARD_NOW, true, false), Next::Claim { view: 8 });
+    }
+
+    #[test]
     fn who_is_stopped_or_of_no_use_claims_nothing() {
         for loss in [LinkLoss::ByPeer, LinkLoss::Unsure, LinkLoss::GuestEnded, LinkLoss::Dismissed] {
-            assert_eq!(lost(loss).next(TOO_LONG, true), Next::Done(Verdict::Stopped));
+            assert_eq!(lost(loss).next(TOO_LONG, false, true), Next::Done(Verdict::Stopped));
             let mut retired = Backup::new(7, TIMEOUT);
             retired.retire();
             retired.link_ended(loss);
-            assert_eq!(retired.next(TOO_LONG, false), Next::Done(Verdict::Stopped));
+            assert_eq!(retired.next(TOO_LONG, false, false), Next::Done(Verdict::Stopped));
         }
-        assert_eq!(lost(LinkLoss::Dismissed).next(TOO_LONG, false), Next::Done(Verdict::Stopped));
+        assert_eq!(lost(LinkLoss::Dismissed).next(TOO_LONG, false, false), Next::Done(Verdict::Stopped));
         let mut ended = lost(LinkLoss::GuestEnded);
-        assert_eq!(ended.next(HEARD_NOW, false), Next::Done(Verdict::GuestEnded));
+        assert_eq!(ended.next(HEARD_NOW, false, false), Next::Done(Verdict::GuestEnded));
         ended.claim_says(Answer::Won);
         assert_eq!(ended.goes_live(), None);
     }
@@ -201,18 +215,21 @@ mod tests {
     #[test]
     fn who_is_retired_while_the_arbiter_is_silent_asks_no_more() {
         let mut backup = lost(LinkLoss::ByPeer);
-        assert_eq!(backup.next(HEARD_NOW, false), Next::Claim { view: 8 });
+        assert_eq!(backup.next(HEARD_NOW, false, false), Next::Claim { view: 8 });
         backup.retire();
         backup.claim_says(Answer::Unknown);
-        assert_eq!(backup.next(HEARD_NOW, false), Next::Done(Verdict::Stopped));
+        assert_eq!(backup.next(HEARD_NOW, false, false), Next::Done(Verdict::Stopped));
     }
 
     #[test]
     fn a_guest_that_is_found_to_be_of_no_use_after_the_claim_does_not_go_live() {
         let mut backup = lost(LinkLoss::ByPeer);
-        assert_eq!(backup.next(HEARD_NOW, false), Next::Claim { view: 8 });
+        assert_eq!(backup.next(HEARD_NOW, false, false), Next::Claim { view: 8 });
         backup.claim_says(Answer::Won);
         backup.retire();
-        assert_eq!((backup.next(HEARD_NOW, false), backup.goes_live()), (Next::Done(Verdict::Won), None));
+        assert_eq!(
+            (backup.next(HEARD_NOW, false, false), backup.goes_live()),
+            (Next::Done(Verdict::Won), None)
+        );
     }
 }

@@ -56,6 +56,12 @@ impl Timing {
     }
 }
 
+/// How long a silent peer is waited for. Of two that do not hear each other only one may go on, and it had better be the one
+/// that others hear: a host that hears nobody at all waits twice as long. Longer is always safe.
+fn patience(timeout: Duration, cut_off: bool) -> Duration {
+    if cut_off { 2 * timeout } else { timeout }
+}
+
 /// One life of one monitor, as records name it.
 pub type Life = u128;
 

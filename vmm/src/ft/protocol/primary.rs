@@ -30,7 +30,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::{Answer, Ask, Life, Timing};
+use super::{Answer, Ask, Life, Timing, patience};
 
 /// Most batches that are remembered until the backup has executed them; the last one stands for all beyond that, with the
 /// age of the first of them.
@@ -283,11 +283,11 @@ impl Primary {
     }
 
     /// Is the backup to be given up? What is sent to one that does not follow yet has to wait for that, and counts as
-    /// sent then.
-    pub fn look(&self, heartbeat_sent_at: Option<Duration>, now: Duration) -> Option<Loss> {
+    /// sent then. `cut_off`: since the backup was heard nobody else was, either; then it may go first.
+    pub fn look(&self, heartbeat_sent_at: Option<Duration>, cut_off: bool, now: Duration) -> Option<Loss> {
         let State::Paired { follows_since } = self.state else { return None };
         let patience = match follows_since {
-            Some(_) => self.timing.timeout,
+            Some(_) => patience(self.timing.timeout, cut_off),
             None => self.timing.loading_timeout,
         };
         let silent = self.silent_for(heartbeat_sent_at, now);
@@ -436,11 +436,13 @@ mod tests {
     fn a_backup_that_loads_is_given_more_time() {
         let mut primary = joined();
         assert_eq!(primary.attach(at(0)), Err(JoinError::NotRecorded));
-        assert_eq!(primary.look(None, at(10)), None);
-        assert_eq!(primary.look(None, at(11)), Some(Loss::Silent(at(11))));
+        assert_eq!(primary.look(None, false, at(10)), None);
+        assert_eq!(primary.look(None, false, at(11)), Some(Loss::Silent(at(11))));
         primary.acknowledged(0, 0, at(9), drop);
-        assert_eq!(primary.look(Some(at(6)), at(10)), None);
-        assert_eq!(primary.look(Some(at(6)), at(11)), Some(Loss::Silent(at(5))));
+        assert_eq!(primary.look(Some(at(6)), false, at(10)), None);
+        assert_eq!(primary.look(Some(at(6)), false, at(11)), Some(Loss::Silent(at(5))));
+        assert_eq!(primary.look(Some(at(6)), true, at(14)), None, "nobody else is heard");
+        assert_eq!(primary.look(Some(at(6)), true, at(15)), Some(Loss::Silent(at(9))));
     }
 
     #[test]
@@ -569,7 +571,7 @@ mod tests {
     fn a_backup_is_overdue_when_it_follows_and_stays_behind() {
         let mut primary = joined();
         primary.sent(1, 5, at(0));
-        let look = |primary: &Primary, now| primary.look(Some(at(now)), at(now));
+        let look = |primary: &Primary, now| primary.look(Some(at(now)), false, at(now));
         assert_eq!(look(&primary, 30), None, "it has not loaded the guest yet");
         primary.acknowledged(0, 0, at(30), drop);
         assert_eq!(look(&primary, 50), None, "what was sent before is no older than that");
