@@ -175,14 +175,12 @@ impl Site {
     /// Boots `count` hosts. The guests' kernel is the file that the environment variable `VMFT_GUEST_KERNEL` names,
     /// or else Debian's.
     pub fn boot(count: u8) -> Result<Site, HostError> {
-        Site::boot_with(count, 1, |_, _| Ok(()))
+        Site::boot_with(count, |_, _| Ok(()))
     }
 
-    /// As [`Site::boot`], with so many processors in each host; `prepare` gets the network and the directory that the hosts
-    /// are going to share.
+    /// As [`Site::boot`]; `prepare` gets the network and the directory that the hosts are going to share.
     pub fn boot_with(
         count: u8,
-        vcpus: u32,
         prepare: impl FnOnce(&Net, &Path) -> Result<(), HostError>,
     ) -> Result<Site, HostError> {
         let net = Arc::new(Net::new()?);
@@ -198,7 +196,7 @@ impl Site {
             files.push(kernel);
         }
         let staged = net.stage_images(&images, &files)?;
-        let config = HostConfig { kind: HostKind::Qemu, vcpus, ..HostConfig::new(1, &shared, &staged) };
+        let config = HostConfig { kind: HostKind::Qemu, ..HostConfig::new(1, &shared, &staged) };
         let hosts = TestHost::boot_all(&net, count, &config)?;
         hosts.iter().try_for_each(give_name)?;
         let hosts = hosts.into_iter().map(Arc::new).collect();

@@ -19,8 +19,6 @@ use crate::pair::{Guest, SHORT, Site};
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
 const HOSTS: u8 = 3;
-/// Of each host: a monitor's threads run at the same time, as on real ones.
-const PROCESSORS: u32 = 2;
 /// Clients with keys in common.
 const CLIENTS: usize = 3;
 /// Name and size of the claims directory. A claim takes a page.
@@ -104,7 +102,7 @@ struct Past {
 impl Campaign {
     fn boot(seed: u64) -> Outcome<Campaign> {
         let mut claims = None;
-        let mut site = Site::boot_with(HOSTS, PROCESSORS, |net, shared| {
+        let mut site = Site::boot_with(HOSTS, |net, shared| {
             claims = Some(SmallDir::make(net, &shared.join(CLAIMS), CLAIMS_KIB)?);
             Ok(())
         })?;
