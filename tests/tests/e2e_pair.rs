@@ -35,6 +35,11 @@ fn main() -> ExitCode {
         Case::on_hosts("stopped_backup_claims_nothing", stopped_backup_claims_nothing),
         Case::on_hosts("stopped_primary_hands_over", stopped_primary_hands_over),
         Case::on_hosts("guest_that_powers_off_ends_both", guest_that_powers_off_ends_both),
+        Case::on_hosts("guest_that_crashes_ends_both", guest_that_crashes_ends_both),
+        Case::on_hosts(
+            "guest_that_crashes_on_the_primary_only_goes_on",
+            guest_that_crashes_on_the_primary_only_goes_on,
+        ),
         Case::on_hosts("guest_stays_alone_without_a_backup", guest_stays_alone_without_a_backup),
     ]);
     SITE.close();
@@ -356,6 +361,61 @@ fn guest_that_powers_off_ends_both() -> TestResult {
         assert_eq!(again.wait(LONG)?.ending, Ending::Exited(0));
         volume.assert_ended()
     })
+}
+
+fn guest_that_crashes_ends_both() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest { work: "halt-after-ready", ..Guest::default() }, site.volume()?);
+        let primary = site.start_primary(1, &guest, &volume)?;
+        let backup = site.start_backup_with(2, 1, &guest, &volume, PATIENT)?;
+        primary.wait_for_line(PROTECTED, LONG)?;
+        for monitor in [&primary, &backup] {
+            let output = monitor.wait(LONG)?;
+            assert_eq!(output.ending, Ending::Exited(5), "host {}: {:?}", monitor.host, output.stderr);
+        }
+        assert_eq!(backup.count(TAKEOVER), 0);
+        volume.assert_ended()
+    })
+}
+
+fn guest_that_crashes_on_the_primary_only_goes_on() -> TestResult {
+    SITE.run(|site| {
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let (primary, backup) = site.start_pair(&guest, &volume)?;
+        let client = site.client(load())?;
+        more_replies(&client, 20)?;
+        forget_memory(site, &primary, &guest)?;
+        assert_eq!(primary.wait(SHORT)?.ending, Ending::Exited(5));
+        println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
+        more_replies(&client, 20)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)?;
+        assert_eq!(end(&backup)?, Ending::Exited(0));
+        volume.assert_ended()
+    })
+}
+
+/// The memory of the primary's host fails: all that the guest has there is 0 from one moment to the next, page tables too.
+fn forget_memory(site: &Site, monitor: &Monitor, guest: &Guest) -> TestResult {
+    let bytes = u64::from(guest.memory_mib) << 20;
+    let pid = monitor.pid();
+    let host = site.host(monitor.host);
+    let maps = host.run(&["cat", &format!("/proc/{pid}/maps")], SHORT)?.stdout;
+    let mapping = maps.iter().find_map(|line| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        let [start, end] = [start, end].map(|address| u64::from_str_radix(address, 16).ok());
+        start.filter(|start| end == Some(start + bytes))
+    });
+    let start = mapping.ok_or_else(|| format!("no mapping of {bytes} bytes: {maps:?}"))?;
+    // It stands still meanwhile, so that nothing runs on half of its memory.
+    let (page, count) = (start >> 12, bytes >> 12);
+    let script = format!(
+        "kill -STOP {pid} && dd if=/dev/zero of=/proc/{pid}/mem bs=4096 seek={page} count={count} conv=notrunc; kill -CONT {pid}"
+    );
+    let output = host.run(&["sh", "-c", &script], SHORT)?;
+    assert_eq!(output.ending, Ending::Exited(0), "{:?}", output.stderr);
+    Ok(())
 }
 
 fn guest_stays_alone_without_a_backup() -> TestResult {

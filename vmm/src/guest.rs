@@ -9,7 +9,7 @@ use devices::{Board, BoardConfig, GuestRam, Payload, virtio_windows};
 use ft_log::{CpuIdentity, PAGE_BYTES, PositionSource};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use thiserror::Error;
-use vm_memory::{Address, GuestMemoryMmap};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use xxhash_rust::xxh3::xxh3_64;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -137,15 +137,25 @@ impl GuestConfig {
         xxh3_64(&self.to_payload().bytes)
     }
 
-    /// Guest memory, all zero.
+    /// Guest memory, all zero. A core dump of the monitor leaves it out: it is the guest's, and big.
     pub fn allocate_ram(&self) -> Result<GuestRam, GuestError> {
         let host = nix::sys::sysinfo::sysinfo().map_or(u64::MAX, |info| info.ram_total());
         if self.memory_bytes > host {
             let reason = format!("it has {} MiB in all", host >> 20);
             return Err(GuestError::NoMemory { mib: self.memory_bytes >> 20, reason });
         }
-        GuestMemoryMmap::from_ranges(&boot::ram_regions(self.memory_bytes))
-            .map_err(|error| GuestError::NoMemory { mib: self.memory_bytes >> 20, reason: error.to_string() })
+        let no_memory = |reason: String| GuestError::NoMemory { mib: self.memory_bytes >> 20, reason };
+        let ram = GuestRam::from_ranges(&boot::ram_regions(self.memory_bytes))
+            .map_err(|error| no_memory(error.to_string()))?;
+        for region in ram.iter() {
+            // SAFETY: the range is the region's mapping, and the advice changes nothing but what a core dump holds.
+            let result =
+                unsafe { libc::madvise(region.as_ptr().cast(), region.len() as usize, libc::MADV_DONTDUMP) };
+            if result != 0 {
+                return Err(no_memory(std::io::Error::last_os_error().to_string()));
+            }
+        }
+        Ok(ram)
     }
 
     /// A machine at boundary 0 that will boot `files`. `random_seed` seeds the guest's generator.

@@ -238,10 +238,7 @@ fn ending(stopped: Stopped, anchors: u64) -> Ending {
                 GuestEnd::HaltedForever => "the guest halted for good, with interrupts off",
             };
             tracing::info!(anchors, "{crashed}");
-            match end {
-                GuestEnd::PowerOff | GuestEnd::Reset => Ending::Orderly,
-                GuestEnd::TripleFault | GuestEnd::HaltedForever => Ending::GuestCrashed,
-            }
+            if end.is_crash() { Ending::GuestCrashed } else { Ending::Orderly }
         }
         Stopped::Requested | Stopped::LogEnded | Stopped::ReplayEqual => Ending::Orderly,
     }

@@ -382,7 +382,9 @@ impl Shared {
         if let Some(successor) = log.successor() {
             return Ok(Ending::HandedOver(successor));
         }
-        let ended = matches!(outcome, Ok(Stopped::GuestEnded(_))) || self.orders.plug_is_pulled();
+        // A crash may be this host's: the backup goes on, or ends the guest's life, depending on what its own guest does.
+        let ended = matches!(outcome, Ok(Stopped::GuestEnded(end)) if !end.is_crash())
+            || self.orders.plug_is_pulled();
         let goes_on = self.link.phase() != Phase::Alone || log.had_backup();
         if ended || !goes_on {
             // Nobody runs the guest any more, and nobody in this pair will.

@@ -33,7 +33,7 @@ use crate::control::orders::Orders;
 use crate::control::protocol::Peer;
 use crate::guest::GuestConfig;
 use crate::host::spawn;
-use crate::machine::Machine;
+use crate::machine::{GuestEnd, Machine};
 use crate::outlet::Outlet;
 use crate::report::Reports;
 use crate::run::{LogSink, Recent, RunError};
@@ -399,7 +399,8 @@ impl PairLog {
         let Some(encoder) = &mut self.encoder else { return Ok(None) };
         let visible = effects.iter().any(|effect| matches!(effect, Effect::Frame(_) | Effect::Disk(_)));
         let anchor = machine.anchors();
-        if anchor > self.checked && (visible || anchor - self.checked >= CHECK_EVERY_ANCHORS) {
+        let due = anchor > self.checked && (visible || anchor - self.checked >= CHECK_EVERY_ANCHORS);
+        if due && !has_crashed(machine) {
             self.checked = anchor;
             note(encoder, &mut self.recent, &check(machine, anchor))?;
         }
@@ -437,6 +438,10 @@ fn note(encoder: &mut Encoder, recent: &mut Recent, entry: &Entry) -> Result<(),
     encoder.push(entry)?;
     recent.note(entry);
     Ok(())
+}
+
+fn has_crashed(machine: &Machine) -> bool {
+    machine.end().is_some_and(GuestEnd::is_crash)
 }
 
 fn check(machine: &Machine, anchor: u64) -> Entry {
@@ -542,7 +547,9 @@ impl LogSink for PairLog {
     }
 
     fn finish(&mut self, machine: &Machine) -> Result<(), RunError> {
-        let ended = machine.end().is_some();
+        // Whether a crash is the guest's or this host's, the backup finds out: the log does not say how the guest ended, and
+        // leaves it to whoever survives.
+        let ended = machine.end().is_some() && !has_crashed(machine);
         let over = ended || self.orders.plug_is_pulled();
         if let Some(joining) = self.joining.take() {
             let _ = joining.stream.shutdown(Shutdown::Both);

@@ -92,6 +92,13 @@ pub enum GuestEnd {
     HaltedForever,
 }
 
+impl GuestEnd {
+    /// Is it an end that the guest did not ask for? Then a fault of its host may be the reason.
+    pub fn is_crash(self) -> bool {
+        matches!(self, Self::TripleFault | Self::HaltedForever)
+    }
+}
+
 /// What a run ended at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reached {
