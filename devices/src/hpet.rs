@@ -24,12 +24,10 @@ const COMPARATORS: [u64; 3] = [0x108, 0x128, 0x148];
 const TICKS: u64 = 4;
 const FEMTOSECONDS: u64 = 1_000_000_000_000_000;
 const PERIOD_FS: u64 = FEMTOSECONDS / (GuestTime::HZ * TICKS);
-/// Revision 1, three timers (the least that there may be), a 64-bit counter, no legacy interrupts.
-const IDENTITY: u32 = 0x8086 << 16 | 1 << 13 | 2 << 8 | 1;
+/// What a table for operating systems says of it, too (ACPI `HPET`, event timer block ID): revision 1, three timers (the
+/// least that there may be), a 64-bit counter, no legacy interrupts.
+pub const HPET_IDENTITY: u32 = 0x8086 << 16 | 1 << 13 | 2 << 8 | 1;
 const ENABLE: u64 = 1;
-
-/// What a table for operating systems says of it (ACPI `HPET`, event timer block ID).
-pub const HPET_IDENTITY: u32 = IDENTITY;
 
 /// The registers that can change.
 pub(crate) struct Hpet {
@@ -53,7 +51,7 @@ impl Hpet {
     pub(crate) fn registers(&self, now: GuestTime) -> [(u64, u64); 6] {
         let [first, second, third] = COMPARATORS.map(|offset| (offset, u64::MAX));
         [
-            (CAPABILITIES, PERIOD_FS << 32 | u64::from(IDENTITY)),
+            (CAPABILITIES, PERIOD_FS << 32 | u64::from(HPET_IDENTITY)),
             (CONFIGURATION, u64::from(self.counts) * ENABLE),
             (COUNTER, self.counter(now)),
             first,

@@ -3,6 +3,7 @@
 //! `VMFT_KILLS` is the number of moments at which the primary is killed (default 4: one of each kind), `VMFT_SEED`
 //! repeats the moments of an earlier run.
 
+use std::error::Error;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::process::ExitCode;
@@ -323,12 +324,20 @@ fn stopped_backup_claims_nothing() -> TestResult {
 }
 
 fn stopped_primary_hands_over() -> TestResult {
+    assert_taken_over(|_, primary, _| {
+        assert_eq!(end(primary)?, Ending::Exited(0));
+        Ok(())
+    })
+}
+
+/// The guest, which a client uses, is taken over from a primary that `leaves`, and its life then ended.
+fn assert_taken_over(leaves: impl Fn(&Site, &Monitor, &Guest) -> TestResult) -> TestResult {
     SITE.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let (primary, backup) = site.start_pair(&guest, &volume)?;
         let client = site.client(load())?;
         more_replies(&client, 20)?;
-        assert_eq!(end(&primary)?, Ending::Exited(0));
+        leaves(site, &primary, &guest)?;
         println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
         more_replies(&client, 20)?;
         let report = client.stop(SHORT);
@@ -345,56 +354,48 @@ fn end(monitor: &Monitor) -> Result<Ending, HostError> {
     Ok(monitor.wait(SHORT)?.ending)
 }
 
+/// Runs a pair whose guest ends by itself, with `status` on both, each of which says `why`.
+fn assert_both_end(
+    site: &mut Site,
+    work: &'static str,
+    status: i32,
+    why: &str,
+) -> Result<Volume, Box<dyn Error>> {
+    let (guest, volume) = (Guest { work, ..Guest::default() }, site.volume()?);
+    let primary = site.start_primary(1, &guest, &volume)?;
+    let backup = site.start_backup_with(2, 1, &guest, &volume, PATIENT)?;
+    primary.wait_for_line(PROTECTED, LONG)?;
+    for monitor in [&primary, &backup] {
+        let output = monitor.wait(LONG)?;
+        assert_eq!(output.ending, Ending::Exited(status), "host {}: {:?}", monitor.host, output.stderr);
+        let said = output.stderr.iter().any(|line| line.contains(why));
+        assert!(said, "host {}: {:?}", monitor.host, output.stderr);
+    }
+    assert_eq!(backup.count(TAKEOVER), 0);
+    volume.assert_ended()?;
+    Ok(volume)
+}
+
 fn guest_that_powers_off_ends_both() -> TestResult {
     SITE.run(|site| {
-        let (guest, volume) = (Guest { work: "poweroff-after-ready", ..Guest::default() }, site.volume()?);
-        let primary = site.start_primary(1, &guest, &volume)?;
-        let backup = site.start_backup_with(2, 1, &guest, &volume, PATIENT)?;
-        primary.wait_for_line(PROTECTED, LONG)?;
-        for monitor in [&primary, &backup] {
-            let output = monitor.wait(LONG)?;
-            assert_eq!(output.ending, Ending::Exited(0), "host {}: {:?}", monitor.host, output.stderr);
-            let powered_off = output.stderr.iter().any(|line| line.contains("the guest powered itself off"));
-            assert!(powered_off, "host {}: {:?}", monitor.host, output.stderr);
-        }
-        volume.assert_ended()?;
+        let work = "poweroff-after-ready";
+        let volume = assert_both_end(site, work, 0, "the guest powered itself off")?;
         // So the guest may be started anew, and nobody that was frozen meanwhile can take it over.
-        let again = site.start_primary(2, &guest, &volume)?;
+        let again = site.start_primary(2, &Guest { work, ..Guest::default() }, &volume)?;
         assert_eq!(again.wait(LONG)?.ending, Ending::Exited(0));
         volume.assert_ended()
     })
 }
 
 fn guest_that_crashes_ends_both() -> TestResult {
-    SITE.run(|site| {
-        let (guest, volume) = (Guest { work: "halt-after-ready", ..Guest::default() }, site.volume()?);
-        let primary = site.start_primary(1, &guest, &volume)?;
-        let backup = site.start_backup_with(2, 1, &guest, &volume, PATIENT)?;
-        primary.wait_for_line(PROTECTED, LONG)?;
-        for monitor in [&primary, &backup] {
-            let output = monitor.wait(LONG)?;
-            assert_eq!(output.ending, Ending::Exited(5), "host {}: {:?}", monitor.host, output.stderr);
-        }
-        assert_eq!(backup.count(TAKEOVER), 0);
-        volume.assert_ended()
-    })
+    SITE.run(|site| assert_both_end(site, "halt-after-ready", 5, "the guest halted for good").map(drop))
 }
 
 fn guest_that_crashes_on_the_primary_only_goes_on() -> TestResult {
-    SITE.run(|site| {
-        let (guest, volume) = (Guest::default(), site.volume()?);
-        let (primary, backup) = site.start_pair(&guest, &volume)?;
-        let client = site.client(load())?;
-        more_replies(&client, 20)?;
-        forget_memory(site, &primary, &guest)?;
+    assert_taken_over(|site, primary, guest| {
+        forget_memory(site, primary, guest)?;
         assert_eq!(primary.wait(SHORT)?.ending, Ending::Exited(5));
-        println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
-        more_replies(&client, 20)?;
-        let report = client.stop(SHORT);
-        println!("{}", report.summary());
-        site.check(&report)?;
-        assert_eq!(end(&backup)?, Ending::Exited(0));
-        volume.assert_ended()
+        Ok(())
     })
 }
 

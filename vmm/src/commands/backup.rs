@@ -423,37 +423,26 @@ fn follow(
             };
         }
     };
-    if let Stopped::GuestEnded(end) = stopped
-        && !end.is_crash()
-    {
+    let crashed = matches!(stopped, Stopped::GuestEnded(end) if end.is_crash());
+    if matches!(stopped, Stopped::GuestEnded(_)) && !crashed {
         return Ok(Followed::Ended(ending(stopped, machine.anchors())));
     }
     let Ok(LinkEnded { verdict, lost, image, noticed }) = verdict.recv() else {
         return Err(PairError::NotFormed("the receiver's thread is gone".into()).into());
     };
-    if let Stopped::GuestEnded(_) = stopped {
-        if let Some(view) = inflow.machine(|machine| machine.goes_live()) {
-            bury(&ready.follower.side, view, image.ok().flatten())?;
-        }
+    let won = inflow.machine(|machine| machine.goes_live());
+    if crashed {
+        // As on the primary, which left it to this monitor to say so.
+        won.map_or(Ok(()), |view| ready.follower.side.end_life(view, image.ok().flatten().as_ref()))?;
         return Ok(Followed::Ended(ending(stopped, machine.anchors())));
     }
-    if let Some(view) = inflow.machine(|machine| machine.goes_live()) {
+    if let Some(view) = won {
         let owned = image.map_err(|what| PairError::NotLive { view, what })?;
         return go_live(ready, config, machine, door, (view, noticed, owned)).map(Followed::Ended);
     }
     // What the operator wants is no failure.
     let unfit = unfit.get().filter(|_| !ready.follower.is_stopped());
     Ok(Followed::Ended(left(&ready.follower.side.monitor, view, verdict, lost, unfit)))
-}
-
-/// The guest has crashed here as it has on the primary, which left it to this monitor to say so: with the claim of `view`
-/// its life is over.
-fn bury(side: &Side, view: u64, image: Option<Ownership>) -> Result<(), CommandError> {
-    side.claims.end(view, &side.owner).map_err(PairError::from)?;
-    if let Some(Err(error)) = image.map(|owned| owned.release()) {
-        tracing::warn!("the record of the disk image's owner stays: {error}");
-    }
-    Ok(())
 }
 
 /// How a backup of `view` ends that does not go live. `lost`: why the claim was, if it was. `unfit`: why it left by itself.

@@ -388,12 +388,20 @@ impl Shared {
         let goes_on = self.link.phase() != Phase::Alone || log.had_backup();
         if ended || !goes_on {
             // Nobody runs the guest any more, and nobody in this pair will.
-            side.claims.end(self.link.view(), &side.owner).map_err(PairError::from)?;
-            if let Some(Err(error)) = self.owned.as_ref().map(|owned| owned.release()) {
-                tracing::warn!("the record of the disk image's owner stays: {error}");
-            }
+            side.end_life(self.link.view(), self.owned.as_deref())?;
         }
         Ok(ending(outcome?, anchors))
+    }
+}
+
+impl Side {
+    /// The guest's life is over in `view`, which is this monitor's: so says the next one, and the image is given back.
+    pub(super) fn end_life(&self, view: u64, owned: Option<&Ownership>) -> Result<(), CommandError> {
+        self.claims.end(view, &self.owner).map_err(PairError::from)?;
+        if let Some(Err(error)) = owned.map(Ownership::release) {
+            tracing::warn!("the record of the disk image's owner stays: {error}");
+        }
+        Ok(())
     }
 }
 
