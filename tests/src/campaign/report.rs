@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::history::Verdict;
 use super::schedule::{Fault, Kind};
 
-/// Within this time of a fault the guest should be protected again.
-pub const AIM: Duration = Duration::from_secs(10);
+/// Within this time of a fault the guest should be protected again; of the mending, where nobody can claim until then.
+const AIM: Duration = Duration::from_secs(10);
 
 /// What came of one fault.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +21,17 @@ pub struct Survived {
     pub blackout: Duration,
     /// From the fault until the guest was protected again; `None` if it was so all the time.
     pub protected_after: Option<Duration>,
+}
+
+impl Survived {
+    /// Was the guest protected again later than it should have been?
+    fn is_late(&self) -> bool {
+        let unclaimable = match self.fault.kind {
+            Kind::FillClaimsAndKill => self.fault.lasts,
+            _ => Duration::ZERO,
+        };
+        self.protected_after.is_some_and(|after| after > unclaimable + AIM)
+    }
 }
 
 /// See the module's description.
@@ -126,7 +137,7 @@ impl fmt::Display for Report {
 fn row(f: &mut fmt::Formatter<'_>, what: &str, survived: &[&Survived]) -> fmt::Result {
     let blackouts = spread(survived.iter().map(|survived| survived.blackout).collect());
     let times: Vec<Duration> = survived.iter().filter_map(|survived| survived.protected_after).collect();
-    let late = times.iter().filter(|time| **time > AIM).count();
+    let late = survived.iter().filter(|survived| survived.is_late()).count();
     let kept = survived.len() - times.len();
     let protected = match kept {
         0 => spread(times),
@@ -183,6 +194,19 @@ mod tests {
         for line in [all, "| time unprotected | 25.0 s |", "| linearizable | yes |", "| result | passed |"] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }
+    }
+
+    #[test]
+    fn time_in_which_nobody_can_claim_makes_no_late_protection() {
+        let lasts = Duration::from_secs(3);
+        let survived = |kind, after_s| {
+            let fault = Fault { kind, role: None, after: Duration::ZERO, lasts };
+            let protected_after = Some(Duration::from_secs(after_s));
+            Survived { fault, host: None, blackout: Duration::ZERO, protected_after }
+        };
+        assert!(!survived(Kind::FillClaimsAndKill, 13).is_late());
+        assert!(survived(Kind::FillClaimsAndKill, 14).is_late());
+        assert!(survived(Kind::CutLog, 13).is_late(), "one of the hosts can claim");
     }
 
     #[test]

@@ -28,7 +28,9 @@ const CLAIMS_KIB: u32 = 8 << 10;
 const DEADLINE: Duration = Duration::from_secs(60);
 /// The pair is at rest when it has been protected for so long: more than the time-out, so that nothing that a fault
 /// has led to is still to be noticed.
-const QUIET: Duration = Duration::from_millis(2_500);
+const QUIET: Duration = Duration::from_millis(1_500);
+/// Of the pairs. Emulated hosts are often late; a time-out that is over too soon costs a takeover, nothing else.
+const TIMEOUT_MS: u32 = 1_000;
 /// Replies, to all clients together, that show that they are served.
 const SERVED: usize = 12;
 const LOOK: Duration = Duration::from_millis(20);
@@ -113,7 +115,8 @@ impl Campaign {
         let epoch = Instant::now();
         let disk = site.local_path(&volume.disk());
         let witness = Witness::start(site.net(), &disk, disks.clone(), epoch)?;
-        let started = Services::start(&mut site, HOSTS, Guest::default(), volume, epoch);
+        let guest = Guest { timeout_ms: TIMEOUT_MS, ..Guest::default() };
+        let started = Services::start(&mut site, HOSTS, guest, volume, epoch);
         let services = started.inspect_err(|_| eprintln!("{}", site.logs()))?;
         let tools = Tools { claims, resumes: Resumes::default(), disks, epoch };
         Ok(Campaign { seed, site, services, tools, witness: Some(witness), load: None })
