@@ -11,11 +11,10 @@ use crossbeam_channel::{Receiver, bounded};
 use ft_log::{Encoder, RecordingWriter};
 
 use super::stop::Stop;
-use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, watch};
+use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, start_thread, watch};
 use crate::config::GuestArgs;
 use crate::host::deferral::{Deferral, Inbox};
 use crate::host::disk::Caching;
-use crate::host::spawn;
 use crate::outlet::{Outlet, always};
 use crate::position::{self, Wanted};
 use crate::run::{self, FileLog, HostSide, HostTime, INBOX_EVENTS, Live, LogSink, NoLog};
@@ -63,12 +62,11 @@ fn play<L: LogSink>(
     let _watch = watch(&deferral, &stop)?;
     let quit = terminal.reader.quit().clone();
     let on_quit = stop.clone();
-    spawn("quit", move || {
+    start_thread("quit", move || {
         if quit.recv().is_ok() {
             on_quit.request();
         }
-    })
-    .map_err(CommandError::host("start a thread"))?;
+    })?;
     let time = HostTime::starting_at(machine.now());
     let host = HostSide {
         time,

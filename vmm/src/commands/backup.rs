@@ -23,7 +23,7 @@ use super::heal::{self, Attempts, HealError, Useless};
 use super::pair::{LiveSide, PairError, Side, other_hosts};
 use super::stop::Stop;
 use super::takeover::Takeover;
-use super::{CommandError, Ending, ending};
+use super::{CommandError, Ending, ending, start_thread};
 use crate::boot;
 use crate::change;
 use crate::config::{BackupArgs, FollowArgs};
@@ -43,7 +43,6 @@ use crate::ft::supervise::Claimant;
 use crate::guest::{GuestConfig, GuestError};
 use crate::host::disk::{Caching, Disk, DiskError};
 use crate::host::owner::Ownership;
-use crate::host::spawn;
 use crate::host::tap::Tap;
 use crate::kvm::Kvm;
 use crate::machine::Machine;
@@ -387,16 +386,12 @@ fn follow(
     // The primary was busy with the snapshot, and this host with loading it.
     ready.heartbeats.note_heard();
     let (verdict_in, verdict) = bounded(1);
-    spawn("log-receiver", {
-        let receive = receiver(&ready, &inflow, takeover);
-        // The main thread waits for exactly this.
-        move || drop(verdict_in.send(receive(frames)))
-    })
-    .map_err(CommandError::host("start a thread"))?;
+    let receive = receiver(&ready, &inflow, takeover);
+    // The main thread waits for exactly this.
+    start_thread("log-receiver", move || drop(verdict_in.send(receive(frames))))?;
     let heartbeats = Arc::clone(&ready.heartbeats);
     let stop = ready.follower.stop.0.flag();
-    spawn("watchdog", watchdog(Arc::clone(&inflow), heartbeats, timeout, Arc::clone(&stop)))
-        .map_err(CommandError::host("start a thread"))?;
+    start_thread("watchdog", watchdog(Arc::clone(&inflow), heartbeats, timeout, Arc::clone(&stop)))?;
     let unfit = check_record(&ready, &inflow, view)?;
     let source = FromPrimary::new(Arc::clone(&inflow), stop, kept);
     let mut door = Follow::new(source, cursor, config.board.clone(), config.end_page());
@@ -473,13 +468,12 @@ fn check_record(
     let inflow = Arc::clone(inflow);
     let unfit = Arc::new(OnceLock::new());
     let found = Arc::clone(&unfit);
-    spawn("record", move || {
+    start_thread("record", move || {
         if let Some(why) = not_recorded(&claims, view, &owner) {
             let why = found.get_or_init(|| why);
             inflow.retire(ByeReason::Protocol, why);
         }
-    })
-    .map_err(CommandError::host("start a thread"))?;
+    })?;
     Ok(unfit)
 }
 

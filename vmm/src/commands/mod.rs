@@ -31,6 +31,7 @@ use crate::config::{Cli, Command, GuestArgs};
 use crate::control::metrics::MetricsError;
 use crate::control::socket::SocketError;
 use crate::guest::{BootFiles, GuestConfig, GuestError};
+use crate::host;
 use crate::host::console::{ConsoleReader, RawTerminal};
 use crate::host::deferral::{Deferral, Inbox, Watch};
 use crate::host::disk::{Caching, Disk, DiskError};
@@ -219,6 +220,11 @@ impl Terminal {
             .map_err(CommandError::host("start the console's thread"))?;
         Ok(Self { reader, _raw: raw })
     }
+}
+
+/// Starts a thread that nobody waits for.
+fn start_thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), CommandError> {
+    host::spawn(name, body).map(drop).map_err(CommandError::host("start a thread"))
 }
 
 /// Lets nothing wait for the guest for longer than `deferral` says.

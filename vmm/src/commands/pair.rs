@@ -21,7 +21,7 @@ use thiserror::Error;
 use super::orders::Desk;
 use super::stop::Stop;
 use super::takeover;
-use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, watch};
+use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, start_thread, watch};
 use crate::change;
 use crate::config::{DeliveryArgs, OperatorArgs, PairArgs, PrimaryArgs};
 use crate::control::metrics::MetricsSocket;
@@ -48,7 +48,6 @@ use crate::guest::GuestConfig;
 use crate::host::deferral::{Deferral, Inbox};
 use crate::host::disk::{Caching, Disk, Guard};
 use crate::host::owner::Ownership;
-use crate::host::spawn;
 use crate::machine::Machine;
 use crate::outlet::{Outlet, Resources};
 use crate::position;
@@ -352,8 +351,7 @@ impl LiveSide {
         });
         side.monitor.set_figures(figures(&shared, &heartbeats, &deferral));
         let supervisor = supervisor(&side, &shared, heartbeats, Arc::clone(&deferral), &stop);
-        spawn("supervisor", move || supervisor.run(&event_queue))
-            .map_err(CommandError::host("start a thread"))?;
+        start_thread("supervisor", move || supervisor.run(&event_queue))?;
         let time = HostTime::starting_at(time.unwrap_or(GuestTime(0)).max(machine.now()));
         let _watch = watch(&deferral, &stop)?;
         let (inbox, orders) = ((sender, receiver), Arc::clone(&shared.orders));

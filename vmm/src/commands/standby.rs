@@ -21,7 +21,7 @@ use ft_log::{Invitation, InvitationError, Refusal, Role, guest_name_hash};
 use super::backup::{Follower, Received};
 use super::heal::HealError;
 use super::pair::PairError;
-use super::{CommandError, Ending, again};
+use super::{CommandError, Ending, again, stop};
 use crate::change;
 use crate::config::StandbyArgs;
 use crate::control::{Standing, protocol as control};
@@ -166,7 +166,12 @@ impl Standby<'_> {
                 // Another standby may have been quicker.
                 | CommandError::Heal(HealError::NobodyElse { .. })),
             ) => {
-                tracing::warn!("{}; this monitor starts over as a standby", with_causes(&error));
+                let why = with_causes(&error);
+                if stop::asked() {
+                    tracing::info!("{why}; the operator stopped this standby");
+                    return Ok(Ending::Orderly);
+                }
+                tracing::warn!("{why}; this monitor starts over as a standby");
                 Err(again::as_standby())
             }
             other => other,

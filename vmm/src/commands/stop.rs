@@ -8,8 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use nix::sys::signal::{SigSet, Signal};
 
-use super::CommandError;
-use crate::host::spawn;
+use super::{CommandError, start_thread};
 use crate::kvm::{install_kick_handler, kick};
 
 /// Set by the operator's signals alone.
@@ -48,7 +47,7 @@ impl Stop {
                 requested.request();
             }
         };
-        spawn("signals", wait).map_err(CommandError::host("start the signal thread"))?;
+        start_thread("signals", wait)?;
         Ok((stop, woken))
     }
 
