@@ -1,10 +1,11 @@
 //! The names of what small guests do, for the program and for the tests that run it.
 
 /// Each in ring 0 and in ring 3.
-pub const BEHAVIOURS: [&str; 10] = [
+pub const BEHAVIOURS: [&str; 11] = [
     "loop",
     "store",
     "rep-movs",
+    "strings",
     "sti",
     "self-modifying",
     "fpu-sse",

@@ -45,8 +45,7 @@ const SFMASK: u64 = 0x300;
 const SYSTEM_CALL_MSRS: [(u32, u64); 3] =
     [(0xc000_0081, STAR), (0xc000_0082, SYSTEM_CALL), (0xc000_0084, SFMASK)];
 
-/// What a guest with pauses does between two of them, and how many are looked at.
-pub const PAUSE_TURNS: u32 = 50;
+/// How many pauses of a guest are looked at.
 pub const PAUSES: usize = 4;
 const PAUSE_PORT: u32 = 0x80;
 
@@ -158,6 +157,15 @@ pub fn system_call() -> Result<Vec<u8>, IcedError> {
     a.assemble(SYSTEM_CALL)
 }
 
+/// How often a guest with pauses goes round, four times each, between two of them.
+pub fn pause_turns(behaviour: &str) -> u32 {
+    match behaviour {
+        "rep-movs" => 1,
+        "strings" => 10,
+        _ => 50,
+    }
+}
+
 /// The code of a behaviour; `None` if there is no such one. With `pause_turns` it writes a port after so many turns.
 pub fn body(behaviour: &str, pause_turns: Option<u32>) -> Option<Result<Vec<u8>, IcedError>> {
     let body: fn(&mut CodeAssembler) -> Result<(), IcedError> = match behaviour {
@@ -173,6 +181,29 @@ pub fn body(behaviour: &str, pause_turns: Option<u32>) -> Option<Result<Vec<u8>,
             a.mov(rdi, TARGET)?;
             a.mov(rcx, COPY_WORDS)?;
             a.rep().movsq()
+        },
+        "strings" => |a| {
+            // Reads what it has just written, and both cross a page's end.
+            a.inc(qword_ptr(SOURCE + 0xfb0))?;
+            a.mov(rsi, SOURCE + 0xfb0)?;
+            a.mov(rdi, SOURCE + 0xfb3)?;
+            a.mov(rcx, 100u64)?;
+            a.rep().movsb()?;
+            // At odd addresses, so that an element lies in two pages.
+            a.inc(rax)?;
+            a.mov(rdi, TARGET + 0xffd)?;
+            a.mov(rcx, 3_000u64)?;
+            a.rep().stosw()?;
+            // To below, over what is still to be read.
+            a.mov(rsi, TARGET + 0x1000)?;
+            a.mov(rdi, TARGET + 0xff4)?;
+            a.mov(rcx, 600u64)?;
+            a.rep().movsq()?;
+            // Downwards.
+            a.std()?;
+            a.mov(rcx, 20u64)?;
+            a.rep().movsd()?;
+            a.cld()
         },
         "sti" => |a| {
             a.inc(rax)?;

@@ -130,7 +130,8 @@ fn compare(behaviour: &str, ring: &str) -> Result<ExitCode, Box<dyn Error>> {
     install_kick_handler()?;
     let mut digests = Vec::new();
     for stepped in [false, true] {
-        let (mut machine, _) = guest(behaviour, ring.parse()?, u32::MAX, Pace::Turns(code::PAUSE_TURNS))?;
+        let (mut machine, _) =
+            guest(behaviour, ring.parse()?, u32::MAX, Pace::Turns(code::pause_turns(behaviour)))?;
         if stepped {
             machine.count_branches(Some(Box::new(Step::default())));
         }

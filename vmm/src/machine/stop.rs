@@ -19,8 +19,9 @@ use super::{Clock, Machine, MachineError, Reached};
 use crate::kvm::Exit;
 use crate::position::{BranchCounter, PositionError, Stepped, Stepper};
 
-/// Steps after which a guest without conditional branches is left nameless.
+/// Steps after which a guest without conditional branches is left nameless, and the same for pages of string instructions.
 const STEPS_MAX: u32 = 256;
+const STRING_STEPS_MAX: u32 = 8_192;
 /// RFLAGS.RF: no part of what the guest computes, and its value depends on how the guest was stopped.
 const RFLAGS_RF: u64 = 1 << 16;
 
@@ -162,9 +163,11 @@ impl Machine {
     fn next_branch(&mut self, counter: &mut dyn BranchCounter) -> Result<Name, PositionError> {
         let mut stepper = Stepper::default();
         let mut count = counter.count()?;
-        for _ in 0..STEPS_MAX {
-            let Stepped { conditional, exit } = stepper.step(&mut self.vcpu, &self.ram)?;
+        let (mut steps, mut string_steps) = (0, 0);
+        while steps < STEPS_MAX && string_steps < STRING_STEPS_MAX {
+            let Stepped { conditional, in_string, exit } = stepper.step(&mut self.vcpu, &self.ram)?;
             counter.stepped(conditional);
+            *(if in_string { &mut string_steps } else { &mut steps }) += 1;
             let before = std::mem::replace(&mut count, counter.count()?);
             match exit {
                 Exit::Step | Exit::Kicked => {}
@@ -237,7 +240,7 @@ impl Machine {
         }
         let mut stepper = Stepper::default();
         while counter.count().map_err(MachineError::from)? < target.branches {
-            let Stepped { conditional, exit } = match stepper.step(&mut self.vcpu, &self.ram) {
+            let Stepped { conditional, exit, .. } = match stepper.step(&mut self.vcpu, &self.ram) {
                 Ok(step) => step,
                 Err(error @ PositionError::Unsteppable { .. }) => {
                     return Ok(Some(How::Unsteppable(error.to_string())));

@@ -8,6 +8,7 @@
 mod pmu;
 mod step;
 mod stepper;
+mod strings;
 
 use devices::GuestRam;
 use ft_log::PositionSource;

@@ -46,7 +46,7 @@ impl BranchCounter for Step {
 
     fn enter(&mut self, vcpu: &mut Vcpu, ram: &GuestRam) -> Result<Exit, PositionError> {
         let exit = loop {
-            let Stepped { conditional, exit } = self.stepper.step(vcpu, ram)?;
+            let Stepped { conditional, exit, .. } = self.stepper.step(vcpu, ram)?;
             self.count += u64::from(conditional);
             if exit != Exit::Step {
                 break exit;

@@ -7,6 +7,7 @@
 //!   SYSCALL, SYSRET:  done here, since the CPU would run on behind them
 //!   all others:       trap flag on ──> enter ──> KVM_EXIT_DEBUG ──> the flag is taken out of what was stored
 //! ```
+//! Of REP MOVS and REP STOS a step takes a page: the CPU does the first iteration there, `strings.rs` more.
 //! Where an instruction faults, breakpoints of the CPU stop the guest at the handler. A host without them (QEMU's emulated
 //! AMD-V) runs it to the end of the handler, and the step is that long: the trap flag is in the frame meanwhile.
 
@@ -15,6 +16,7 @@ use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use super::PositionError;
+use super::strings::Strings;
 use crate::kvm::{Exit, KvmError, Vcpu, segments};
 
 const RFLAGS_TF: u64 = 1 << 8;
@@ -56,6 +58,8 @@ impl Default for Stepper {
 pub struct Stepped {
     /// Was a conditional branch executed, taken or not, and nothing else?
     pub conditional: bool,
+    /// Is a REP MOVS or REP STOS under way?
+    pub in_string: bool,
     /// [`Exit::Step`]: the step is done. [`Exit::Kicked`]: it is too, or it has not begun. Others come in between.
     pub exit: Exit,
 }
@@ -66,7 +70,7 @@ impl Stepper {
         if self.fresh
             && let Some(exit) = vcpu.complete()?
         {
-            return Ok(Stepped { conditional: false, exit });
+            return Ok(Stepped { conditional: false, in_string: false, exit });
         }
         let regs = vcpu.registers()?;
         let sregs = vcpu.special_registers()?;
@@ -80,7 +84,7 @@ impl Stepper {
         if let Some(instruction) = instruction
             && view.system_call(&instruction)?
         {
-            return Ok(Stepped { conditional: false, exit: Exit::Step });
+            return Ok(Stepped { conditional: false, in_string: false, exit: Exit::Step });
         }
         let frame = view.frame()?;
         let handlers =
@@ -103,6 +107,11 @@ impl Stepper {
             view.clean_word(now.rsp)?;
         }
         let conditional = exit == Exit::Step && instruction.is_some_and(|it| is_done(&it, now.rip));
+        let under_way = exit == Exit::Step && now.rip == regs.rip;
+        let strings = instruction.filter(|_| under_way).and_then(|it| Strings::of(&it, now.rflags));
+        if let Some(strings) = strings {
+            strings.go_on(vcpu, ram, &now)?;
+        }
         tracing::trace!(
             from = format_args!("{:#x}", regs.rip),
             to = format_args!("{:#x}", now.rip),
@@ -110,7 +119,7 @@ impl Stepper {
             ?exit,
             "step"
         );
-        Ok(Stepped { conditional, exit })
+        Ok(Stepped { conditional, in_string: strings.is_some(), exit })
     }
 }
 
