@@ -1,7 +1,8 @@
 //! What a pair costs and how fast it takes over, on test hosts: `cargo bench -p vmft-tests --bench system`.
 //!
 //! Arguments are names of sections; none means all. `VMFT_BENCH_ROUNDS` (default 3) is the number of boots of each
-//! kind, of transfers, of lost hosts and of standbys called in, `VMFT_BENCH_KILLS` (default 10) that of killed monitors.
+//! kind, of transfers, of lost hosts and of standbys called in, `VMFT_BENCH_KILLS` (default 10) that of killed monitors,
+//! `VMFT_BENCH_FAULTS` (default 450, 50 of each kind) that of faults.
 //!
 //! Prints a table for `docs/benchmarks.md`. Nothing here passes or fails by a time: machines are noisy, so that
 //! ratios of one run mean more than any figure.
@@ -11,6 +12,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use vmft_tests::campaign;
 use vmft_tests::client::{Client, Config, Gaps, Report};
 use vmft_tests::harness::{TEST_HOSTS, first_missing};
 use vmft_tests::pair::{
@@ -35,6 +37,11 @@ const SECTIONS: &[(&str, u8, Section)] = &[
     ("protected", 3, protected_again),
 ];
 
+/// The last section: a campaign, with hosts of its own.
+const FAULTS: &str = "faults";
+/// The one of `docs/reliability.md`.
+const FAULTS_SEED: u64 = 51;
+
 /// How long requests are made, and how long an idle guest's log is counted.
 const REQUESTS_TIME: Duration = Duration::from_secs(20);
 const IDLE_TIME: Duration = Duration::from_secs(60);
@@ -53,17 +60,17 @@ fn main() -> ExitCode {
         println!("SKIPPED system benchmark: {why}");
         return ExitCode::SUCCESS;
     }
-    let unknown = wanted.iter().find(|name| SECTIONS.iter().all(|(section, ..)| section != name));
-    if let Some(name) = unknown {
-        let names: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).collect();
+    let names: Vec<&str> = SECTIONS.iter().map(|(name, ..)| *name).chain([FAULTS]).collect();
+    if let Some(name) = wanted.iter().find(|name| !names.contains(&name.as_str())) {
         eprintln!("There is no section '{name}'; there are {}.", names.join(", "));
         return ExitCode::from(2);
     }
+    let is_wanted = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name);
     let run = || -> Outcome {
         let mut booted: Option<(u8, Site)> = None;
         println!("| What | Figure |\n| --- | --- |");
         for (name, hosts, section) in SECTIONS {
-            if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            if is_wanted(name) {
                 // The old hosts are gone before new ones are booted.
                 let mut site = match booted.take().filter(|(count, _)| count == hosts) {
                     Some((_, site)) => site,
@@ -77,7 +84,8 @@ fn main() -> ExitCode {
                 booted = Some((*hosts, site));
             }
         }
-        Ok(())
+        drop(booted);
+        if is_wanted(FAULTS) { faults() } else { Ok(()) }
     };
     match run() {
         Ok(()) => ExitCode::SUCCESS,
@@ -86,6 +94,12 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Blackouts and times until protected again, by kind of fault.
+fn faults() -> Outcome {
+    let report = campaign::run(FAULTS_SEED, count_from_environment("VMFT_BENCH_FAULTS", 450) as usize)?;
+    if report.failures().is_empty() { Ok(()) } else { Err("section faults: the campaign failed".into()) }
 }
 
 fn row(what: &str, figure: &str) {

@@ -41,6 +41,8 @@ pub const PROTECTED: &str = "protected: the backup follows";
 pub const TAKEOVER: &str = "takeover: this host now runs the guest";
 /// What a primary says when it goes on without its backup.
 pub const UNPROTECTED: &str = "unprotected: the guest goes on without a backup";
+/// What a backup says whose guest has diverged or missed a stop.
+pub const USELESS: &str = "this backup is out of the running";
 /// What a monitor with `-v` says of a pair every second.
 pub const PAIR_FIGURES: &str = " pair so far ";
 /// The guest's address and its demo service.

@@ -65,6 +65,8 @@ pub struct Report {
     pub late: (usize, usize),
     /// Two hosts at a time, and what could not be seen, as sentences.
     pub two_at_a_time: Vec<String>,
+    /// What backups said whose guests were not their primaries' any more.
+    pub useless: Vec<String>,
     /// Why the campaign could not go on.
     pub stopped: Option<String>,
 }
@@ -89,6 +91,7 @@ impl Report {
             failures.push(format!("linearizable: {}", self.linearizable));
         }
         failures.extend(self.two_at_a_time.iter().cloned());
+        failures.extend(self.useless.iter().cloned());
         failures
     }
 }
@@ -128,6 +131,7 @@ impl fmt::Display for Report {
         writeln!(f, "| frames of the guest seen | {frames}, {late_frames} late |")?;
         writeln!(f, "| writes to its disk seen | {writes}, {late_writes} late |")?;
         writeln!(f, "| two hosts at a time | {} |", self.two_at_a_time.len())?;
+        writeln!(f, "| guests that diverged | {} |", self.useless.len())?;
         let failures = self.failures();
         writeln!(f, "| result | {} |", if failures.is_empty() { "passed" } else { "FAILED" })?;
         failures.iter().try_for_each(|failure| writeln!(f, "FAILED: {failure}"))
@@ -183,6 +187,7 @@ mod tests {
             seen: (900, 800),
             late: (1, 0),
             two_at_a_time: Vec::new(),
+            useless: Vec::new(),
             stopped: None,
         }
     }
@@ -212,7 +217,7 @@ mod tests {
     #[test]
     fn each_broken_property_fails_the_campaign() {
         assert_eq!(report().failures(), [""; 0]);
-        let break_it: [fn(&mut Report); 9] = [
+        let break_it: [fn(&mut Report); 10] = [
             |report| report.wanted = 4,
             |report| report.client_errors.push("broken".into()),
             |report| report.lost = 1,
@@ -221,6 +226,7 @@ mod tests {
             |report| report.missing.push("k".into()),
             |report| report.linearizable = Verdict::Undecided { key: 1 },
             |report| report.two_at_a_time.push("frames".into()),
+            |report| report.useless.push("diverged".into()),
             |report| report.stopped = Some("deadline".into()),
         ];
         for break_it in break_it {

@@ -142,6 +142,7 @@ impl Campaign {
             seen: (0, 0),
             late: (0, 0),
             two_at_a_time: Vec::new(),
+            useless: Vec::new(),
             stopped,
         };
         if let Some(load) = self.load.take() {
@@ -269,6 +270,7 @@ impl Campaign {
         let writes = judge("a disk write", &seen.writes, &tenures, &resumes);
         report.seen = (seen.frames.len(), seen.writes.len());
         report.late = (frames.late, writes.late);
+        report.useless = self.services.useless_backups();
         report.two_at_a_time = standing.contradictions();
         report.two_at_a_time.extend(frames.violations);
         report.two_at_a_time.extend(writes.violations);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::standing::{Change, Standing, Statement};
 use crate::hosts::HostError;
-use crate::pair::{Guest, LONG, Monitor, SERVICE_READY, Site, Volume};
+use crate::pair::{Guest, LONG, Monitor, SERVICE_READY, Site, USELESS, Volume};
 
 /// From an end to the next start, as in `packaging/vmft-standby@.service`.
 const RESTART_DELAY: Duration = Duration::from_secs(1);
@@ -61,6 +61,15 @@ impl Services {
             statements
         });
         Standing::new(first.into_iter().chain(lines).collect())
+    }
+
+    /// What backups said whose guests were not their primaries' any more. No fault of a campaign may lead to that.
+    pub fn useless_backups(&self) -> Vec<String> {
+        let of = |monitor: &Monitor| {
+            let said = monitor.output().into_iter().filter(|line| line.contains(USELESS));
+            said.map(|line| format!("host {}: {line}", monitor.host)).collect::<Vec<_>>()
+        };
+        self.monitors.iter().flat_map(of).collect()
     }
 
     /// The monitor that was started last on a host.
