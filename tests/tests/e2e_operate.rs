@@ -316,6 +316,22 @@ fn pause_and_resume(site: &Site, client: &Client, guest: &Guest) -> TestResult {
     more_replies(client, 30)
 }
 
+/// The guest is not handed to a backup, of view 4, that does not answer: it stays, and that one finds its claim lost.
+fn switch_to_a_frozen_backup(site: &Site, primary: &Monitor, backup: &Monitor) -> TestResult {
+    backup.kill(Signal::SIGSTOP)?;
+    assert_refused(
+        site,
+        primary.host,
+        &["switch"],
+        "the roles are not switched: the backup has been silent",
+    )?;
+    primary.wait_for_line(&format!("{UNPROTECTED} view=5"), SHORT)?;
+    backup.kill(Signal::SIGCONT)?;
+    let output = backup.wait(SHORT)?;
+    assert_eq!(output.ending, Ending::Exited(3), "{:?}", output.stderr);
+    Ok(())
+}
+
 fn a_backup_that_is_let_go_makes_room_for_another() -> TestResult {
     SITE.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
@@ -339,12 +355,16 @@ fn a_backup_that_is_let_go_makes_room_for_another() -> TestResult {
         primary.wait_for_line(&format!("{PROTECTED} view=4"), LONG)?;
         assert_roles(site, 1, 3, 4)?;
         more_replies(&client, 20)?;
+        switch_to_a_frozen_backup(site, &primary, &another)?;
+        more_replies(&client, 20)?;
         let report = client.stop(SHORT);
         println!("{}", report.summary());
         site.check(&report)?;
 
+        let last = site.start_backup(2, 1, &guest, &volume)?;
+        primary.wait_for_line(&format!("{PROTECTED} view=6"), LONG)?;
         succeed(site, 1, &["shutdown", "--force"])?;
-        for monitor in [&primary, &another] {
+        for monitor in [&primary, &last] {
             assert_eq!(monitor.wait(SHORT)?.ending, Ending::Exited(0), "host {}", monitor.host);
         }
         volume.assert_ended()
