@@ -253,6 +253,11 @@ impl Machine {
                     match self.name_stop()? {
                         Name::Found(position) => return Ok(Left::Stop(position)),
                         Name::Exit(anchor) => return Ok(Left::Exit(anchor)),
+                        Name::Window => {
+                            if let Some(anchor) = self.normalise_window()? {
+                                return Ok(Left::Exit(anchor));
+                            }
+                        }
                         Name::None if wanted == Kicked::Stop => return Ok(Left::Stop(Position::Checkpoint)),
                         Name::None => {}
                     }

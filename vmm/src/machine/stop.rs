@@ -31,6 +31,8 @@ pub(super) enum Name {
     Found(Position),
     /// The guest has left by an exit of its own.
     Exit(Exit),
+    /// The guest takes the interrupt that waits for it: it is not stopped here.
+    Window,
     /// There is no name.
     None,
 }
@@ -171,8 +173,7 @@ impl Machine {
             let before = std::mem::replace(&mut count, counter.count()?);
             match exit {
                 Exit::Step | Exit::Kicked => {}
-                // None is asked for while nothing waits for the guest.
-                Exit::InterruptWindow => return Ok(Name::None),
+                Exit::InterruptWindow => return Ok(Name::Window),
                 anchor => return Ok(Name::Exit(anchor)),
             }
             // A step may have been as long as a handler, of whose branches nothing is known.
@@ -182,10 +183,12 @@ impl Machine {
                 return Ok(Name::Found(Position::Counted(Box::new(counted))));
             }
         }
+        tracing::debug!(steps, string_steps, "a forced stop has no name: no conditional branch comes");
         Ok(Name::None)
     }
 
-    /// Runs the guest to the forced stop `target`. No interrupt is on its way into it: a live guest is not stopped then.
+    /// Runs the guest to the forced stop `target`. If an interrupt waits, the guest does not take it before: a live guest is
+    /// not stopped then.
     pub fn run_to_position<C: Clock>(
         &mut self,
         clock: &mut C,
