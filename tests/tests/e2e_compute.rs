@@ -5,11 +5,13 @@
 //! guest is interrupted (default 60), `VMFT_COMPUTE_KILLS` how many primaries are killed (default 2).
 
 use std::error::Error;
-use std::fs;
+use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
+use ft_log::{CheckpointDecoder, LogPart, RecordingReader};
 use nix::sys::signal::Signal;
 use vmft_tests::client::{Client, Config};
 use vmft_tests::harness::{self, Case, TestResult};
@@ -57,6 +59,10 @@ const NAMELESS: &str = "store";
 const STEP_INTERRUPTS: u32 = 3;
 /// Longest that an interrupt of a small guest may take: a copy of 16 MiB is stepped through to its end.
 const INTERRUPT_MAX: Duration = Duration::from_secs(2);
+/// Memory of a small guest: 64 MiB.
+const SMALL_GUEST_PAGES: u64 = 64 << 8;
+/// Pages of checkpoints behind which a recorder writes a batch.
+const WAITING_PAGES: usize = 4_096;
 /// Exit status of `small_guests`.
 const MISSED: i32 = 5;
 
@@ -123,8 +129,30 @@ fn small_guest(
     }
     let replayed = site.start(2, &["replay".to_owned(), recording])?.wait(patience)?;
     assert_eq!(replayed.ending, Ending::Exited(0), "{what}: {:?}", replayed.stderr);
+    assert_few_pages_wait(&volume.local.join("small"))?;
     println!("{what}: {stops} forced stops, {checkpoints} checkpoints, {}", replayed.stdout.join(" "));
     Ok(fs::remove_file(volume.local.join("small"))?)
+}
+
+/// Fails if a replay of this recording of a small guest has to hold much more than a checkpoint of it in memory.
+fn assert_few_pages_wait(recording: &Path) -> TestResult {
+    let mut reader = RecordingReader::open(recording)?;
+    io::copy(&mut reader.snapshot(), &mut io::sink())?;
+    let mut decoder = CheckpointDecoder::new(SMALL_GUEST_PAGES);
+    let (mut waiting, mut most, mut largest) = (0, 0, 0);
+    while let Some(part) = reader.next_part()? {
+        match part {
+            LogPart::Checkpoint(piece) => {
+                let pages = decoder.accept(&piece)?.map_or(0, |checkpoint| checkpoint.pages.len());
+                waiting += pages;
+                most = most.max(waiting);
+                largest = largest.max(pages);
+            }
+            LogPart::Batch(_) => waiting = 0,
+        }
+    }
+    assert!(most <= WAITING_PAGES + largest, "{most} pages of checkpoints before a batch, {largest} of one");
+    Ok(())
 }
 
 /// What finds a position must leave no trace in the guest.

@@ -12,6 +12,8 @@ use crate::outlet::Outlet;
 
 /// Bytes of entries that make a batch of a recording.
 const BATCH_BYTES: usize = 64 << 10;
+/// Pages of checkpoints that make one, too: 16 MiB. Who replays holds all checkpoints before a batch in memory.
+const BATCH_PAGES: u64 = 4_096;
 
 /// No log at all.
 pub struct NoLog {
@@ -61,6 +63,8 @@ pub struct FileLog {
     stops: u64,
     checkpointed: u64,
     pages: u64,
+    /// Those of them that no batch follows yet.
+    pages_waiting: u64,
     seq: u64,
     start: u64,
     checked: u64,
@@ -78,6 +82,7 @@ impl FileLog {
             stops: 0,
             checkpointed: 0,
             pages: 0,
+            pages_waiting: 0,
             seq: 0,
             start,
             checked: start,
@@ -86,6 +91,7 @@ impl FileLog {
 
     fn write_batch(&mut self, machine: &Machine) -> Result<(), RunError> {
         self.seq += 1;
+        self.pages_waiting = 0;
         let batch = Batch {
             view: 0,
             seq: self.seq,
@@ -113,7 +119,7 @@ impl LogSink for FileLog {
             self.checked = anchor;
             self.encoder.push(&Entry::Check { anchor, digest: machine.registers_digest() as u32 })?;
         }
-        if self.encoder.len_bytes() >= BATCH_BYTES {
+        if self.encoder.len_bytes() >= BATCH_BYTES || self.pages_waiting >= BATCH_PAGES {
             self.write_batch(machine)?;
         }
         Ok(())
@@ -137,6 +143,7 @@ impl LogSink for FileLog {
         self.encoder.push(&Entry::Stop { anchor: machine.anchors(), position })?;
         self.stops += 1;
         self.pages += pages;
+        self.pages_waiting += pages;
         Ok(pages)
     }
 
