@@ -2,7 +2,7 @@
 //! taken over like any other.
 //!
 //! `VMFT_COMPUTE_S` is how long it computes in each test (default 15 seconds), `VMFT_INTERRUPTS` how often each small
-//! guest is interrupted (default 60), `VMFT_COMPUTE_KILLS` how many primaries are killed (default 2).
+//! guest is interrupted (default 45), `VMFT_COMPUTE_KILLS` how many primaries are killed (default 2).
 
 use std::error::Error;
 use std::path::Path;
@@ -89,7 +89,7 @@ fn sources(site: &Site) -> Result<Vec<&'static str>, Box<dyn Error>> {
 }
 
 fn small_guests_stopped_anywhere_replay_equal() -> TestResult {
-    let interrupts = count_from_environment("VMFT_INTERRUPTS", 60);
+    let interrupts = count_from_environment("VMFT_INTERRUPTS", 45);
     SITE.run(|site| {
         let volume = site.volume()?;
         let program = small_guests(&volume)?;
@@ -170,7 +170,7 @@ fn stepping_changes_nothing() -> TestResult {
 
 /// Alarms that ring late, now and then much too late: the exact instruction, or a report that it was missed.
 fn late_alarms_find_the_stop_or_miss_it() -> TestResult {
-    let interrupts = count_from_environment("VMFT_INTERRUPTS", 60);
+    let interrupts = count_from_environment("VMFT_INTERRUPTS", 45);
     SITE.run(|site| {
         let volume = site.volume()?;
         let program = small_guests(&volume)?;
