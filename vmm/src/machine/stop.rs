@@ -169,10 +169,12 @@ impl Machine {
         while steps < STEPS_MAX && string_steps < STRING_STEPS_MAX {
             let Stepped { conditional, in_string, exit } = stepper.step(&mut self.vcpu, &self.ram)?;
             counter.stepped(conditional);
-            *(if in_string { &mut string_steps } else { &mut steps }) += 1;
             let before = std::mem::replace(&mut count, counter.count()?);
             match exit {
-                Exit::Step | Exit::Kicked => {}
+                Exit::Step if in_string => string_steps += 1,
+                Exit::Step => steps += 1,
+                // What the guest is to be stopped for is still due.
+                Exit::Kicked => {}
                 Exit::InterruptWindow => return Ok(Name::Window),
                 anchor => return Ok(Name::Exit(anchor)),
             }
