@@ -244,24 +244,22 @@ impl Machine {
                 Some(counter) => counter.enter(&mut self.vcpu, &self.ram).map_err(MachineError::from)?,
                 None => self.vcpu.enter().map_err(MachineError::from)?,
             };
-            match exit {
-                Exit::Kicked => {
-                    let wanted = clock.kicked(self)?;
-                    if wanted == Kicked::GoOn {
-                        continue;
-                    }
-                    match self.name_stop()? {
-                        Name::Found(position) => return Ok(Left::Stop(position)),
-                        Name::Exit(anchor) => return Ok(Left::Exit(anchor)),
-                        Name::Window => {
-                            if let Some(anchor) = self.normalise_window()? {
-                                return Ok(Left::Exit(anchor));
-                            }
-                        }
-                        Name::None if wanted == Kicked::Stop => return Ok(Left::Stop(Position::Checkpoint)),
-                        Name::None => {}
-                    }
+            let exit = if exit == Exit::Kicked {
+                let wanted = clock.kicked(self)?;
+                if wanted == Kicked::GoOn {
+                    continue;
                 }
+                match self.name_stop()? {
+                    Name::Found(position) => return Ok(Left::Stop(position)),
+                    Name::Exit(exit) => exit,
+                    Name::None if wanted == Kicked::Stop => return Ok(Left::Stop(Position::Checkpoint)),
+                    Name::None => continue,
+                }
+            } else {
+                exit
+            };
+            match exit {
+                // An interrupt that waits is taken here; a guest that was to be stopped is stopped later.
                 Exit::InterruptWindow => {
                     if let Some(anchor) = self.normalise_window()? {
                         return Ok(Left::Exit(anchor));

@@ -29,10 +29,8 @@ const RFLAGS_RF: u64 = 1 << 16;
 pub(super) enum Name {
     /// The guest stands there.
     Found(Position),
-    /// The guest has left by an exit of its own.
+    /// The guest has left by an exit of its own, or can take the interrupt that waits for it.
     Exit(Exit),
-    /// The guest takes the interrupt that waits for it: it is not stopped here.
-    Window,
     /// There is no name.
     None,
 }
@@ -175,8 +173,7 @@ impl Machine {
                 Exit::Step => steps += 1,
                 // What the guest is to be stopped for is still due.
                 Exit::Kicked => {}
-                Exit::InterruptWindow => return Ok(Name::Window),
-                anchor => return Ok(Name::Exit(anchor)),
+                exit => return Ok(Name::Exit(exit)),
             }
             // A step may have been as long as a handler, of whose branches nothing is known.
             if conditional && count == before + 1 {

@@ -50,6 +50,9 @@ impl Strings {
             };
             count = self.independent(source, target, count);
         }
+        if count == 0 {
+            return Ok(());
+        }
         let len_bytes = count * self.element_bytes;
         let mut bytes = vec![0; len_bytes as usize];
         if self.copies {
@@ -61,7 +64,7 @@ impl Strings {
             let element = &element[..self.element_bytes as usize];
             bytes.chunks_exact_mut(element.len()).for_each(|place| place.copy_from_slice(element));
         }
-        if count == 0 || !vcpu.write_linear(ram, regs.rdi, &bytes)? {
+        if !vcpu.write_linear(ram, regs.rdi, &bytes)? {
             return Ok(());
         }
         let mut regs = *regs;
