@@ -267,21 +267,23 @@ fn transfer(site: &mut Site) -> Outcome {
         let primary = site.start_primary(1, &guest, &volume)?;
         primary.wait_for_line(SERVICE_READY, LONG)?;
         std::thread::sleep(SETTLE_TIME);
-        let (mut pause_ms, mut took_ms) = (Vec::new(), Vec::new());
+        let (mut pause_ms, mut took_ms, mut held_ms) = (Vec::new(), Vec::new(), Vec::new());
         for round in 1..=u64::from(rounds()) {
             let view = 2 * round;
             let backup = site.start_backup(2, 1, &guest, &volume)?;
-            primary.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
+            let loaded = primary.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
             let sent =
                 primary.output().into_iter().rfind(|line| line.contains(SENT)).ok_or("nothing was sent")?;
             let figure = |name| field(&sent, name).ok_or(format!("no {name} in: {sent}"));
             pause_ms.push(figure("first_pause_ms")?.max(figure("pause_ms")?) as f64);
             took_ms.push(figure("took_ms")? as f64);
+            held_ms.push(field(&loaded, "loaded_after_ms").ok_or("no loaded_after_ms")? as f64);
             backup.kill(Signal::SIGKILL)?;
             primary.wait_for_line(&format!("{UNPROTECTED} view={}", view + 1), SHORT)?;
         }
-        let (pause, took) = (spread_text(&mut pause_ms, "ms"), spread_text(&mut took_ms, "ms"));
-        row(&format!("transfer, 256 MiB, {what}"), &format!("longest stop {pause}; sent in {took}"));
+        let [pause, took, held] = [pause_ms, took_ms, held_ms].map(|mut ms| spread_text(&mut ms, "ms"));
+        let figures = format!("longest stop {pause}; sent in {took}; output waits for {held}");
+        row(&format!("transfer, 256 MiB, {what}"), &figures);
         site.end_processes()?;
     }
     Ok(())

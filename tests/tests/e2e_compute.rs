@@ -15,7 +15,7 @@ use ft_log::{CheckpointDecoder, LogPart, RecordingReader};
 use nix::sys::signal::Signal;
 use vmft_tests::client::{Client, Config};
 use vmft_tests::harness::{self, Case, TestResult};
-use vmft_tests::hosts::{Ending, build_small_guests};
+use vmft_tests::hosts::{Ending, Link, build_small_guests};
 use vmft_tests::pair::{
     Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, Random, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
     UNPROTECTED, Volume, count_from_environment, field, more_replies,
@@ -27,6 +27,13 @@ mod behaviours;
 use behaviours::BEHAVIOURS;
 
 static SITE: SharedSite = SharedSite::new(2);
+
+/// A guest that fills its memory with noise writes several times as much, on a slow machine too.
+const NARROW_MBIT_PER_S: u32 = 20;
+/// What a primary says while it sends its guest: first when all of it was sent, with what was written meanwhile left.
+const ALL_SENT_ONCE: &str = "percent=100";
+const SLOWED: &str = "the guest writes as fast as it can be sent";
+const REST: &str = "the backup gets the rest of the guest";
 
 /// Two endless loops in user space, and beside them fork and exec, disk writes with fsync, and frames.
 const WORK: &str = "loops,busy";
@@ -47,6 +54,7 @@ fn main() -> ExitCode {
         Case::on_hosts("computing_guest_replays_equal", computing_guest_replays_equal),
         Case::on_hosts("backup_that_misses_a_stop_gets_the_guest_anew", backup_that_misses_a_stop),
         Case::on_hosts("backup_joins_while_the_guest_runs", backup_joins_while_the_guest_runs),
+        Case::on_hosts("guest_that_outruns_its_transfer_is_slowed", guest_that_outruns_its_transfer),
         Case::on_hosts("computing_guest_outlives_its_primary", computing_guest_outlives_its_primary),
     ]);
     SITE.close();
@@ -303,7 +311,7 @@ fn backup_joins_while_the_guest_runs() -> TestResult {
         let second = site.start_backup(2, 1, &guest, &volume)?;
         second.wait_for_line("receiving the guest", LONG)?;
         let before = client.answered();
-        println!("{}", primary.wait_for_line("the backup gets the rest of the guest", LONG)?);
+        println!("{}", primary.wait_for_line(REST, LONG)?);
         let meanwhile = client.answered() - before;
         assert!(meanwhile > 0, "no request was answered while the guest was sent");
         println!("{meanwhile} requests answered while the guest was sent");
@@ -311,6 +319,33 @@ fn backup_joins_while_the_guest_runs() -> TestResult {
         more_replies(&client, 10)?;
         primary.kill(Signal::SIGKILL)?;
         second.wait_for_line(TAKEOVER, SHORT)?;
+        more_replies(&client, 10)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)
+    })
+}
+
+/// A guest that writes pages which cannot be compressed, faster than the link takes them, is slowed until they can be sent.
+/// The primary says so, the guest answers meanwhile, and is protected in the end.
+fn guest_that_outruns_its_transfer() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let guest = Guest { work: "noise2", ..Guest::default() };
+        let (primary, client) = start_alone(site, &guest, &volume)?;
+        more_replies(&client, 10)?;
+        let backup = site.start_backup(2, 1, &guest, &volume)?;
+        primary.wait_for_line(ALL_SENT_ONCE, LONG)?;
+        let before = client.answered();
+        site.net().narrow(2, Link::Log, NARROW_MBIT_PER_S)?;
+        println!("{}", primary.wait_for_line(REST, LONG)?);
+        site.net().widen(2, Link::Log)?;
+        assert!(client.answered() > before, "no request was answered while the guest was sent");
+        println!("{} times slowed: {}", primary.count(SLOWED), primary.wait_for_line(SLOWED, SHORT)?);
+        println!("{}", primary.wait_for_line(PROTECTED, LONG)?);
+        more_replies(&client, 10)?;
+        primary.kill(Signal::SIGKILL)?;
+        backup.wait_for_line(TAKEOVER, SHORT)?;
         more_replies(&client, 10)?;
         let report = client.stop(SHORT);
         println!("{}", report.summary());

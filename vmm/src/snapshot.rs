@@ -198,6 +198,9 @@ pub fn load<R: Read>(
         _ => return Err(SnapshotError::NoConfiguration),
     };
     let ram = config.allocate_ram()?;
+    // Before the memory comes, since the output of a guest that is sent waits for what is done at the end.
+    let vm = kvm.create_vm(ram.clone())?;
+    let vcpu = vm.create_vcpu(&config.cpuid()?)?;
     let mut payloads = Vec::new();
     while let Some(part) = reader.next_part()? {
         match part {
@@ -209,8 +212,6 @@ pub fn load<R: Read>(
             }
         }
     }
-    let vm = kvm.create_vm(ram.clone())?;
-    let vcpu = vm.create_vcpu(&config.cpuid()?)?;
     let machine = Machine::load(vm, vcpu, ram, &config.board, &payloads)?;
     Ok((config, machine))
 }

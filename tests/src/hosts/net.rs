@@ -135,6 +135,18 @@ impl Net {
         self.ip(&format!("link set {} up", link.interface(index)))
     }
 
+    /// Lets no more than this through to host `index` on a network; what has to wait for more than a fifth of a second is
+    /// lost.
+    pub fn narrow(&self, index: u8, link: Link, mbit_per_s: u32) -> Result<(), HostError> {
+        let limit = format!("root tbf rate {mbit_per_s}mbit burst 32kb latency 200ms");
+        self.tc(&format!("qdisc replace dev {} {limit}", link.interface(index)))
+    }
+
+    /// Undoes [`Net::narrow`].
+    pub fn widen(&self, index: u8, link: Link) -> Result<(), HostError> {
+        self.tc(&format!("qdisc del dev {} root", link.interface(index)))
+    }
+
     /// Forgets at which hosts the bridges and the test have seen which addresses.
     pub fn forget_neighbours(&self) -> Result<(), HostError> {
         self.ip("neigh flush all")?;
@@ -180,6 +192,10 @@ impl Net {
     /// Runs `ip` with these arguments in the namespace.
     pub(super) fn ip(&self, arguments: &str) -> Result<(), HostError> {
         tool::run(&format!("ip -n {} {arguments}", self.namespace)).map(drop)
+    }
+
+    fn tc(&self, arguments: &str) -> Result<(), HostError> {
+        tool::run(&format!("tc -n {} {arguments}", self.namespace)).map(drop)
     }
 }
 

@@ -1,7 +1,8 @@
 //! The log connection: a TCP stream on which both sides have shown who they are, in two halves.
 //!
-//! Owns: the time limits of the greeting. Must never: read or write a message; whoever has a half does. What is on
-//! the wire is `ft-log/src/channel.rs`; above this nobody can tell whether there is a key.
+//! Owns: the time limits of the greeting, and how much of what is written may wait in the kernel. Must never: read or
+//! write a message; whoever has a half does. What is on the wire is `ft-log/src/channel.rs`; above this nobody can tell
+//! whether there is a key.
 //!
 //! ```text
 //!   accept(deadline for all) ┐
@@ -10,9 +11,14 @@
 
 use std::io::{self, Read};
 use std::net::TcpStream;
+use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use ft_log::{ChannelError, ChannelReader, ChannelWriter, FrameReader, Key, SealKey, Session, StreamError};
+
+/// Linux would buffer megabytes. A transfer that is "sent" would then still take seconds on a slow link, with the guest's
+/// output waiting for them, and its rounds would seem to be short however much the guest writes.
+const UNSENT_MAX_BYTES: libc::c_uint = 128 << 10;
 
 /// Messages of the peer.
 pub type Receiving = FrameReader<ChannelReader<Hurried>>;
@@ -82,7 +88,7 @@ impl Channel {
         deadline: Option<Instant>,
         greeting: impl FnOnce(&mut Hurried, &mut TcpStream) -> Result<Session, ChannelError>,
     ) -> Result<Self, ChannelError> {
-        stream.set_nodelay(true).map_err(StreamError::Io)?;
+        stream.set_nodelay(true).and_then(|()| keep_few_unsent(&stream)).map_err(StreamError::Io)?;
         let clone = || stream.try_clone().map_err(StreamError::Io);
         let (mut input, mut out) = (Hurried { stream: clone()?, deadline }, clone()?);
         let session = greeting(&mut input, &mut out)?;
@@ -96,6 +102,22 @@ impl Channel {
         self.frames.get_mut().get_mut().deadline = None;
         self.stream.set_read_timeout(None).map_err(StreamError::Io)
     }
+}
+
+/// A writer waits while more than [`UNSENT_MAX_BYTES`] of what it wrote are not on their way yet.
+fn keep_few_unsent(stream: &TcpStream) -> io::Result<()> {
+    let level = UNSENT_MAX_BYTES;
+    // SAFETY: the option takes an integer of this size; the descriptor is the stream's.
+    let result = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_NOTSENT_LOWAT,
+            (&raw const level).cast(),
+            size_of_val(&level) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 #[cfg(test)]

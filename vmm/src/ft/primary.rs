@@ -258,7 +258,9 @@ impl PairLog {
         let mut naming = Naming::new(self, member, welcome.view);
         let send = move || {
             let mut name = || naming.attempt();
-            let copied = Copied { welcome, backup: &backup, config, log: &log, ask: &*ask, name: &mut name };
+            let (ram, written) = (log.ram(), &|| log.take());
+            let copied =
+                Copied { welcome, backup: &backup, config, ram, written, ask: &*ask, name: &mut name };
             if let Err(error) = copying.run(copied, &mut out) {
                 naming.give_up();
                 let why = format!("it could not be given the guest: {}", with_causes(&error));
@@ -314,7 +316,7 @@ impl PairLog {
             address: address.to_string(),
             listen: listen.map(|listen| listen.to_string()),
         }));
-        let _ = self.events.send(LinkEvent::Paired { stream, address, heartbeat_key });
+        let _ = self.events.send(LinkEvent::Paired { stream, address, heartbeat_key, stopped });
         transfer.finish(last);
         tracing::info!(
             backup = %host,

@@ -46,6 +46,8 @@ pub enum LinkEvent {
         address: SocketAddr,
         /// Seals the heartbeats that go with the connection.
         heartbeat_key: SealKey,
+        /// When the guest stopped for the rest of it: its output waits since then.
+        stopped: Instant,
     },
     /// The backup has loaded the snapshot: the guest would survive now.
     Protected,
@@ -55,6 +57,14 @@ pub enum LinkEvent {
     Dismiss,
     /// The log was ended for the backup to take over. Wants to know whether it did.
     HandedOver(Sender<bool>),
+}
+
+/// The connection to a backup that was given the guest.
+pub(super) struct Given {
+    stream: TcpStream,
+    address: SocketAddr,
+    /// When the guest stopped for the rest of it.
+    stopped: Instant,
 }
 
 /// The supervisor of a guest that runs here.
@@ -84,22 +94,24 @@ pub struct Supervisor {
 impl Supervisor {
     /// Runs until the claim is lost or every sender of `events` is gone.
     pub fn run(self, events: &Receiver<LinkEvent>) {
-        let mut connection: Option<(TcpStream, SocketAddr)> = None;
+        let mut connection: Option<Given> = None;
         let mut report_at = Instant::now();
         let look_every = self.timing.timeout / 10;
         loop {
             let (loss, why) = match events.recv_timeout(look_every) {
-                Ok(LinkEvent::Paired { stream, address, heartbeat_key }) => {
+                Ok(LinkEvent::Paired { stream, address, heartbeat_key, stopped }) => {
                     self.heartbeats.set_view(self.link.view(), Role::Primary);
                     self.heartbeats.set_peer(Some((address, heartbeat_key)));
-                    connection = Some((stream, address));
+                    connection = Some(Given { stream, address, stopped });
                     continue;
                 }
                 Ok(LinkEvent::Protected) => {
                     let backup =
                         self.monitor.peer().map_or_else(|| "the backup".into(), |peer| peer.to_string());
                     let standing = self.standing(true, format!("{backup} has loaded the guest"));
-                    change!(info, self.monitor, standing, "protected: the backup follows");
+                    let stopped = connection.as_ref().map(|given| given.stopped.elapsed());
+                    let loaded_after_ms = stopped.map(|stopped| stopped.as_millis() as u64);
+                    change!(info, self.monitor, standing, loaded_after_ms, "protected: the backup follows");
                     continue;
                 }
                 Ok(LinkEvent::Down(why)) => (Loss::Link, why),
@@ -136,7 +148,7 @@ impl Supervisor {
             let standing = self.standing(false, why.clone());
             change!(warn, self.monitor, standing, "backup lost: output waits for the claim of the next view");
             self.report();
-            if let Some((_, address)) = &connection {
+            if let Some(Given { address, .. }) = &connection {
                 self.search.failed(address.ip(), &why);
             }
             self.go_on_without(connection.take(), why);
@@ -161,7 +173,7 @@ impl Supervisor {
     }
 
     /// Does what follows from the loss of the backup, because of `why`. Returns when the guest goes on alone.
-    pub(super) fn go_on_without(&self, mut connection: Option<(TcpStream, SocketAddr)>, why: String) {
+    pub(super) fn go_on_without(&self, mut connection: Option<Given>, why: String) {
         let mut claimant = Claimant::new(self.claims.clone(), self.owner.clone());
         loop {
             match self.link.duty() {
@@ -253,8 +265,8 @@ impl Supervisor {
     }
 }
 
-fn close(connection: Option<(TcpStream, SocketAddr)>) {
-    if let Some((stream, _)) = connection {
+fn close(connection: Option<Given>) {
+    if let Some(Given { stream, .. }) = connection {
         // It may be gone already.
         let _ = stream.shutdown(Shutdown::Both);
     }

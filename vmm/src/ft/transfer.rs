@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
-use devices::Payload;
+use devices::{GuestRam, Payload};
 use ft_log::{FrameWriter, Message, Pages, SnapshotWriter, StreamError, Welcome};
 use thiserror::Error;
 
@@ -155,8 +155,10 @@ pub struct Copied<'a> {
     pub backup: &'a str,
     /// The guest's configuration.
     pub config: Payload,
-    /// What is written meanwhile.
-    pub log: &'a DirtyLog,
+    /// The guest's memory.
+    pub ram: &'a GuestRam,
+    /// The pages that were written since the last call, as [`DirtyLog::take`] gives them.
+    pub written: &'a dyn Fn() -> Result<Vec<(u64, Vec<u64>)>, KvmError>,
     /// Gets the vCPU's thread to a boundary.
     pub ask: &'a dyn Fn(),
     /// Asks the arbiter once to record this as the backup: whether it is.
@@ -182,7 +184,7 @@ impl Copying {
         let config = &copied.config;
         writer.payload(&config.kind, config.version, &config.bytes).map_err(container)?;
         let mut percent = 0;
-        snapshot::memory(copied.log.ram(), &mut writer, |done, total| {
+        snapshot::memory(copied.ram, &mut writer, |done, total| {
             let now = done * 100 / total.max(1);
             if now / 25 > percent / 25 {
                 tracing::info!(percent = now, "sending the guest to {}", copied.backup);
@@ -230,29 +232,38 @@ impl Copying {
         let mut before = u64::MAX;
         for _ in 0..rounds_max {
             let started = Instant::now();
-            let written = copied.log.take()?;
+            let written = (copied.written)()?;
             let pages = page_count(&written);
-            snapshot::pages_again(copied.log.ram(), &written, writer)?;
+            snapshot::pages_again(copied.ram, &written, writer)?;
             let round = self.progress.rounds.fetch_add(1, Ordering::Relaxed) + 1;
             self.progress.pages.fetch_add(pages, Ordering::Relaxed);
             tracing::debug!(round, pages, took_ms = started.elapsed().as_millis() as u64, "sent again");
             if pages <= LAST_PAGES {
                 return Ok(());
             }
-            let present = self.progress.slower_percent.load(Ordering::Relaxed);
-            if pages > before / PROGRESS_DENOMINATOR * PROGRESS_NUMERATOR
-                && let Some(percent) = SLOWER_PERCENT.into_iter().find(|percent| *percent > present)
-            {
-                self.progress.slower_percent.store(percent, Ordering::Relaxed);
-                tracing::warn!(
-                    percent,
-                    "the guest writes as fast as it can be sent: it is kept from running for a part of its time"
-                );
-            }
-            before = pages;
+            before = match gets_less(pages, before) {
+                true => pages,
+                // What was written meanwhile was written at the speed before: the next round says nothing of this one.
+                false if self.slow_down() => u64::MAX,
+                false => break,
+            };
         }
         tracing::warn!("the guest still writes much: it stops for what is left");
         Ok(())
+    }
+
+    /// Lets the guest run for less of its time than so far, unless it runs for the least.
+    fn slow_down(&self) -> bool {
+        let present = self.progress.slower_percent.load(Ordering::Relaxed);
+        let Some(percent) = SLOWER_PERCENT.into_iter().find(|percent| *percent > present) else {
+            return false;
+        };
+        self.progress.slower_percent.store(percent, Ordering::Relaxed);
+        tracing::warn!(
+            percent,
+            "the guest writes as fast as it can be sent: it is kept from running for a part of its time"
+        );
+        true
     }
 
     fn wait_for_last_part(&self, ask: &dyn Fn()) -> Result<LastPart, TransferError> {
@@ -265,5 +276,73 @@ impl Copying {
                 Err(RecvTimeoutError::Disconnected) => return Err(TransferError::Ended),
             }
         }
+    }
+}
+
+/// Was less written during a round than during the one before?
+fn gets_less(pages: u64, before: u64) -> bool {
+    pages <= before / PROGRESS_DENOMINATOR * PROGRESS_NUMERATOR
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+
+    const PAGES: u64 = 2_048;
+
+    /// Runs the rounds of a guest that writes `pages(round, slower_percent)` pages during each. How many rounds there were,
+    /// and how much it is slowed behind them, in percent.
+    fn rounds(pages: impl Fn(u32, u32) -> u64) -> (u32, u32) {
+        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), (PAGES * 4_096) as usize)]).unwrap();
+        let progress = Arc::new(Progress::default());
+        let copying = Copying { progress: Arc::clone(&progress), last_part: bounded(1).1 };
+        let (round, slower) = (Cell::new(0), Cell::new(0));
+        let written = || {
+            round.set(round.get() + 1);
+            // The round that begins now shows in the next one.
+            let count = pages(round.get(), slower.replace(progress.slower_percent.load(Ordering::Relaxed)));
+            let bit = |page: u64| u64::from(page < count);
+            let word = |word: u64| (0..64).fold(0, |bits, at| bits | bit(word * 64 + at) << at);
+            Ok(vec![(0, (0..PAGES / 64).map(word).collect())])
+        };
+        let welcome = Welcome {
+            view: 2,
+            guest_name: String::new(),
+            memory_bytes: 0,
+            config_digest: 0,
+            cpuid_digest: 0,
+            host_name: String::new(),
+        };
+        let config = Payload { kind: String::new(), version: 0, bytes: Vec::new() };
+        let (ask, name) = (|| {}, &mut || Ok(true));
+        let copied = Copied { welcome, backup: "b", config, ram: &ram, written: &written, ask: &ask, name };
+        let mut writer = SnapshotWriter::new(std::io::sink()).unwrap();
+        copying.rounds(&copied, &mut writer, ROUNDS_MAX).unwrap();
+        (round.get(), progress.slower_percent.load(Ordering::Relaxed))
+    }
+
+    #[test]
+    fn a_guest_that_writes_less_in_each_round_is_not_slowed() {
+        assert_eq!(rounds(|_, _| LAST_PAGES), (1, 0));
+        assert_eq!(rounds(|round, _| 2_048 >> round), (3, 0));
+    }
+
+    /// What a round shows was written at the speed before it.
+    #[test]
+    fn a_guest_is_slowed_until_its_rounds_get_shorter() {
+        let at_half = rounds(|_, slower| if slower < 50 { 1_000 } else { 100 });
+        assert_eq!(at_half, (4, 50));
+        let at_most = rounds(|_, slower| if slower < 90 { 1_000 } else { 100 });
+        assert_eq!(at_most, (8, 90));
+    }
+
+    #[test]
+    fn a_guest_that_slowing_does_not_help_stops_for_what_is_left() {
+        assert_eq!(rounds(|_, _| 1_000), (8, 90));
+        assert_eq!(rounds(|round, _| 2_048 - u64::from(round)), (8, 90));
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Usage: `vmft-compute loop MILLIONS` counts in a register, `vmft-compute dirty MIB ROUNDS` writes a word of every
 //! page of a buffer in each round, `vmft-compute paging MIB ROUNDS` maps, protects, forks, copies on write and unmaps,
-//! `vmft-compute rate MIB MIB_PER_S` writes to pages of a buffer, one after the other, at that rate and for ever.
+//! `vmft-compute rate MIB MIB_PER_S` writes to pages of a buffer, one after the other, at that rate and for ever,
+//! `vmft-compute noise MIB` fills them with what nobody can compress, for ever.
 //! A number of 0 rounds means for ever. But for the rate it must do the same work at every run.
 
 use std::num::NonZeroUsize;
@@ -30,10 +31,11 @@ fn main() -> ExitCode {
             }
         }),
         (Some("rate"), Some([mib, mib_per_s])) => dirty_at(*mib as usize, *mib_per_s as usize),
+        (Some("noise"), Some([mib])) => noise(&mut vec![0u64; (*mib as usize) << 17]),
         _ => {
             eprintln!(
                 "usage: vmft-compute loop MILLIONS | vmft-compute (dirty | paging) MIB ROUNDS | \
-                 vmft-compute rate MIB MIB_PER_S"
+                 vmft-compute rate MIB MIB_PER_S | vmft-compute noise MIB"
             );
             return ExitCode::from(2);
         }
@@ -78,6 +80,19 @@ fn dirty_at(mib: usize, mib_per_s: usize) {
             next += PAGE_WORDS;
         }
         std::thread::sleep((TICK * tick).saturating_sub(started.elapsed()));
+    }
+}
+
+/// Fills the buffer with random numbers, again and again: xorshift (Marsaglia, 2003).
+fn noise(buffer: &mut [u64]) {
+    let mut number = 88_172_645_463_325_252_u64;
+    loop {
+        for word in &mut *buffer {
+            number ^= number << 13;
+            number ^= number >> 7;
+            number ^= number << 17;
+            *word = std::hint::black_box(number);
+        }
     }
 }
 
