@@ -37,10 +37,10 @@ use vm_memory::{Bytes, GuestAddress};
 pub use cpuid::cpuid_table;
 pub use rdtsc::{GP_PORT, RDTSC_PORT, RDTSCP_PORT};
 
+use crate::kvm::PAGE_BYTES;
 use image::KernelImage;
 use start::InitrdPlace;
 
-const PAGE_BYTES: u64 = 4096;
 const MIB: u64 = 1 << 20;
 
 /// What can go wrong before a guest's first instruction.

@@ -21,7 +21,7 @@ use linux_loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{BootError, acpi};
-use crate::kvm::segments;
+use crate::kvm::{PAGE_BYTES, segments};
 
 /// First address behind the RAM below the hole for devices.
 pub(super) const LOW_RAM_END: u64 = 0xc000_0000;
@@ -42,7 +42,6 @@ const SETUP_DATA: u64 = 0x1_0000;
 const CMDLINE: u64 = 0x2_0000;
 const LOW_CONVENTIONAL_END: u64 = 0x9_fc00;
 
-const PAGE_BYTES: u64 = 4096;
 const PTE_PRESENT_WRITABLE: u64 = 3;
 const PTE_LARGE: u64 = 0x80;
 const IDENTITY_GIB: u64 = 4;

@@ -26,7 +26,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::watchdog::Watch;
-use crate::kvm::{Exit, Kvm, KvmError, Vcpu, Vm, segments};
+use crate::kvm::{Exit, Kvm, KvmError, PAGE_BYTES, Vcpu, Vm, segments};
 
 /// Where the measured code starts.
 pub const CODE: u64 = 0x8000;
@@ -46,7 +46,6 @@ const HANDLER_BYTES: u64 = 16;
 const STACK_TOP_RING_0: u64 = 0x6000;
 const STACK_TOP_RING_3: u64 = 0x7000;
 const PML4: u64 = 0x1_0000;
-const PAGE_BYTES: u64 = 4096;
 
 const CODE_RING_0: u16 = 0x08;
 const DATA_RING_0: u16 = 0x10;

@@ -7,14 +7,13 @@ use kvm_bindings::CpuId;
 
 use super::guest::{CODE, DATA, Guest, ProbeError, Ring, Stop, Trap, VECTOR_GP};
 use super::{Bench, Finding};
-use crate::kvm::{Exit, page_numbers};
+use crate::kvm::{Exit, PAGE_BYTES, page_numbers};
 
 const PORT_FIRST: u8 = 0x10;
 const PORT_LAST: u8 = 0x11;
 const MSR_TSC: u32 = 0x10;
 /// No clock shows it.
 const MSR_ANSWER: u64 = 0xfedc_ba98_7654_3210;
-const PAGE_BYTES: u64 = 4096;
 
 #[rustfmt::skip]
 const RDTSC: [u8; 4] = [

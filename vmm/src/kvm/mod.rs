@@ -22,6 +22,9 @@ use kvm_bindings::kvm_enable_cap;
 use kvm_ioctls::VmFd;
 use thiserror::Error;
 
+/// Size of a page of the guest, in the width of its addresses.
+pub const PAGE_BYTES: u64 = ft_log::PAGE_BYTES as u64;
+
 /// What can go wrong with KVM.
 #[derive(Debug, Error)]
 pub enum KvmError {

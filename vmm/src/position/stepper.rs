@@ -17,7 +17,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use super::PositionError;
 use super::strings::Strings;
-use crate::kvm::{Exit, KvmError, Vcpu, segments};
+use crate::kvm::{Exit, KvmError, PAGE_BYTES, Vcpu, segments};
 
 const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
@@ -27,7 +27,6 @@ const RFLAGS_SYSRET: u64 = 0x3c_7fd7;
 const MSR_STAR: u32 = 0xc000_0081;
 const MSR_LSTAR: u32 = 0xc000_0082;
 const MSR_SFMASK: u32 = 0xc000_0084;
-const PAGE_BYTES: u64 = 4096;
 /// Longest instruction.
 const CODE_BYTES: usize = 15;
 /// Words of the frame that the CPU pushes without an error code: RIP, CS, RFLAGS, RSP, SS.
@@ -64,13 +63,19 @@ pub struct Stepped {
     pub exit: Exit,
 }
 
+impl Stepped {
+    fn plain(exit: Exit) -> Self {
+        Self { conditional: false, in_string: false, exit }
+    }
+}
+
 impl Stepper {
     /// One step.
     pub fn step(&mut self, vcpu: &mut Vcpu, ram: &GuestRam) -> Result<Stepped, PositionError> {
         if self.fresh
             && let Some(exit) = vcpu.complete()?
         {
-            return Ok(Stepped { conditional: false, in_string: false, exit });
+            return Ok(Stepped::plain(exit));
         }
         let regs = vcpu.registers()?;
         let sregs = vcpu.special_registers()?;
@@ -84,7 +89,7 @@ impl Stepper {
         if let Some(instruction) = instruction
             && view.system_call(&instruction)?
         {
-            return Ok(Stepped { conditional: false, in_string: false, exit: Exit::Step });
+            return Ok(Stepped::plain(Exit::Step));
         }
         let frame = view.frame()?;
         let handlers =

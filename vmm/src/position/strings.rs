@@ -7,10 +7,9 @@ use devices::GuestRam;
 use iced_x86::{Code, Instruction, OpKind, Register};
 use kvm_bindings::kvm_regs;
 
-use crate::kvm::{KvmError, Vcpu};
+use crate::kvm::{KvmError, PAGE_BYTES, Vcpu};
 
 const RFLAGS_DF: u64 = 1 << 10;
-const PAGE_BYTES: u64 = 4096;
 
 /// REP MOVS or REP STOS, upwards, in a flat address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
