@@ -104,6 +104,8 @@ pub struct Volume {
     disk: String,
     /// The arbiter that the monitors use: this directory, unless a test has another.
     pub arbiter: String,
+    /// What else they are told of it.
+    pub arbiter_options: Vec<String>,
 }
 
 impl Volume {
@@ -336,7 +338,7 @@ impl Site {
         let path = self.host(1).shared_dir().join(&name).display().to_string();
         let (key, disk) = (Some(format!("{path}/{KEY_FILE}")), format!("{path}/disk.img"));
         let arbiter = format!("dir:{path}");
-        Ok(Volume { local, path, key, arbiter, disk })
+        Ok(Volume { local, path, key, arbiter, arbiter_options: Vec::new(), disk })
     }
 
     /// Path on the hosts of a file among their images.
@@ -399,6 +401,7 @@ impl Site {
         ["-v", "--arbiter", &volume.arbiter, "--listen", &listen, "--timeout-ms", &timeout]
             .into_iter()
             .chain(volume.security())
+            .chain(volume.arbiter_options.iter().map(String::as_str))
             .map(String::from)
             .collect()
     }

@@ -63,9 +63,11 @@ fn count(monitor: &Monitor, signs: &[&str]) -> usize {
 }
 
 /// A volume of which the claims are at an etcd.
-fn volume_with_etcd(site: &mut Site) -> Result<Volume, Box<dyn std::error::Error>> {
+fn volume_with_etcd(site: &mut Site, etcd: &Etcd) -> Result<Volume, Box<dyn std::error::Error>> {
     let mut volume = site.volume()?;
+    etcd.admit(&volume.local)?;
     volume.arbiter = format!("etcd:{}", Etcd::endpoints());
+    volume.arbiter_options = Etcd::options(&volume.path);
     Ok(volume)
 }
 
@@ -77,7 +79,11 @@ fn second_is_refused(site: &mut Site, guest: &Guest, volume: &Volume, primary: &
     assert_eq!(refusal.ending, Ending::Exited(1), "{sentence}");
     let holder = format!("already run by host1 (process {}): it holds view 2", primary.pid());
     let endpoints = Etcd::endpoints();
-    for part in [holder, format!("at etcd:{endpoints}"), format!("etcdctl --endpoints={endpoints} del")] {
+    for part in [
+        holder,
+        format!("at etcd:{endpoints}"),
+        format!("etcdctl --endpoints={endpoints} --cacert={}/etcd-ca ", volume.path),
+    ] {
         assert!(sentence.contains(&part), "{sentence}");
     }
     Ok(())
@@ -86,7 +92,7 @@ fn second_is_refused(site: &mut Site, guest: &Guest, volume: &Volume, primary: &
 fn etcd_decides() -> TestResult {
     SITE.run(|site| {
         let mut etcd = Etcd::start(site.net(), "silent")?;
-        let (guest, volume) = (Guest::default(), volume_with_etcd(site)?);
+        let (guest, volume) = (Guest::default(), volume_with_etcd(site, &etcd)?);
         let (primary, backup) = site.start_pair(&guest, &volume)?;
         let client = site.client(load())?;
         second_is_refused(site, &guest, &volume, &primary)?;

@@ -130,6 +130,9 @@ pub struct DoctorArgs {
     /// Also try the arbiter that both hosts will ask.
     #[arg(long, value_name = "SPEC")]
     pub arbiter: Option<ArbiterSpec>,
+    /// How an etcd is asked.
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
     /// Also measure the round trip to the peer: a primary's --listen address.
     #[arg(long, value_name = "ADDR:PORT")]
     pub peer: Option<SocketAddr>,
@@ -196,6 +199,23 @@ pub struct PositionArgs {
     pub position: Wanted,
 }
 
+/// How an etcd is asked.
+#[derive(Clone, Debug, Default, Args)]
+pub struct EtcdArgs {
+    /// Ask the etcd by TLS; these certificates (PEM) vouch for its own.
+    #[arg(long, value_name = "FILE")]
+    pub etcd_ca: Option<PathBuf>,
+    /// The certificate (PEM) that this host shows to it.
+    #[arg(long, value_name = "FILE", requires_all = ["etcd_ca", "etcd_cert_key"])]
+    pub etcd_cert: Option<PathBuf>,
+    /// The private key (PEM) of that certificate.
+    #[arg(long, value_name = "FILE", requires = "etcd_cert")]
+    pub etcd_cert_key: Option<PathBuf>,
+    /// Who asks: a file with the line NAME:PASSWORD of a user of the etcd.
+    #[arg(long, value_name = "FILE", requires = "etcd_ca")]
+    pub etcd_user: Option<PathBuf>,
+}
+
 /// What both sides of a pair need.
 #[derive(Clone, Debug, Args)]
 pub struct PairArgs {
@@ -203,6 +223,9 @@ pub struct PairArgs {
     /// etcd:HOST:PORT[,HOST:PORT...], an etcd.
     #[arg(long, value_name = "SPEC")]
     pub arbiter: ArbiterSpec,
+    /// How an etcd is asked.
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
     /// A command that makes sure of the primary's host, with a power switch or at the storage. It runs when a backup has
     /// won the claim; the guest goes on there only once it has ended with exit status 0. It gets VMFT_GUEST, VMFT_VIEW,
     /// VMFT_PEER_HOST, VMFT_PEER_ADDRESS and VMFT_REASON in its environment. A primary keeps it for when it is a backup.

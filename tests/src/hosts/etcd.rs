@@ -1,20 +1,36 @@
-//! A real etcd of three members, in a test's network, where the hosts reach it over the log link.
+//! A real etcd of three members, in a test's network, where the hosts reach it over the log link, by TLS and as a user.
 //!
-//! Owns: the processes and their data. States of a member: starting -> answering -> frozen and let go at will -> killed,
+//! Owns: the processes, their data, and the certificates. States of a member: starting -> answering -> frozen and let go at will -> killed,
 //! at the latest on drop.
 
+use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, IsCa, Issuer, KeyPair};
 
 use super::tool::{self, Background};
 use super::{HostError, Link, Net};
 
 /// What members listen on: for clients, and for each other.
 const PORTS: [(u16, u16); 3] = [(2379, 2380), (2381, 2382), (2383, 2384)];
+/// The user that the monitors are.
+const USER: &str = "monitor:password";
+const ROOT: &str = "root:secret";
+/// What [`Etcd::admit`] makes of the files, each with the option that names it.
+const ADMISSION: [(&str, &str); 4] = [
+    ("--etcd-ca", CA),
+    ("--etcd-cert", "etcd-client"),
+    ("--etcd-cert-key", "etcd-client-key"),
+    ("--etcd-user", "etcd-user"),
+];
+const CA: &str = "etcd-ca";
 /// Longest that it may take to answer.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -23,15 +39,18 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct Etcd {
     members: Vec<Option<Background>>,
     namespace: String,
+    keys: PathBuf,
 }
 
 impl Etcd {
     /// Starts one that remembers nothing, and waits until all of it listens, which it does once it has a leader. One at a
     /// time in a network.
     pub fn start(net: &Net, name: &str) -> Result<Etcd, HostError> {
-        let start = |number| start_member(net, name, number).map(Some);
+        let keys = net.run_dir().join(format!("etcd-keys-{name}"));
+        make_keys(&keys)?;
+        let start = |number| start_member(net, name, number, &keys).map(Some);
         let members = (0..PORTS.len()).map(start).collect::<Result<Vec<_>, _>>()?;
-        let mut etcd = Etcd { members, namespace: net.namespace().to_owned() };
+        let mut etcd = Etcd { members, namespace: net.namespace().to_owned(), keys };
         let deadline = Instant::now() + START_TIMEOUT;
         for (process, (port, _)) in etcd.members.iter_mut().flatten().zip(PORTS) {
             let address = SocketAddr::from((Link::Log.own_address(), port));
@@ -47,7 +66,52 @@ impl Etcd {
                 thread::sleep(Duration::from_millis(20));
             }
         }
+        etcd.make_users()?;
         Ok(etcd)
+    }
+
+    /// Who may do what, and that nobody else may do anything.
+    fn make_users(&self) -> Result<(), HostError> {
+        for words in [
+            format!("user add {ROOT}").as_str(),
+            "user grant-role root root",
+            "role add monitor",
+            "role grant-permission --prefix monitor readwrite /vmft/",
+            format!("user add {USER}").as_str(),
+            "user grant-role monitor monitor",
+            "auth enable",
+        ] {
+            self.control("", words)?;
+        }
+        Ok(())
+    }
+
+    /// Puts what monitors need to be let in into `directory`.
+    pub fn admit(&self, directory: &Path) -> Result<(), HostError> {
+        for (_, name) in ADMISSION {
+            let to = directory.join(name);
+            fs::copy(self.keys.join(name), &to).map_err(HostError::file(&to))?;
+        }
+        Ok(())
+    }
+
+    /// The options by which a monitor is let in, if what it needs is in `directory`.
+    pub fn options(directory: &str) -> Vec<String> {
+        ADMISSION
+            .iter()
+            .flat_map(|(option, name)| [(*option).to_owned(), format!("{directory}/{name}")])
+            .collect()
+    }
+
+    fn control(&self, options: &str, words: &str) -> Result<String, HostError> {
+        let file = |name: &str| self.keys.join(name).display().to_string();
+        let (ca, certificate, key) = (file(CA), file("etcd-client"), file("etcd-client-key"));
+        tool::run(&format!(
+            "ip netns exec {} env ETCDCTL_API=3 etcdctl --endpoints={} --cacert={ca} --cert={certificate} --key={key} \
+             {options} {words}",
+            self.namespace,
+            Etcd::endpoints()
+        ))
     }
 
     /// Where the hosts reach its members: `HOST:PORT,HOST:PORT,HOST:PORT`.
@@ -83,18 +147,39 @@ impl Etcd {
 
     /// The keys that begin with `prefix`, in order.
     pub fn keys(&self, prefix: &str) -> Result<Vec<String>, HostError> {
-        let text = tool::run(&format!(
-            "ip netns exec {} env ETCDCTL_API=3 etcdctl --endpoints={} get --prefix --keys-only {prefix}",
-            self.namespace,
-            Etcd::endpoints()
-        ))?;
+        let text = self.control(&format!("--user={ROOT}"), &format!("get --prefix --keys-only {prefix}"))?;
         Ok(text.lines().filter(|line| !line.is_empty()).map(String::from).collect())
     }
 }
 
-fn start_member(net: &Net, name: &str, number: usize) -> Result<Background, HostError> {
+/// Makes a CA, and certificates of it for the members and for who asks them.
+fn make_keys(directory: &Path) -> Result<(), HostError> {
+    fs::create_dir(directory).map_err(HostError::file(directory))?;
+    let write = |name: &str, text: &str| {
+        let path = directory.join(name);
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
+        file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(HostError::file(&path))
+    };
+    let failed = |error: rcgen::Error| HostError::Certificate { reason: error.to_string() };
+    let mut ca = CertificateParams::new([]).map_err(failed)?;
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().map_err(failed)?;
+    write(CA, &ca.self_signed(&key).map_err(failed)?.pem())?;
+    let issuer = Issuer::new(ca, key);
+    for name in ["etcd-server", "etcd-client"] {
+        let mut params = CertificateParams::new([Link::Log.own_address().to_string()]).map_err(failed)?;
+        // With users, etcd's gateway refuses certificates that name one.
+        params.distinguished_name = DistinguishedName::new();
+        let key = KeyPair::generate().map_err(failed)?;
+        write(name, &params.signed_by(&key, &issuer).map_err(failed)?.pem())?;
+        write(&format!("{name}-key"), &key.serialize_pem())?;
+    }
+    write("etcd-user", &format!("{USER}\n"))
+}
+
+fn start_member(net: &Net, name: &str, number: usize, keys: &Path) -> Result<Background, HostError> {
     let (client, peer) = PORTS[number];
-    let client = format!("http://{}:{client}", Link::Log.own_address());
+    let client = format!("https://{}:{client}", Link::Log.own_address());
     let peer_of = |peer| format!("http://127.0.0.1:{peer}");
     let member = |number: usize| format!("{name}-{number}");
     let cluster: Vec<String> = PORTS
@@ -110,5 +195,11 @@ fn start_member(net: &Net, name: &str, number: usize) -> Result<Background, Host
     command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
     command.args(["--listen-peer-urls", &peer_of(peer), "--initial-advertise-peer-urls", &peer_of(peer)]);
     command.args(["--initial-cluster-state", "new", "--initial-cluster", &cluster.join(",")]);
+    for (option, name) in
+        [("--cert-file", "etcd-server"), ("--key-file", "etcd-server-key"), ("--trusted-ca-file", CA)]
+    {
+        command.arg(option).arg(keys.join(name));
+    }
+    command.arg("--client-cert-auth");
     Background::start(&mut command, data.with_extension("log"))
 }

@@ -659,6 +659,7 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
+    use crate::config::EtcdArgs;
     use crate::control::Identity;
     use crate::ft::arbiter::ArbiterSpec;
     use crate::ft::claim::{Member, Outcome};
@@ -670,7 +671,8 @@ mod tests {
     #[test]
     fn a_backup_whom_the_record_does_not_name_learns_who_is() {
         let directory = TempDir::new().unwrap();
-        let claims = || Claims::open(&ArbiterSpec::Directory(directory.path().to_owned()), "web").unwrap();
+        let spec = ArbiterSpec::Directory(directory.path().to_owned());
+        let claims = || Claims::open(&spec, &EtcdArgs::default(), "web").unwrap();
         let (primary, made) = (owner(1, ClaimRole::Primary), claims());
         let backup = |number: u8| Member { host: format!("host-{number}"), uuid: [number; 16] };
         assert_eq!(made.claim(1, &primary, None).unwrap(), Outcome::Won);

@@ -8,7 +8,8 @@ use crate::doctor::{self, Fitness, Options, Report};
 
 /// `vmft doctor`: a line for each thing that matters, then a verdict.
 pub fn doctor(args: &DoctorArgs) -> Result<Ending, CommandError> {
-    let report = doctor::examine(&Options { arbiter: args.arbiter.clone(), peer: args.peer });
+    let report =
+        doctor::examine(&Options { arbiter: args.arbiter.clone(), etcd: args.etcd.clone(), peer: args.peer });
     if args.json {
         let text = serde_json::to_string_pretty(&report)
             .map_err(|error| CommandError::host("write the report")(error.into()))?;

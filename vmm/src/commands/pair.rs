@@ -160,7 +160,7 @@ impl Side {
         let reports = args.report_dir.as_deref().map(open).transpose().map_err(PairError::from)?;
         Ok(Self {
             fence: fence.map_err(PairError::from)?,
-            claims: Claims::open(&args.arbiter, name).map_err(PairError::from)?,
+            claims: Claims::open(&args.arbiter, &args.etcd, name).map_err(PairError::from)?,
             monitor: Monitor::new(Identity {
                 name: name.to_owned(),
                 host: host.clone(),

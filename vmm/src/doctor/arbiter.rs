@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::Finding;
 use super::surroundings::{median, milliseconds};
+use crate::config::EtcdArgs;
 use crate::ft::arbiter::etcd::{CallError, Cluster};
-use crate::ft::arbiter::{ArbiterSpec, dir, random_id};
+use crate::ft::arbiter::{Access, ArbiterSpec, dir, random_id};
 use crate::with_causes;
 
 const SYNCS: usize = 5;
@@ -19,16 +20,20 @@ const TRANSACTIONS: usize = 5;
 const SYNC_MAX: Duration = Duration::from_millis(100);
 
 /// Can the right to run a guest be claimed there?
-pub fn examine(arbiter: &ArbiterSpec) -> Finding {
+pub fn examine(arbiter: &ArbiterSpec, etcd: &EtcdArgs) -> Finding {
     match arbiter {
         ArbiterSpec::Directory(path) => directory(path),
-        ArbiterSpec::Etcd(endpoints) => cluster(endpoints),
+        ArbiterSpec::Etcd(endpoints) => cluster(endpoints, etcd),
     }
 }
 
 /// A transaction that changes nothing, at each endpoint.
-fn cluster(endpoints: &[String]) -> Finding {
-    let cluster = Cluster::new(endpoints);
+fn cluster(endpoints: &[String], etcd: &EtcdArgs) -> Finding {
+    let access = match Access::read(etcd) {
+        Ok(access) => access,
+        Err(error) => return Finding::failed(error.to_string(), "correct the option"),
+    };
+    let cluster = Cluster::new(endpoints, access);
     let measure = |endpoint: &String| {
         let version = cluster.version(endpoint)?;
         let times = (0..TRANSACTIONS).map(|_| cluster.round_trip(endpoint)).collect::<Result<Vec<_>, _>>()?;

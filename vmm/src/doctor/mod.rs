@@ -29,6 +29,7 @@ use serde::Serialize;
 use watchdog::Watchdog;
 
 use crate::boot::cpuid_table;
+use crate::config::EtcdArgs;
 use crate::ft::arbiter::ArbiterSpec;
 use crate::kvm::{Kvm, KvmError, Unfit, host_flavour, install_kick_handler};
 
@@ -172,6 +173,8 @@ impl Report {
 pub struct Options {
     /// Where claims will be made.
     pub arbiter: Option<ArbiterSpec>,
+    /// How an etcd is asked.
+    pub etcd: EtcdArgs,
     /// A primary's --listen address.
     pub peer: Option<SocketAddr>,
 }
@@ -230,7 +233,7 @@ pub fn examine(options: &Options) -> Report {
     checks.extend(counting::checks(bench.as_ref()));
     checks.push(Check::new("tun", surroundings::tun()));
     if let Some(arbiter) = &options.arbiter {
-        checks.push(Check::new("arbiter", arbiter::examine(arbiter)));
+        checks.push(Check::new("arbiter", arbiter::examine(arbiter, &options.etcd)));
     }
     if let Some(address) = options.peer {
         checks.push(Check::new("peer", surroundings::peer(address)));

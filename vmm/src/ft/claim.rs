@@ -36,6 +36,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ft_log::{from_hex, to_hex};
 
 use super::arbiter::{Arbiter, ArbiterError, ArbiterSpec, Created};
+use crate::config::EtcdArgs;
 
 const CLAIM_HEADER: &str = "vmft-claim 2";
 const NO_BACKUP: &str = "none";
@@ -160,11 +161,11 @@ pub struct Claims {
 
 impl Claims {
     /// Checks that claims for `guest` can be made at the arbiter.
-    pub fn open(arbiter: &ArbiterSpec, guest: &str) -> Result<Self, ClaimError> {
+    pub fn open(arbiter: &ArbiterSpec, etcd: &EtcdArgs, guest: &str) -> Result<Self, ClaimError> {
         if !is_guest_name(guest) {
             return Err(ClaimError::BadGuestName { name: guest.to_owned() });
         }
-        Ok(Self { arbiter: arbiter.open()?, guest: guest.to_owned(), known: Arc::default() })
+        Ok(Self { arbiter: arbiter.open(etcd)?, guest: guest.to_owned(), known: Arc::default() })
     }
 
     /// The id of the arbiter: equal on two hosts that ask the same one.
@@ -497,13 +498,13 @@ mod tests {
 
     fn claims() -> (TempDir, Claims) {
         let directory = TempDir::new().unwrap();
-        let claims = Claims::open(&spec(directory.path()), "web-1").unwrap();
+        let claims = Claims::open(&spec(directory.path()), &EtcdArgs::default(), "web-1").unwrap();
         (directory, claims)
     }
 
     /// What a monitor finds that knows nothing yet.
     fn anew(directory: &TempDir) -> Claims {
-        Claims::open(&spec(directory.path()), "web-1").unwrap()
+        Claims::open(&spec(directory.path()), &EtcdArgs::default(), "web-1").unwrap()
     }
 
     fn alone(claims: &Claims, view: u64, number: u8) -> Result<Outcome, ClaimError> {
@@ -599,7 +600,8 @@ mod tests {
         let (directory, _claims) = claims();
         let barrier = Barrier::new(8);
         for guest in 1..=20 {
-            let claims = Claims::open(&spec(directory.path()), &format!("web-{guest}")).unwrap();
+            let claims =
+                Claims::open(&spec(directory.path()), &EtcdArgs::default(), &format!("web-{guest}")).unwrap();
             let outcomes: Vec<Outcome> = thread::scope(|scope| {
                 let start = |number| {
                     let (claims, barrier) = (&claims, &barrier);
@@ -626,7 +628,9 @@ mod tests {
         let Ok(directory) = std::env::var("VMFT_TEST_CLAIM_DIRECTORY") else { return };
         let me = Owner { pid: std::process::id(), uuid: random_id().unwrap(), ..owner(0) };
         for guest in 1..=50 {
-            let claims = Claims::open(&spec(Path::new(&directory)), &format!("web-{guest}")).unwrap();
+            let claims =
+                Claims::open(&spec(Path::new(&directory)), &EtcdArgs::default(), &format!("web-{guest}"))
+                    .unwrap();
             match claims.claim(1, &me, None).unwrap() {
                 Outcome::Won => println!("\nclaimed {guest} {}", me.pid),
                 Outcome::Lost { .. } => {}
@@ -735,7 +739,7 @@ mod tests {
         let (directory, claims) = claims();
         let spec = spec(directory.path());
         for name in ["", ".hidden", "a/b", "a b", "ä", &"x".repeat(65)] {
-            let refused = Claims::open(&spec, name);
+            let refused = Claims::open(&spec, &EtcdArgs::default(), name);
             assert!(matches!(refused, Err(ClaimError::BadGuestName { .. })), "{name:?}");
         }
         let nameless = Owner { host: "a\nb".into(), ..owner(1) };

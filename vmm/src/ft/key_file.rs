@@ -4,19 +4,18 @@
 //! used in the open. Must never: overwrite a file, take a key that others on this host can read, or print one.
 
 use std::fs::OpenOptions;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use ft_log::{KEY_BYTES, Key, KeyError, MAX_KEY_FILE_BYTES};
 use thiserror::Error;
 
-use crate::host::random_bytes;
+use crate::host::{SecretError, random_bytes, read_secret};
 
-/// Mode of a new key file, and the bits that none may have.
+/// Mode of a new key file.
 const OWNER_ONLY: u32 = 0o600;
-const NOT_OWNERS: u32 = 0o077;
 
 /// Why there is no key.
 #[derive(Debug, Error)]
@@ -30,32 +29,12 @@ pub enum KeyFileError {
         /// The file.
         path: PathBuf,
     },
-    /// The host does not let it be read.
-    #[error("key file '{path}' cannot be read: {source}", path = path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// What the host said.
+    /// It cannot be read, or by too many.
+    #[error("key file {source}")]
+    Secret {
+        /// Why.
         #[source]
-        source: io::Error,
-    },
-    /// A directory, a pipe or the like.
-    #[error("key file '{path}' is not a regular file", path = path.display())]
-    NotAFile {
-        /// What is there.
-        path: PathBuf,
-    },
-    /// It is no secret.
-    #[error(
-        "key file '{path}' can be used by others than its owner (mode {mode:04o}): if nobody has read it, \
-         `chmod 600 {path}`; else make another one on one host, and copy it to the other",
-        path = path.display()
-    )]
-    Exposed {
-        /// The file.
-        path: PathBuf,
-        /// Its mode.
-        mode: u32,
+        source: SecretError,
     },
     /// It does not hold a key.
     #[error("'{path}' cannot be used as a key: {source}. Copy it again from the host where it was made", path = path.display())]
@@ -116,22 +95,12 @@ pub fn create(path: &Path) -> Result<(), KeyFileError> {
 
 /// The key in a file.
 pub fn load(path: &Path) -> Result<Key, KeyFileError> {
-    let failed = |source: io::Error| match source.kind() {
-        io::ErrorKind::NotFound => KeyFileError::Missing { path: path.to_owned() },
-        _ => KeyFileError::Read { path: path.to_owned(), source },
-    };
-    // A pipe without a writer would not open.
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(failed)?;
-    let metadata = file.metadata().map_err(failed)?;
-    if !metadata.is_file() {
-        return Err(KeyFileError::NotAFile { path: path.to_owned() });
-    }
-    let mode = metadata.mode() & 0o7777;
-    if mode & NOT_OWNERS != 0 {
-        return Err(KeyFileError::Exposed { path: path.to_owned(), mode });
-    }
-    let mut text = Vec::new();
-    file.take(MAX_KEY_FILE_BYTES as u64).read_to_end(&mut text).map_err(failed)?;
+    let text = read_secret(path, MAX_KEY_FILE_BYTES).map_err(|source| match source {
+        SecretError::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+            KeyFileError::Missing { path: path.to_owned() }
+        }
+        source => KeyFileError::Secret { source },
+    })?;
     Key::from_text(&text).map_err(|source| KeyFileError::Content { path: path.to_owned(), source })
 }
 
@@ -161,7 +130,7 @@ pub fn for_pair(
 #[cfg(test)]
 mod tests {
     use std::fs::{self, Permissions};
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     use super::*;
 

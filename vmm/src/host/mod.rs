@@ -10,6 +10,7 @@ pub mod console;
 pub mod deferral;
 pub mod disk;
 pub mod owner;
+mod secret;
 pub mod tap;
 
 use std::convert::Infallible;
@@ -25,6 +26,7 @@ use deferral::Inbox;
 use ft_log::Event;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+pub use secret::{SecretError, read_secret};
 
 /// How long dropping a [`Worker`] waits for its thread. Only a system call that hangs (a dead file server)
 /// takes longer; the thread then ends by itself when the call returns.

@@ -17,10 +17,12 @@
 //! Every call is a transaction, so every answer is what a majority of the cluster agreed on. A call to one endpoint
 //! takes [`CALL_TIMEOUT`] at most; each endpoint is tried, beginning with the one that answered last.
 //!
-//! Not covered: TLS and etcd's users. An etcd that wants either is refused.
+//! A user has to prove who it is first, and gets a token that the etcd forgets after minutes without a call; then it proves
+//! it again.
 
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
@@ -28,6 +30,7 @@ use base64::prelude::BASE64_STANDARD;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::access::{Access, User};
 use super::{Arbiter, ArbiterError, Created, decode_id, encode_id, random_id};
 use crate::with_causes;
 
@@ -37,6 +40,8 @@ const ID_KEY: &str = "/vmft/id";
 const PROBE_KEY: &str = "/vmft/probe";
 /// Longest that one endpoint may take for one answer.
 const CALL_TIMEOUT: Duration = Duration::from_secs(1);
+/// So much is shown of an answer that no etcd gives.
+const SHOWN_CHARS: usize = 160;
 /// More than any answer has.
 const MAX_ANSWER_BYTES: u64 = 64 << 10;
 /// Clusters have up to seven members.
@@ -54,6 +59,9 @@ pub(super) struct Etcd {
 pub struct Cluster {
     endpoints: Vec<String>,
     agent: ureq::Agent,
+    access: Access,
+    /// By which the etcd knows the user.
+    token: Mutex<Option<String>>,
     /// The endpoint that answered last.
     first: AtomicUsize,
 }
@@ -61,15 +69,15 @@ pub struct Cluster {
 /// What came of one endpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
-    /// It wants to know who asks.
-    #[error(
-        "the etcd at {endpoint} refuses ({why}); vmft has no user there: switch authentication off, on a network of its own"
-    )]
+    /// It wants to know who asks, or does not let that user do it.
+    #[error("the etcd at {endpoint} refuses ({why}); {advice}")]
     NoPermission {
         /// HOST:PORT.
         endpoint: String,
         /// Its words.
         why: String,
+        /// What to do.
+        advice: String,
     },
     /// It cannot be reached, or what it says is not an answer.
     #[error("{endpoint}: {why}")]
@@ -83,8 +91,8 @@ pub enum CallError {
 
 impl Etcd {
     /// Asks for the id, and makes it on first use.
-    pub(super) fn open(endpoints: &[String]) -> Result<Self, ArbiterError> {
-        let cluster = Cluster::new(endpoints);
+    pub(super) fn open(endpoints: &[String], access: Access) -> Result<Self, ArbiterError> {
+        let cluster = Cluster::new(endpoints, access);
         let made = random_id().map_err(|source| ArbiterError::Random { source })?;
         let transaction = json!({
             "compare": [never_created(ID_KEY)],
@@ -211,14 +219,16 @@ impl Arbiter for Etcd {
 
     fn removal(&self, guest: &str) -> String {
         let endpoints = self.cluster.endpoints.join(",");
-        format!("run `etcdctl --endpoints={endpoints} del --prefix /vmft/claims/{guest}/`")
+        let options = self.cluster.access.control_options();
+        format!("run `etcdctl --endpoints={endpoints} {options}del --prefix /vmft/claims/{guest}/`")
     }
 }
 
 impl Cluster {
     /// An etcd with these endpoints, each HOST:PORT.
-    pub fn new(endpoints: &[String]) -> Self {
+    pub fn new(endpoints: &[String], access: Access) -> Self {
         let config = ureq::Agent::config_builder()
+            .tls_config(access.tls.clone().unwrap_or_default())
             .timeout_global(Some(CALL_TIMEOUT))
             .http_status_as_error(false)
             .max_redirects(0)
@@ -227,7 +237,8 @@ impl Cluster {
             // A connection of which the other end is gone would cost an attempt.
             .max_idle_connections(0)
             .build();
-        Self { endpoints: endpoints.to_vec(), agent: config.into(), first: AtomicUsize::new(0) }
+        let (agent, token, first) = (config.into(), Mutex::default(), AtomicUsize::new(0));
+        Self { endpoints: endpoints.to_vec(), agent, access, token, first }
     }
 
     /// The endpoints, each HOST:PORT.
@@ -237,8 +248,8 @@ impl Cluster {
 
     /// The version of the server at `endpoint`.
     pub fn version(&self, endpoint: &str) -> Result<String, CallError> {
-        let answer = self.agent.get(format!("http://{endpoint}/version")).call();
-        let text = text_of(endpoint, answer)?;
+        let answer = self.agent.get(self.address(endpoint, "version")).call();
+        let text = self.text_of(endpoint, answer)?;
         #[derive(Deserialize)]
         struct Version {
             etcdserver: String,
@@ -283,9 +294,96 @@ impl Cluster {
     }
 
     fn post(&self, endpoint: &str, transaction: &Value) -> Result<Answer, CallError> {
-        let request = self.agent.post(format!("http://{endpoint}/v3/kv/txn"));
-        let answer = request.content_type("application/json").send(transaction.to_string());
-        parse(endpoint, &text_of(endpoint, answer)?)
+        let known = self.lock_token().clone();
+        let token = match (&known, &self.access.user) {
+            (None, Some(user)) => Some(self.log_in(endpoint, user)?),
+            _ => known.clone(),
+        };
+        match (self.call(endpoint, "v3/kv/txn", transaction, token.as_deref()), &self.access.user) {
+            // It may have forgotten the token.
+            (Err(CallError::NoPermission { .. }), Some(user)) if known.is_some() => {
+                let token = self.log_in(endpoint, user)?;
+                self.call(endpoint, "v3/kv/txn", transaction, Some(&token))
+            }
+            (other, _) => other,
+        }
+    }
+
+    /// Has the etcd tell a token for the user.
+    fn log_in(&self, endpoint: &str, user: &User) -> Result<String, CallError> {
+        #[derive(Deserialize)]
+        struct LoggedIn {
+            token: String,
+        }
+        let LoggedIn { token } = self.call(endpoint, "v3/auth/authenticate", &user.to_json(), None)?;
+        *self.lock_token() = Some(token.clone());
+        Ok(token)
+    }
+
+    fn lock_token(&self) -> MutexGuard<'_, Option<String>> {
+        self.token.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn address(&self, endpoint: &str, path: &str) -> String {
+        let scheme = if self.access.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{endpoint}/{path}")
+    }
+
+    fn call<T: for<'de> Deserialize<'de>>(
+        &self,
+        endpoint: &str,
+        path: &str,
+        body: &Value,
+        token: Option<&str>,
+    ) -> Result<T, CallError> {
+        let mut request = self.agent.post(self.address(endpoint, path)).content_type("application/json");
+        if let Some(token) = token {
+            request = request.header("Authorization", token);
+        }
+        parse(endpoint, &self.text_of(endpoint, request.send(body.to_string()))?)
+    }
+
+    /// The body of a good answer.
+    fn text_of(&self, endpoint: &str, answer: Response) -> Result<String, CallError> {
+        let no_answer = |why: String| CallError::NoAnswer { endpoint: endpoint.to_owned(), why };
+        let failed = |error: ureq::Error| match error {
+            ureq::Error::Timeout(_) => no_answer(format!("no answer within {} ms", CALL_TIMEOUT.as_millis())),
+            other => no_answer(with_causes(&other)),
+        };
+        let mut answer = answer.map_err(failed)?;
+        let status = answer.status();
+        let text =
+            answer.body_mut().with_config().limit(MAX_ANSWER_BYTES).read_to_string().map_err(failed)?;
+        if status.is_success() {
+            return Ok(text);
+        }
+        #[derive(Deserialize)]
+        struct Failure {
+            error: String,
+            #[serde(default)]
+            code: u64,
+        }
+        let failure = serde_json::from_str::<Failure>(&text).ok();
+        let why = failure.as_ref().map_or_else(
+            || {
+                format!(
+                    "HTTP status {status}: {}",
+                    text.chars().take(SHOWN_CHARS).collect::<String>().trim().escape_debug()
+                )
+            },
+            |failure| failure.error.clone(),
+        );
+        // gRPC's PERMISSION_DENIED and UNAUTHENTICATED. A user that is not named or not known is an invalid argument to
+        // etcd, and one that it needs no user for a failed precondition.
+        let denied = failure.is_some_and(|failure| matches!(failure.code, 7 | 16))
+            || matches!(status.as_u16(), 401 | 403)
+            || ["user name is empty", "authentication"].iter().any(|words| why.contains(words));
+        if denied {
+            let advice = self.access.advice();
+            Err(CallError::NoPermission { endpoint: endpoint.to_owned(), why, advice })
+        } else {
+            Err(no_answer(why))
+        }
     }
 }
 
@@ -296,39 +394,6 @@ impl fmt::Display for Cluster {
 }
 
 type Response = Result<ureq::http::Response<ureq::Body>, ureq::Error>;
-
-/// The body of a good answer.
-fn text_of(endpoint: &str, answer: Response) -> Result<String, CallError> {
-    let no_answer = |why: String| CallError::NoAnswer { endpoint: endpoint.to_owned(), why };
-    let failed = |error: ureq::Error| match error {
-        ureq::Error::Timeout(_) => no_answer(format!("no answer within {} ms", CALL_TIMEOUT.as_millis())),
-        other => no_answer(with_causes(&other)),
-    };
-    let mut answer = answer.map_err(failed)?;
-    let status = answer.status();
-    let text = answer.body_mut().with_config().limit(MAX_ANSWER_BYTES).read_to_string().map_err(failed)?;
-    if status.is_success() {
-        return Ok(text);
-    }
-    #[derive(Deserialize)]
-    struct Failure {
-        error: String,
-        #[serde(default)]
-        code: u64,
-    }
-    let failure = serde_json::from_str::<Failure>(&text).ok();
-    let why =
-        failure.as_ref().map_or_else(|| format!("HTTP status {status}"), |failure| failure.error.clone());
-    // gRPC's PERMISSION_DENIED and UNAUTHENTICATED. That no user was named is an invalid argument to etcd.
-    let denied = failure.is_some_and(|failure| matches!(failure.code, 7 | 16))
-        || matches!(status.as_u16(), 401 | 403)
-        || why.contains("user name is empty");
-    if denied {
-        Err(CallError::NoPermission { endpoint: endpoint.to_owned(), why })
-    } else {
-        Err(no_answer(why))
-    }
-}
 
 fn parse<T: for<'de> Deserialize<'de>>(endpoint: &str, text: &str) -> Result<T, CallError> {
     serde_json::from_str(text).map_err(|error| CallError::NoAnswer {

@@ -1,7 +1,9 @@
 //! The arbiter against a real etcd, which each test starts on loopback.
 
+use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::net::{Shutdown, TcpListener};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::process::{Child, Command, Stdio};
 use std::sync::Barrier;
 use std::thread;
@@ -9,9 +11,11 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use proptest::prelude::*;
+use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 
 use super::*;
+use crate::config::EtcdArgs;
 
 /// Longest that a server may take to start.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -19,20 +23,21 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 struct Server {
     process: Child,
     endpoint: String,
+    args: EtcdArgs,
     _data: TempDir,
 }
 
 impl Server {
     /// `None` where this machine has no etcd.
     fn start() -> Option<Self> {
-        Self::start_with(&[])
+        Self::start_with(&[], EtcdArgs::default())
     }
 
-    fn start_with(options: &[&str]) -> Option<Self> {
+    fn start_with(options: &[&str], args: EtcdArgs) -> Option<Self> {
         let data = TempDir::new().unwrap();
         let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         let (endpoint, peer) = (free(), format!("http://{}", free()));
-        let client = format!("http://{endpoint}");
+        let client = format!("http{}://{endpoint}", if args.etcd_ca.is_some() { "s" } else { "" });
         let started = Command::new("etcd")
             .arg("--data-dir")
             .arg(data.path())
@@ -48,8 +53,8 @@ impl Server {
             println!("SKIPPED a real etcd: there is none here (Debian's package etcd-server)");
             return None;
         };
-        let server = Self { process, endpoint, _data: data };
-        let cluster = Cluster::new(std::slice::from_ref(&server.endpoint));
+        let server = Self { process, endpoint, args, _data: data };
+        let cluster = Cluster::new(std::slice::from_ref(&server.endpoint), access(&server.args));
         let deadline = Instant::now() + START_TIMEOUT;
         while let Err(error) = cluster.round_trip(&server.endpoint) {
             assert!(Instant::now() < deadline, "etcd does not start: {error}");
@@ -59,7 +64,11 @@ impl Server {
     }
 
     fn open(&self) -> Etcd {
-        Etcd::open(std::slice::from_ref(&self.endpoint)).unwrap()
+        self.try_open(&self.args).unwrap()
+    }
+
+    fn try_open(&self, args: &EtcdArgs) -> Result<Etcd, ArbiterError> {
+        Etcd::open(std::slice::from_ref(&self.endpoint), access(args))
     }
 
     fn signal(&self, signal: Signal) {
@@ -68,7 +77,8 @@ impl Server {
 
     fn control(&self, arguments: &[&str]) {
         let mut etcdctl = Command::new("etcdctl");
-        etcdctl.env("ETCDCTL_API", "3").arg(format!("--endpoints={}", self.endpoint)).args(arguments);
+        etcdctl.env("ETCDCTL_API", "3").arg(format!("--endpoints={}", self.endpoint));
+        etcdctl.args(access(&self.args).control_options().split_whitespace()).args(arguments);
         let output = etcdctl.output().unwrap();
         assert!(output.status.success(), "{arguments:?}: {output:?}");
     }
@@ -79,6 +89,10 @@ impl Drop for Server {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+fn access(args: &EtcdArgs) -> Access {
+    Access::read(args).unwrap()
 }
 
 fn create(etcd: &Etcd, view: u64, record: &str) -> Created {
@@ -176,14 +190,14 @@ fn every_endpoint_is_tried() {
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let (_, port) = server.endpoint.split_once(':').unwrap();
     let endpoints = [silent.local_addr().unwrap().to_string(), closed.clone(), format!("localhost:{port}")];
-    let etcd = Etcd::open(&endpoints).unwrap();
+    let etcd = Etcd::open(&endpoints, Access::default()).unwrap();
     let started = Instant::now();
     assert_eq!(create(&etcd, 1, "a"), Created::New);
     assert!(started.elapsed() < CALL_TIMEOUT, "the one that answered last is asked first");
     drop(server);
     let why = unknown(create(&etcd, 2, "b"));
     assert!(endpoints.iter().all(|endpoint| why.contains(endpoint)), "{why}");
-    let Err(error) = Etcd::open(&[closed]) else { panic!("nobody is there") };
+    let Err(error) = Etcd::open(&[closed], Access::default()) else { panic!("nobody is there") };
     assert!(
         error.to_string().contains("Connection refused") && error.to_string().contains("--arbiter"),
         "{error}"
@@ -203,7 +217,7 @@ fn an_etcd_that_is_not_the_one_it_was_decides_nothing() {
     assert!(matches!(etcd.read("web-1", 1), Err(ArbiterError::Foreign { .. })));
     server.control(&["put", ID_KEY, "vmft-etcd"]);
     assert!(unknown(create(&etcd, 1, "a")).contains("is damaged"));
-    let refused = Etcd::open(std::slice::from_ref(&server.endpoint));
+    let refused = server.try_open(&server.args);
     assert!(matches!(refused, Err(ArbiterError::DamagedId { .. })), "{refused:?}");
     server.control(&["put", ID_KEY, &encode_id(HEADER, &etcd.id())]);
     assert_eq!(create(&etcd, 1, "a"), Created::New);
@@ -214,7 +228,9 @@ fn an_etcd_that_is_not_the_one_it_was_decides_nothing() {
 
 #[test]
 fn a_full_etcd_lets_claims_wait() {
-    let Some(server) = Server::start_with(&["--quota-backend-bytes", "200000"]) else { return };
+    let Some(server) = Server::start_with(&["--quota-backend-bytes", "200000"], EtcdArgs::default()) else {
+        return;
+    };
     let etcd = server.open();
     let filling = "x".repeat(100_000);
     // The last one is refused. How many fit depends on when the etcd looks at the size of its file, which it does every 100 ms.
@@ -231,10 +247,107 @@ fn an_etcd_that_wants_a_user_is_refused_by_name() {
     server.control(&["user", "add", "root:secret"]);
     server.control(&["user", "grant-role", "root", "root"]);
     server.control(&["auth", "enable"]);
-    let refused = Etcd::open(std::slice::from_ref(&server.endpoint));
+    let refused = server.try_open(&server.args);
     let Err(ArbiterError::Refused { why }) = refused else { panic!("{refused:?}") };
-    assert!(why.contains(&server.endpoint) && why.contains("switch authentication off"), "{why}");
-    assert!(unknown(create(&etcd, 1, "a")).contains("switch authentication off"));
+    assert!(why.contains(&server.endpoint) && why.contains("--etcd-user"), "{why}");
+    assert!(unknown(create(&etcd, 1, "a")).contains("--etcd-user"));
+}
+
+/// Certificates of a CA's own and of what it has signed.
+struct Certificates {
+    directory: TempDir,
+    args: EtcdArgs,
+}
+
+impl Certificates {
+    fn new() -> Self {
+        let directory = TempDir::new().unwrap();
+        let write = |name: &str, pem: String| {
+            let path = directory.path().join(name);
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).unwrap();
+            file.write_all(pem.as_bytes()).unwrap();
+            path
+        };
+        let mut ca = CertificateParams::new([]).unwrap();
+        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let etcd_ca = Some(write("ca", ca.self_signed(&key).unwrap().pem()));
+        let issuer = Issuer::new(ca, key);
+        let signed = |name: &str| {
+            let key = KeyPair::generate().unwrap();
+            let mut certificate = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
+            // With users, etcd's gateway refuses certificates that name one.
+            certificate.distinguished_name = DistinguishedName::new();
+            let pem = certificate.signed_by(&key, &issuer).unwrap().pem();
+            (write(name, pem), write(&format!("{name}-key"), key.serialize_pem()))
+        };
+        signed("server");
+        let (certificate, key) = signed("client");
+        let (etcd_cert, etcd_cert_key) = (Some(certificate), Some(key));
+        Self { directory, args: EtcdArgs { etcd_ca, etcd_cert, etcd_cert_key, etcd_user: None } }
+    }
+
+    /// An etcd that asks for certificates of this CA.
+    fn server(&self) -> Option<Server> {
+        let file =
+            |option: &str, name: &str| format!("{option}={}", self.directory.path().join(name).display());
+        let files = [
+            file("--cert-file", "server"),
+            file("--key-file", "server-key"),
+            file("--trusted-ca-file", "ca"),
+            "--client-cert-auth".to_owned(),
+        ];
+        Server::start_with(&files.each_ref().map(String::as_str), self.args.clone())
+    }
+
+    fn user(&self, line: &str) -> EtcdArgs {
+        let path = self.directory.path().join(line);
+        std::fs::write(&path, format!("{line}\n")).unwrap();
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        EtcdArgs { etcd_user: Some(path), ..self.args.clone() }
+    }
+}
+
+#[test]
+fn an_etcd_with_tls_and_users_is_asked_by_tls_as_a_user() {
+    let certificates = Certificates::new();
+    let Some(server) = certificates.server() else { return };
+    for words in [
+        "user add root:secret",
+        "user grant-role root root",
+        "role add vmft",
+        "role grant-permission --prefix vmft readwrite /vmft/",
+        "user add monitor:password",
+        "user grant-role monitor vmft",
+        "user add nobody:password",
+        "auth enable",
+    ] {
+        server.control(&words.split(' ').collect::<Vec<_>>());
+    }
+    let monitor = certificates.user("monitor:password");
+    let etcd = server.try_open(&monitor).unwrap();
+    assert_eq!(create(&etcd, 1, "a"), Created::New);
+    // An etcd that has restarted knows none of its tokens.
+    *etcd.cluster.lock_token() = Some("forgotten.7".into());
+    assert_eq!(create(&etcd, 1, "b"), Created::Exists(b"a".to_vec()));
+    assert_eq!(etcd.latest("web-1").unwrap(), Some((1, b"a".to_vec())));
+    assert!(etcd.removal("web-1").contains(" --user=monitor del "), "{}", etcd.removal("web-1"));
+
+    let refused = |args: &EtcdArgs| server.try_open(args).unwrap_err().to_string();
+    for (line, part) in [
+        ("monitor:wrong", "correct --etcd-user"),
+        ("nobody:password", "let 'nobody' read and write all keys below /vmft/"),
+    ] {
+        let why = refused(&certificates.user(line));
+        assert!(why.contains("No permission") && why.contains(part) && !why.contains("wrong"), "{why}");
+    }
+    assert!(refused(&certificates.args).contains("name a user"), "{}", refused(&certificates.args));
+    let bare = EtcdArgs { etcd_cert: None, etcd_cert_key: None, ..monitor.clone() };
+    assert!(refused(&bare).contains("does not answer"), "{}", refused(&bare));
+    let other = Certificates::new();
+    let foreign = EtcdArgs { etcd_ca: other.args.etcd_ca.clone(), ..monitor };
+    assert!(refused(&foreign).contains("invalid peer certificate"), "{}", refused(&foreign));
+    assert!(refused(&EtcdArgs::default()).contains("--etcd-ca if it wants TLS"));
 }
 
 /// Answers each of `answers` to one connection, whatever is asked.
@@ -276,13 +389,13 @@ fn what_is_not_an_etcd_is_told_from_one() {
     ];
     let count = answers.len();
     let endpoint = impostor(answers);
-    let etcd = Etcd { cluster: Cluster::new(&[endpoint]), id: [1; 16] };
+    let etcd = Etcd { cluster: Cluster::new(&[endpoint], Access::default()), id: [1; 16] };
     for number in 0..count {
         let why = unknown(create(&etcd, 1, "a"));
         assert!(!why.is_empty(), "answer {number}");
     }
     for (status, body) in [("401 Unauthorized", "{}"), ("403 Forbidden", r#"{"error":"denied","code":7}"#)] {
-        let refused = Etcd::open(&[impostor(vec![http(status, body)])]);
+        let refused = Etcd::open(&[impostor(vec![http(status, body)])], Access::default());
         assert!(matches!(refused, Err(ArbiterError::Refused { .. })), "{refused:?}");
     }
 }
@@ -319,7 +432,7 @@ fn answer(succeeded: bool, id: &[u8], stored: Option<&str>) -> String {
 }
 
 fn decide(text: &str) -> Option<Created> {
-    let etcd = Etcd { cluster: Cluster::new(&["127.0.0.1:1".into()]), id: ID };
+    let etcd = Etcd { cluster: Cluster::new(&["127.0.0.1:1".into()], Access::default()), id: ID };
     etcd.decide(&key_of("web-1", 1), parse("127.0.0.1:1", text).ok()?).ok()
 }
 

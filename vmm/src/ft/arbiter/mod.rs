@@ -16,6 +16,7 @@
 //!
 //! Not covered: an arbiter that forgets records and keeps its id.
 
+mod access;
 pub mod dir;
 pub mod etcd;
 
@@ -28,6 +29,9 @@ use std::sync::Arc;
 
 use ft_log::to_hex;
 
+pub use access::{Access, AccessError};
+
+use crate::config::EtcdArgs;
 use crate::ft::claim::{Lines, id_of};
 use crate::host::random_bytes;
 
@@ -123,7 +127,9 @@ pub enum ArbiterError {
         source: io::Error,
     },
     /// No endpoint of an etcd answers.
-    #[error("The arbiter {place} does not answer ({why}); start it, or correct --arbiter")]
+    #[error(
+        "The arbiter {place} does not answer ({why}); start it, or correct --arbiter, or --etcd-ca if it wants TLS"
+    )]
     Unreachable {
         /// Its endpoints.
         place: String,
@@ -136,6 +142,9 @@ pub enum ArbiterError {
         /// Who refuses, and what to do.
         why: String,
     },
+    /// The options do not say how it is asked.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// What an etcd has stored, or answers, is not from here.
     #[error("The arbiter {place} cannot be used: {why}")]
     Foreign {
@@ -166,11 +175,14 @@ pub enum ArbiterSpec {
 }
 
 impl ArbiterSpec {
-    /// Checks that the arbiter can be used from this host, and finds or makes its id.
-    pub fn open(&self) -> Result<Arc<dyn Arbiter>, ArbiterError> {
+    /// Checks that the arbiter can be used from this host, and finds or makes its id. `etcd` says how an etcd is asked.
+    pub fn open(&self, etcd: &EtcdArgs) -> Result<Arc<dyn Arbiter>, ArbiterError> {
         match self {
-            Self::Directory(path) => Ok(Arc::new(dir::Directory::open(path)?)),
-            Self::Etcd(endpoints) => Ok(Arc::new(etcd::Etcd::open(endpoints)?)),
+            Self::Directory(path) => {
+                access::refuse_for_directory(etcd)?;
+                Ok(Arc::new(dir::Directory::open(path)?))
+            }
+            Self::Etcd(endpoints) => Ok(Arc::new(etcd::Etcd::open(endpoints, Access::read(etcd)?)?)),
         }
     }
 }
