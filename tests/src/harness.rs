@@ -37,7 +37,7 @@ impl Need {
             Need::Root => (!nix::unistd::geteuid().is_root()).then(|| "it needs root".to_owned()),
             Need::Tun => missing_file("/dev/net/tun"),
             Need::Etcd => ["etcd", "etcdctl"].into_iter().find_map(missing_program),
-            Need::Qemu => ["ip", "qemu-system-x86_64", "busybox", "cpio", "modprobe", "mke2fs"]
+            Need::Qemu => ["ip", "tc", "qemu-system-x86_64", "busybox", "cpio", "modprobe", "mke2fs"]
                 .into_iter()
                 .find_map(missing_program)
                 .or_else(|| missing_file("/usr/lib/qemu/virtiofsd")),
