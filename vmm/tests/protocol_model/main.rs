@@ -222,6 +222,13 @@ fn cuts() {
 }
 
 #[test]
+fn sides_that_hear_nobody_else() {
+    let left = Left { turns_deaf: 1, cuts: 1, entries: 1, ..quiet(5) };
+    let long = Left { turns_deaf: 2, entries: 2, ..left }.with_ticks(4);
+    holds("a cut link, and sides that wait for longer and no longer", 2, left, long);
+}
+
+#[test]
 fn repeated_heartbeats() {
     let left = Left { cuts: 1, repeats: 1, ..quiet(3) };
     holds("a cut link and a heartbeat that comes twice", 2, left, left.with_ticks(5));

@@ -29,6 +29,8 @@ pub struct Left {
     pub doubts: u8,
     /// Ticks by which a host's clock falls behind.
     pub drift: u8,
+    /// Hosts that stop hearing any other but the peer's, or hear one again.
+    pub turns_deaf: u8,
     /// Monitors stopped by the operator.
     pub stops: u8,
     /// Backups that stay too far behind.
@@ -77,6 +79,7 @@ pub enum Step {
     Dismiss(usize),
     TooSlow(usize),
     Useless(usize),
+    TurnDeaf(usize),
 }
 
 impl World {
@@ -137,6 +140,9 @@ impl World {
                     steps.extend((left.useless > 0 && !following.useless).then_some(Step::Useless(place)));
                 }
             }
+        }
+        if left.turns_deaf > 0 {
+            steps.push(Step::TurnDeaf(place));
         }
         if left.crashes > 0 {
             steps.extend([Step::Kill(place), Step::PowerLoss(place)]);

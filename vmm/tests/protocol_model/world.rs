@@ -134,6 +134,8 @@ pub enum Monitor {
 pub struct Host {
     pub frozen: bool,
     pub(super) lag: u8,
+    /// It hears nobody but the peer, so it waits for longer.
+    pub(super) deaf: bool,
     pub monitor: Monitor,
 }
 
@@ -214,7 +216,7 @@ pub struct World {
 
 impl World {
     pub fn new(hosts: usize, left: Left, wiring: &Wiring) -> Self {
-        let off = Host { frozen: false, lag: 0, monitor: Monitor::Off };
+        let off = Host { frozen: false, lag: 0, deaf: false, monitor: Monitor::Off };
         let mut world = Self {
             tick: 1,
             left,
@@ -375,6 +377,10 @@ impl World {
                 self.backup_lost(running.life, Loss::Behind(TICK));
             }
             Step::Useless(host) => self.useless(host, wiring),
+            Step::TurnDeaf(host) => {
+                self.left.turns_deaf -= 1;
+                self.hosts[host].deaf = !self.hosts[host].deaf;
+            }
             other => unreachable!("{other:?} is no fault"),
         }
     }
@@ -421,14 +427,12 @@ impl World {
             if self.hosts[place].frozen {
                 continue;
             }
-            let now = self.now(place);
+            let (now, deaf) = (self.now(place), self.hosts[place].deaf);
             match &mut self.hosts[place].monitor {
                 Monitor::Off => {}
                 Monitor::Primary(running) => {
-                    let (life, loss) = (
-                        running.life,
-                        running.machine.look(running.questions.answered_sent_at(), false, now),
-                    );
+                    let (life, loss) =
+                        (running.life, running.machine.look(running.questions.answered_sent_at(), deaf, now));
                     if let Some(backup) = running.peer {
                         let counter = running.questions.ask(now);
                         self.send_beat(Beat { backup, counter, answer: false });
@@ -440,7 +444,7 @@ impl World {
                 }
                 Monitor::Backup(following) => {
                     let (life, silent) = (following.life, following.hearing.silent_for(now));
-                    if following.machine.acknowledges() && following.machine.gives_up(silent, false) {
+                    if following.machine.acknowledges() && following.machine.gives_up(silent, deaf) {
                         self.link_lost(life, LinkLoss::Unsure, wiring);
                     } else {
                         self.look(place, wiring);
@@ -643,9 +647,9 @@ impl World {
 
     /// What the backup's machine says must be done.
     pub(super) fn look(&mut self, place: usize, wiring: &Wiring) {
-        let now = self.now(place);
+        let (now, deaf) = (self.now(place), self.hosts[place].deaf);
         let Monitor::Backup(following) = &mut self.hosts[place].monitor else { return };
-        following.next = following.machine.next(following.hearing.silent_for(now), false, false);
+        following.next = following.machine.next(following.hearing.silent_for(now), deaf, false);
         if let Some(view) = following.machine.goes_live() {
             self.useless_lives |= following.useless;
             let mut guest = std::mem::take(&mut following.guest);
