@@ -1,7 +1,7 @@
 //! A real etcd of three members, in a test's network, where the hosts reach it over the log link, by TLS and as a user.
 //!
-//! Owns: the processes, their data, and the certificates. States of a member: starting -> answering -> frozen and let go at will -> killed,
-//! at the latest on drop.
+//! Owns: the processes, their data, and the certificates. States of a member: starting -> answering -> frozen and let go
+//! at will -> killed, at the latest on drop.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;

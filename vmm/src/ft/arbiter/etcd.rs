@@ -294,18 +294,13 @@ impl Cluster {
     }
 
     fn post(&self, endpoint: &str, transaction: &Value) -> Result<Answer, CallError> {
+        let ask = |token: Option<&str>| self.call(endpoint, "v3/kv/txn", transaction, token);
+        let Some(user) = &self.access.user else { return ask(None) };
         let known = self.lock_token().clone();
-        let token = match (&known, &self.access.user) {
-            (None, Some(user)) => Some(self.log_in(endpoint, user)?),
-            _ => known.clone(),
-        };
-        match (self.call(endpoint, "v3/kv/txn", transaction, token.as_deref()), &self.access.user) {
-            // It may have forgotten the token.
-            (Err(CallError::NoPermission { .. }), Some(user)) if known.is_some() => {
-                let token = self.log_in(endpoint, user)?;
-                self.call(endpoint, "v3/kv/txn", transaction, Some(&token))
-            }
-            (other, _) => other,
+        match known.map(|token| ask(Some(&token))) {
+            // There is no token yet, or the etcd may have forgotten it.
+            None | Some(Err(CallError::NoPermission { .. })) => ask(Some(&self.log_in(endpoint, user)?)),
+            Some(other) => other,
         }
     }
 
