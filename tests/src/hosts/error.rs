@@ -71,12 +71,6 @@ pub enum HostError {
         /// What the agent said.
         reason: String,
     },
-    /// No certificate can be made.
-    #[error("No certificate for a test's etcd: {reason}")]
-    Certificate {
-        /// Why.
-        reason: String,
-    },
     /// A process did not do what was waited for in time.
     #[error(
         "{what} did not happen within {timeout:?} in '{command}' on host {host}. The end of its output:\n{output}"

@@ -3,18 +3,16 @@
 //! Owns: the processes, their data, and the certificates. States of a member: starting -> answering -> frozen and let go
 //! at will -> killed, at the latest on drop.
 
-use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::fs;
 use std::net::{SocketAddr, TcpStream};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, IsCa, Issuer, KeyPair};
 
+use super::certificates::{self, CA, CLIENT, SERVER};
 use super::tool::{self, Background};
 use super::{HostError, Link, Net};
 
@@ -26,11 +24,10 @@ const ROOT: &str = "root:secret";
 /// What [`Etcd::admit`] makes of the files, each with the option that names it.
 const ADMISSION: [(&str, &str); 4] = [
     ("--etcd-ca", CA),
-    ("--etcd-cert", "etcd-client"),
-    ("--etcd-cert-key", "etcd-client-key"),
+    ("--etcd-cert", CLIENT[0]),
+    ("--etcd-cert-key", CLIENT[1]),
     ("--etcd-user", "etcd-user"),
 ];
-const CA: &str = "etcd-ca";
 /// Longest that it may take to answer.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -105,7 +102,7 @@ impl Etcd {
 
     fn control(&self, options: &str, words: &str) -> Result<String, HostError> {
         let file = |name: &str| self.keys.join(name).display().to_string();
-        let (ca, certificate, key) = (file(CA), file("etcd-client"), file("etcd-client-key"));
+        let (ca, certificate, key) = (file(CA), file(CLIENT[0]), file(CLIENT[1]));
         tool::run(&format!(
             "ip netns exec {} env ETCDCTL_API=3 etcdctl --endpoints={} --cacert={ca} --cert={certificate} --key={key} \
              {options} {words}",
@@ -152,29 +149,12 @@ impl Etcd {
     }
 }
 
-/// Makes a CA, and certificates of it for the members and for who asks them.
+/// Makes what members and those who ask them show each other.
 fn make_keys(directory: &Path) -> Result<(), HostError> {
-    fs::create_dir(directory).map_err(HostError::file(directory))?;
-    let write = |name: &str, text: &str| {
-        let path = directory.join(name);
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-        file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(HostError::file(&path))
-    };
-    let failed = |error: rcgen::Error| HostError::Certificate { reason: error.to_string() };
-    let mut ca = CertificateParams::new([]).map_err(failed)?;
-    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    let key = KeyPair::generate().map_err(failed)?;
-    write(CA, &ca.self_signed(&key).map_err(failed)?.pem())?;
-    let issuer = Issuer::new(ca, key);
-    for name in ["etcd-server", "etcd-client"] {
-        let mut params = CertificateParams::new([Link::Log.own_address().to_string()]).map_err(failed)?;
-        // With users, etcd's gateway refuses certificates that name one.
-        params.distinguished_name = DistinguishedName::new();
-        let key = KeyPair::generate().map_err(failed)?;
-        write(name, &params.signed_by(&key, &issuer).map_err(failed)?.pem())?;
-        write(&format!("{name}-key"), &key.serialize_pem())?;
-    }
-    write("etcd-user", &format!("{USER}\n"))
+    fs::create_dir(directory)
+        .and_then(|()| certificates::make(directory, &Link::Log.own_address().to_string()))
+        .and_then(|()| certificates::write_secret(&directory.join("etcd-user"), &format!("{USER}\n")))
+        .map_err(HostError::file(directory))
 }
 
 fn start_member(net: &Net, name: &str, number: usize, keys: &Path) -> Result<Background, HostError> {
@@ -195,9 +175,7 @@ fn start_member(net: &Net, name: &str, number: usize, keys: &Path) -> Result<Bac
     command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
     command.args(["--listen-peer-urls", &peer_of(peer), "--initial-advertise-peer-urls", &peer_of(peer)]);
     command.args(["--initial-cluster-state", "new", "--initial-cluster", &cluster.join(",")]);
-    for (option, name) in
-        [("--cert-file", "etcd-server"), ("--key-file", "etcd-server-key"), ("--trusted-ca-file", CA)]
-    {
+    for (option, name) in [("--cert-file", SERVER[0]), ("--key-file", SERVER[1]), ("--trusted-ca-file", CA)] {
         command.arg(option).arg(keys.join(name));
     }
     command.arg("--client-cert-auth");

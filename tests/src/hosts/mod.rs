@@ -13,6 +13,7 @@
 //! creates goes away with it; what a killed test left behind is removed by the next one.
 
 mod capture;
+mod certificates;
 mod error;
 mod etcd;
 mod host;

@@ -1,9 +1,7 @@
 //! The arbiter against a real etcd, which each test starts on loopback.
 
-use std::fs::{OpenOptions, Permissions};
 use std::io::{self, Write};
 use std::net::{Shutdown, TcpListener};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::process::{Child, Command, Stdio};
 use std::sync::Barrier;
 use std::thread;
@@ -11,11 +9,15 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use proptest::prelude::*;
-use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 
 use super::*;
 use crate::config::EtcdArgs;
+
+#[path = "../../../../tests/src/hosts/certificates.rs"]
+mod certificates;
+
+use certificates::{CA, CLIENT, SERVER};
 
 /// Longest that a server may take to start.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -262,28 +264,9 @@ struct Certificates {
 impl Certificates {
     fn new() -> Self {
         let directory = TempDir::new().unwrap();
-        let write = |name: &str, pem: String| {
-            let path = directory.path().join(name);
-            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).unwrap();
-            file.write_all(pem.as_bytes()).unwrap();
-            path
-        };
-        let mut ca = CertificateParams::new([]).unwrap();
-        ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let key = KeyPair::generate().unwrap();
-        let etcd_ca = Some(write("ca", ca.self_signed(&key).unwrap().pem()));
-        let issuer = Issuer::new(ca, key);
-        let signed = |name: &str| {
-            let key = KeyPair::generate().unwrap();
-            let mut certificate = CertificateParams::new(["127.0.0.1".to_owned()]).unwrap();
-            // With users, etcd's gateway refuses certificates that name one.
-            certificate.distinguished_name = DistinguishedName::new();
-            let pem = certificate.signed_by(&key, &issuer).unwrap().pem();
-            (write(name, pem), write(&format!("{name}-key"), key.serialize_pem()))
-        };
-        signed("server");
-        let (certificate, key) = signed("client");
-        let (etcd_cert, etcd_cert_key) = (Some(certificate), Some(key));
+        certificates::make(directory.path(), "127.0.0.1").unwrap();
+        let file = |name: &str| Some(directory.path().join(name));
+        let [etcd_ca, etcd_cert, etcd_cert_key] = [CA, CLIENT[0], CLIENT[1]].map(file);
         Self { directory, args: EtcdArgs { etcd_ca, etcd_cert, etcd_cert_key, etcd_user: None } }
     }
 
@@ -292,9 +275,9 @@ impl Certificates {
         let file =
             |option: &str, name: &str| format!("{option}={}", self.directory.path().join(name).display());
         let files = [
-            file("--cert-file", "server"),
-            file("--key-file", "server-key"),
-            file("--trusted-ca-file", "ca"),
+            file("--cert-file", SERVER[0]),
+            file("--key-file", SERVER[1]),
+            file("--trusted-ca-file", CA),
             "--client-cert-auth".to_owned(),
         ];
         Server::start_with(&files.each_ref().map(String::as_str), self.args.clone())
@@ -302,8 +285,7 @@ impl Certificates {
 
     fn user(&self, line: &str) -> EtcdArgs {
         let path = self.directory.path().join(line);
-        std::fs::write(&path, format!("{line}\n")).unwrap();
-        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        certificates::write_secret(&path, &format!("{line}\n")).unwrap();
         EtcdArgs { etcd_user: Some(path), ..self.args.clone() }
     }
 }
