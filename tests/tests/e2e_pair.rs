@@ -27,6 +27,12 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Options of a backup that is started with its primary, which takes long to start on an emulated host.
 const PATIENT: &[&str] = &["--connect-timeout-ms", "60000"];
 
+/// What a guest that works at `idt-address` says before the virtual address of that table.
+const IDT_ADDRESS: &str = "vmft-work: idt_table at";
+
+/// Where Linux maps its image, which the monitor loads without moving it (Documentation/arch/x86/x86_64/mm.rst).
+const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
+
 fn main() -> ExitCode {
     let status = harness::run(&[
         Case::on_hosts("killed_primary_is_survived_at_any_moment", killed_primary_is_survived_at_any_moment),
@@ -324,20 +330,20 @@ fn stopped_backup_claims_nothing() -> TestResult {
 }
 
 fn stopped_primary_hands_over() -> TestResult {
-    assert_taken_over(|_, primary, _| {
+    assert_taken_over(&Guest::default(), |_, primary| {
         assert_eq!(end(primary)?, Ending::Exited(0));
         Ok(())
     })
 }
 
 /// The guest, which a client uses, is taken over from a primary that `leaves`, and its life then ended.
-fn assert_taken_over(leaves: impl Fn(&Site, &Monitor, &Guest) -> TestResult) -> TestResult {
+fn assert_taken_over(guest: &Guest, leaves: impl Fn(&Site, &Monitor) -> TestResult) -> TestResult {
     SITE.run(|site| {
-        let (guest, volume) = (Guest::default(), site.volume()?);
-        let (primary, backup) = site.start_pair(&guest, &volume)?;
+        let volume = site.volume()?;
+        let (primary, backup) = site.start_pair(guest, &volume)?;
         let client = site.client(load())?;
         more_replies(&client, 20)?;
-        leaves(site, &primary, &guest)?;
+        leaves(site, &primary)?;
         println!("{}", backup.wait_for_line(TAKEOVER, SHORT)?);
         more_replies(&client, 20)?;
         let report = client.stop(SHORT);
@@ -392,15 +398,24 @@ fn guest_that_crashes_ends_both() -> TestResult {
 }
 
 fn guest_that_crashes_on_the_primary_only_goes_on() -> TestResult {
-    assert_taken_over(|site, primary, guest| {
-        forget_memory(site, primary, guest)?;
+    let guest = Guest { work: "idt-address", ..Guest::default() };
+    assert_taken_over(&guest, |site, primary| {
+        forget_interrupt_table(site, primary, &guest)?;
         assert_eq!(primary.wait(SHORT)?.ending, Ending::Exited(5));
         Ok(())
     })
 }
 
-/// The memory of the primary's host fails: all that the guest has there is 0 from one moment to the next, page tables too.
-fn forget_memory(site: &Site, monitor: &Monitor, guest: &Guest) -> TestResult {
+/// The memory of the primary's host fails where the guest's interrupt descriptor table is, which crashes the guest at
+/// its next interrupt. KVM does not see that write and the guest makes none there once it has booted, so no checkpoint
+/// takes the failure to the backup.
+fn forget_interrupt_table(site: &Site, monitor: &Monitor, guest: &Guest) -> TestResult {
+    let said = monitor.wait_for_line(IDT_ADDRESS, LONG)?;
+    let address = said.trim_end().rsplit(' ').next().unwrap_or_default();
+    let table = u64::from_str_radix(address, 16)
+        .ok()
+        .and_then(|address| address.checked_sub(KERNEL_MAP))
+        .ok_or_else(|| format!("no address: {said}"))?;
     let bytes = u64::from(guest.memory_mib) << 20;
     let pid = monitor.pid();
     let host = site.host(monitor.host);
@@ -411,12 +426,9 @@ fn forget_memory(site: &Site, monitor: &Monitor, guest: &Guest) -> TestResult {
         start.filter(|start| end == Some(start + bytes))
     });
     let start = mapping.ok_or_else(|| format!("no mapping of {bytes} bytes: {maps:?}"))?;
-    // It stands still meanwhile, so that nothing runs on half of its memory.
-    let (page, count) = (start >> 12, bytes >> 12);
-    let script = format!(
-        "kill -STOP {pid} && dd if=/dev/zero of=/proc/{pid}/mem bs=4096 seek={page} count={count} conv=notrunc; kill -CONT {pid}"
-    );
-    let output = host.run(&["sh", "-c", &script], SHORT)?;
+    let (memory, seek) = (format!("of=/proc/{pid}/mem"), format!("seek={}", (start + table) >> 12));
+    let zeroes = ["dd", "if=/dev/zero", &memory, "bs=4096", &seek, "count=1", "conv=notrunc"];
+    let output = host.run(&zeroes, SHORT)?;
     assert_eq!(output.ending, Ending::Exited(0), "{:?}", output.stderr);
     Ok(())
 }
