@@ -7,7 +7,8 @@
 //! What is due: events in the inbox, counted from the arrival of the oldest, the next timer of the devices, and the clock,
 //! which stands still in a guest that makes no exits, after [`CLOCK_STANDS_MAX`].
 //! The budget is what was asked for, or longer where a stop would take long because the guest has written many pages: so
-//! long that stops take a ninth of the guest's time at most, up to a second.
+//! long that stops for events take a ninth of the guest's time at most, and stops for timers alone a 33rd, up to a second.
+//! Somebody waits for an event's answer; a guest that computes makes its timers due all the time.
 
 use std::io;
 use std::sync::Arc;
@@ -24,8 +25,10 @@ const NEVER: u64 = u64::MAX;
 /// Longest time that a guest's clock stands still. A guest that waits for a time, without an exit and with interrupts off,
 /// would wait for ever.
 const CLOCK_STANDS_MAX: Duration = Duration::from_millis(100);
-/// Least time that something waits, as a multiple of the pause that its stop takes.
-const STRETCH: u64 = 8;
+/// Least time that an event waits, as a multiple of the pause that its stop takes.
+const EVENT_STRETCH: u64 = 8;
+/// The same for a timer.
+const TIMER_STRETCH: u64 = 32;
 /// What a stop takes besides its pages, as a number of pages.
 const STOP_PAGES: u64 = 32;
 /// No budget is stretched beyond this.
@@ -45,7 +48,10 @@ pub struct Deferral {
     in_guest: AtomicBool,
     arrived_ns: AtomicU64,
     timer_ns: AtomicU64,
+    /// Before these nothing is due: at all, or an event, or a timer.
     hold_ns: AtomicU64,
+    event_hold_ns: AtomicU64,
+    timer_hold_ns: AtomicU64,
     alarm_ns: AtomicU64,
     watcher: std::sync::OnceLock<thread::Thread>,
     ended: AtomicBool,
@@ -64,6 +70,8 @@ impl Deferral {
             arrived_ns: AtomicU64::new(NEVER),
             timer_ns: AtomicU64::new(NEVER),
             hold_ns: AtomicU64::new(0),
+            event_hold_ns: AtomicU64::new(0),
+            timer_hold_ns: AtomicU64::new(0),
             alarm_ns: AtomicU64::new(NEVER),
             watcher: std::sync::OnceLock::new(),
             ended: AtomicBool::new(false),
@@ -110,9 +118,13 @@ impl Deferral {
         if !self.in_guest.load(Ordering::SeqCst) {
             return NEVER;
         }
-        let since = self.arrived_ns.load(Ordering::SeqCst).min(self.timer_ns.load(Ordering::SeqCst));
-        let due = since.saturating_add(self.asked_ns);
-        if since == NEVER { NEVER } else { due.max(self.hold_ns.load(Ordering::Relaxed)) }
+        let due = |since: &AtomicU64, hold: &AtomicU64| match since.load(Ordering::SeqCst) {
+            NEVER => NEVER,
+            since => since.saturating_add(self.asked_ns).max(hold.load(Ordering::Relaxed)),
+        };
+        let event = due(&self.arrived_ns, &self.event_hold_ns);
+        let timer = due(&self.timer_ns, &self.timer_hold_ns);
+        event.min(timer).max(self.hold_ns.load(Ordering::Relaxed))
     }
 
     fn wake_if_late(&self) {
@@ -151,6 +163,8 @@ impl Deferral {
         let latest = now + CLOCK_STANDS_MAX;
         let timer = timer.map_or(latest, |timer| timer.min(latest));
         self.hold_ns.store(self.ns(now + hold), Ordering::Relaxed);
+        self.event_hold_ns.store(0, Ordering::Relaxed);
+        self.timer_hold_ns.store(0, Ordering::Relaxed);
         self.timer_ns.store(self.ns(timer), Ordering::SeqCst);
         self.in_guest.store(true, Ordering::SeqCst);
         self.wake_if_late();
@@ -169,12 +183,15 @@ impl Deferral {
     /// Has it waited long enough for a stop with `pages` pages? If not, that is asked again later.
     pub fn is_worth(&self, pages: u64) -> bool {
         let pause_ns = self.page_ns.load(Ordering::Relaxed) * (pages + STOP_PAGES);
-        let budget_ns = self.asked_ns.max((pause_ns * STRETCH).min(LONGEST_NS));
-        self.budget_ns.store(budget_ns, Ordering::Relaxed);
-        let since = self.arrived_ns.load(Ordering::SeqCst).min(self.timer_ns.load(Ordering::SeqCst));
-        let due = since.saturating_add(budget_ns);
-        self.hold_ns.store(due, Ordering::Relaxed);
-        due <= self.ns(Instant::now())
+        let stretched = |by: u64| self.asked_ns.max((pause_ns * by).min(LONGEST_NS));
+        let hold = |hold: &AtomicU64, since: &AtomicU64, budget_ns: u64| {
+            let since = since.load(Ordering::SeqCst);
+            hold.store(if since == NEVER { 0 } else { since.saturating_add(budget_ns) }, Ordering::Relaxed);
+        };
+        hold(&self.event_hold_ns, &self.arrived_ns, stretched(EVENT_STRETCH));
+        hold(&self.timer_hold_ns, &self.timer_ns, stretched(TIMER_STRETCH));
+        self.budget_ns.store(stretched(TIMER_STRETCH), Ordering::Relaxed);
+        self.is_due()
     }
 
     /// The guest cannot be stopped just now: it is asked again later.
@@ -189,7 +206,7 @@ impl Deferral {
         self.page_ns.store((before * (PAUSE_WEIGHT - 1) + new) / PAUSE_WEIGHT, Ordering::Relaxed);
     }
 
-    /// The budget as it was last.
+    /// The budget as it was last: the longest that anything waits.
     pub fn budget(&self) -> Duration {
         Duration::from_nanos(self.budget_ns.load(Ordering::Relaxed))
     }
@@ -334,13 +351,34 @@ mod tests {
         assert_eq!(deferral.budget(), BUDGET);
         assert!(!deferral.is_worth(1 << 20));
         assert_eq!(deferral.budget(), Duration::from_secs(1));
-        assert!(!deferral.is_worth(50_000 - STOP_PAGES));
+        assert!(!deferral.is_worth(10_000 - STOP_PAGES));
         let budget = deferral.budget();
         assert!(
-            budget >= Duration::from_micros(50_000 * STRETCH) && budget < Duration::from_millis(500),
+            budget >= Duration::from_micros(10_000 * TIMER_STRETCH) && budget < Duration::from_millis(500),
             "{budget:?}"
         );
         assert!(!deferral.is_due(), "it is asked again later");
+    }
+
+    #[test]
+    fn an_event_waits_for_less_than_a_timer() {
+        let deferral = Deferral::new(BUDGET);
+        for _ in 0..1_000 {
+            deferral.paused(Duration::from_millis(1), 1_000 - STOP_PAGES);
+        }
+        let timer = Instant::now();
+        deferral.entering(Some(timer));
+        assert!(!deferral.is_worth(20_000 - STOP_PAGES));
+        let timer_due = deferral.due_ns();
+        assert!(timer_due >= deferral.ns(timer) + 20_000_000 * TIMER_STRETCH);
+        deferral.arrived();
+        let arrived = deferral.ns(Instant::now());
+        assert!(deferral.due_ns() < timer_due, "the timer's wait is not the event's");
+        assert!(!deferral.is_worth(20_000 - STOP_PAGES));
+        let event_due = deferral.due_ns();
+        assert!(event_due <= arrived + 25_000_000 * EVENT_STRETCH && event_due >= 20_000_000 * EVENT_STRETCH);
+        deferral.emptying();
+        assert_eq!(deferral.due_ns(), timer_due);
     }
 
     #[test]
