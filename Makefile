@@ -44,6 +44,7 @@ test-long: export VMFT_KILLS ?= 30
 test-long: export VMFT_COMPUTE_S ?= 600
 test-long: export VMFT_COMPUTE_KILLS ?= 20
 test-long: export VMFT_INTERRUPTS ?= 1000
+test-long: export VMFT_PAGINGS ?= 150
 test-long: ## `make test` with more cases and more replays: hours
 	@MAKE=$(MAKE) scripts/test.sh lint guest unit e2e
 

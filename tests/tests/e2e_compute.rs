@@ -219,21 +219,48 @@ fn compute_time() -> Duration {
 
 /// Page tables that change all the time: what a processor remembers of them must not reach the guest.
 fn changing_page_tables_replay_equal() -> TestResult {
-    SITE.run(|site| {
+    let (mut anchors, mut stops) = (0, 0);
+    let rounds = count_from_environment("VMFT_PAGINGS", 1);
+    for _ in 0..rounds {
+        SITE.run(|site| {
+            let more = page_tables_replay_equal(site)?;
+            (anchors, stops) = (anchors + more.0, stops + more.1);
+            Ok(())
+        })?;
+    }
+    println!("{} recordings replayed equal: {anchors} anchors, {stops} forced stops", 2 * rounds);
+    Ok(())
+}
+
+/// Records a guest on each host and replays it on the other one. Answers the anchors and forced stops of both.
+fn page_tables_replay_equal(site: &mut Site) -> Result<(u64, u64), Box<dyn Error>> {
+    let mut recorders = Vec::new();
+    for host in [1, 2] {
         let volume = site.volume()?;
         let recording = format!("{}/recording", volume.path);
         let guest = Guest { work: "paging,poweroff-after-ready", memory_mib: 80, ..Guest::default() };
         let mut arguments = vec!["record".to_owned(), recording.clone()];
         arguments.extend(site.guest_options(&guest, &volume));
-        let recorder = site.start(1, &arguments)?;
+        recorders.push((site.start(host, &arguments)?, volume, recording));
+    }
+    let (mut anchors, mut stops) = (0, 0);
+    let mut replayers = Vec::new();
+    for (recorder, volume, recording) in recorders {
         recorder.wait_for_line("vmft-work: paging done", 2 * LONG)?;
-        println!("{}", recorder.wait_for_line("the recording is whole", LONG)?);
+        let whole = recorder.wait_for_line("the recording is whole", LONG)?;
+        println!("{whole}");
+        anchors += field(&whole, "anchors").ok_or("no anchors")?;
+        stops += field(&whole, "forced_stops").ok_or("no forced stops")?;
         assert_eq!(recorder.wait(SHORT)?.ending, Ending::Exited(0));
-        let replayer = site.start(2, &["replay".to_owned(), recording])?;
+        let other = 3 - recorder.host;
+        replayers.push((site.start(other, &["replay".to_owned(), recording])?, volume));
+    }
+    for (replayer, volume) in replayers {
         println!("{}", replayer.wait_for_line("replay equal", 2 * LONG)?);
         assert_eq!(replayer.wait(SHORT)?.ending, Ending::Exited(0));
-        Ok(())
-    })
+        fs::remove_dir_all(&volume.local)?;
+    }
+    Ok((anchors, stops))
 }
 
 fn computing_guest_replays_equal() -> TestResult {
