@@ -10,12 +10,11 @@
 //! earlier connection, view or run does not open; within one connection the counter tells old from new. Without a
 //! secret the tag guards against accidents only. In any case a heartbeat may delay a takeover and never cause one.
 
-use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::datagram::{self, Kind, Unopened};
+use crate::datagram::{self, DatagramError, Kind};
 use crate::error::LogError;
-use crate::fields::{get_array, get_u8, get_u64};
+use crate::fields::{get_u8, get_u64};
 use crate::key::{SealKey, TAG_BYTES};
 
 /// Length of a heartbeat.
@@ -50,52 +49,9 @@ pub struct Heartbeat {
     pub role: Role,
 }
 
-/// Why a datagram is not a heartbeat.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum HeartbeatError {
-    /// Another length.
-    #[error("The datagram has {len_bytes} bytes, a heartbeat has {HEARTBEAT_BYTES}")]
-    Length {
-        /// The length found.
-        len_bytes: usize,
-    },
-    /// Something else.
-    #[error("The datagram is not a heartbeat: it starts with {}", found.escape_ascii())]
-    Magic {
-        /// The first bytes found.
-        found: [u8; 8],
-    },
-    /// Another version.
-    #[error("The heartbeat has version {found}, this monitor knows {HEARTBEAT_VERSION}")]
-    Version {
-        /// The version found.
-        found: u32,
-    },
-    /// Changed on its way, of another connection, or made by somebody without the key.
-    #[error("The heartbeat is not sealed with this connection's key")]
-    Seal,
-    /// A reserved byte is in use.
-    #[error("A reserved byte of the heartbeat is not 0")]
-    Reserved,
-    /// A field has no meaning.
-    #[error("The heartbeat is not valid")]
-    Field(#[source] LogError),
-}
-
 /// The number that stands for a guest's name (XXH3, 64 bits).
 pub fn guest_name_hash(name: &str) -> u64 {
     xxh3_64(name.as_bytes())
-}
-
-impl From<Unopened> for HeartbeatError {
-    fn from(why: Unopened) -> Self {
-        match why {
-            Unopened::Length { len_bytes } => Self::Length { len_bytes },
-            Unopened::Magic { found } => Self::Magic { found },
-            Unopened::Version { found } => Self::Version { found },
-            Unopened::Seal => Self::Seal,
-        }
-    }
 }
 
 impl Heartbeat {
@@ -115,12 +71,10 @@ impl Heartbeat {
     ///
     /// # Errors
     /// Magic and version are judged before the length, so that another version is told by its name.
-    pub fn decode(datagram: &[u8], key: &SealKey) -> Result<Self, HeartbeatError> {
+    pub fn decode(datagram: &[u8], key: &SealKey) -> Result<Self, DatagramError> {
         let input = &mut datagram::open(datagram, &KIND, key)?;
-        let heartbeat = Self::get_fields(input).map_err(HeartbeatError::Field)?;
-        if get_array(input, "reserved bytes") != Ok([0; 3]) {
-            return Err(HeartbeatError::Reserved);
-        }
+        let heartbeat = Self::get_fields(input)?;
+        datagram::reserved::<3>(input)?;
         Ok(heartbeat)
     }
 

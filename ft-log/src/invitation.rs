@@ -11,11 +11,9 @@
 //! accidents only. Nothing in it tells new from old: an invitation that is old or forged leads to a connection that comes
 //! to nothing.
 
-use thiserror::Error;
-
-use crate::datagram::{self, Kind, Unopened};
+use crate::datagram::{self, DatagramError, Kind};
 use crate::error::LogError;
-use crate::fields::{get_array, get_u16, get_u64};
+use crate::fields::{get_u16, get_u64};
 use crate::key::{SealKey, TAG_BYTES};
 
 /// Length of an invitation.
@@ -36,52 +34,6 @@ pub struct Invitation {
     pub guest: u64,
     /// The TCP port on which the sender awaits backups, at the address that the datagram comes from. Not 0.
     pub port: u16,
-}
-
-/// Why a datagram is not an invitation.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum InvitationError {
-    /// Another length.
-    #[error("The datagram has {len_bytes} bytes, an invitation has {INVITATION_BYTES}")]
-    Length {
-        /// The length found.
-        len_bytes: usize,
-    },
-    /// Something else.
-    #[error("The datagram is not an invitation: it starts with {}", found.escape_ascii())]
-    Magic {
-        /// The first bytes found.
-        found: [u8; 8],
-    },
-    /// Another version.
-    #[error("The invitation has version {found}, this monitor knows {INVITATION_VERSION}")]
-    Version {
-        /// The version found.
-        found: u32,
-    },
-    /// Changed on its way, or made by somebody with another key.
-    #[error("The invitation is not sealed with this host's key")]
-    Seal,
-    /// A reserved byte is in use.
-    #[error("A reserved byte of the invitation is not 0")]
-    Reserved,
-    /// Nobody can connect to port 0.
-    #[error("The invitation names port 0")]
-    Port,
-    /// A field is missing.
-    #[error("The invitation is not valid")]
-    Field(#[source] LogError),
-}
-
-impl From<Unopened> for InvitationError {
-    fn from(why: Unopened) -> Self {
-        match why {
-            Unopened::Length { len_bytes } => Self::Length { len_bytes },
-            Unopened::Magic { found } => Self::Magic { found },
-            Unopened::Version { found } => Self::Version { found },
-            Unopened::Seal => Self::Seal,
-        }
-    }
 }
 
 impl Invitation {
@@ -106,14 +58,12 @@ impl Invitation {
     ///
     /// # Errors
     /// Magic and version are judged before the length, so that another version is told by its name.
-    pub fn decode(datagram: &[u8], key: &SealKey) -> Result<Self, InvitationError> {
+    pub fn decode(datagram: &[u8], key: &SealKey) -> Result<Self, DatagramError> {
         let input = &mut datagram::open(datagram, &KIND, key)?;
-        let invitation = Self::get_fields(input).map_err(InvitationError::Field)?;
-        if get_array(input, "reserved bytes") != Ok([0; 2]) {
-            return Err(InvitationError::Reserved);
-        }
+        let invitation = Self::get_fields(input)?;
+        datagram::reserved::<2>(input)?;
         if invitation.port == 0 {
-            return Err(InvitationError::Port);
+            return Err(DatagramError::Port);
         }
         Ok(invitation)
     }

@@ -43,14 +43,15 @@ pub use checkpoint::{
 };
 pub use clock::{CLOCK_TOLERANCE, ClockModel};
 pub use codec::{Decoder, Encoder, MAX_ENTRY_BYTES};
+pub use datagram::DatagramError;
 pub use digest::StateDigest;
 pub use error::LogError;
 pub use event::{
     DiskStatus, Event, GuestTime, MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES,
 };
-pub use heartbeat::{HEARTBEAT_BYTES, HEARTBEAT_VERSION, Heartbeat, HeartbeatError, Role, guest_name_hash};
+pub use heartbeat::{HEARTBEAT_BYTES, HEARTBEAT_VERSION, Heartbeat, Role, guest_name_hash};
 pub use hex::{from_hex, to_hex};
-pub use invitation::{INVITATION_BYTES, INVITATION_VERSION, Invitation, InvitationError};
+pub use invitation::{INVITATION_BYTES, INVITATION_VERSION, Invitation};
 pub use key::{KEY_BYTES, Key, KeyError, MAX_KEY_FILE_BYTES, SealKey, TAG_BYTES};
 pub use message::{
     Ack, Batch, ByeReason, FIRST_BATCH, LogPart, MAX_BATCH_ENTRIES_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES,

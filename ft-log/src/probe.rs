@@ -9,7 +9,7 @@
 //! The tag seals all bytes before it, as that of an invitation does.
 
 use crate::datagram::{self, Kind};
-use crate::fields::{get_array, get_u8, get_u64};
+use crate::fields::{get_u8, get_u64};
 use crate::key::{SealKey, TAG_BYTES};
 
 /// Length of a probe.
@@ -69,6 +69,7 @@ impl Probe {
             2 => ProbeKind::Answer,
             _ => return None,
         };
-        (get_array(input, "reserved bytes") == Ok([0; 3])).then_some(Self { guest, number, kind })
+        datagram::reserved::<3>(input).ok()?;
+        Some(Self { guest, number, kind })
     }
 }

@@ -8,11 +8,11 @@ use std::error::Error;
 use std::io::{Cursor as Bytes, Read, Write};
 
 use ft_log::{
-    Batch, ByeReason, ChannelError, CheckpointDecoder, Cursor, Decoder, Encoder, Entry, Event, FrameReader,
-    FrameWriter, GuestTime, Heartbeat, HeartbeatError, Invitation, InvitationError, Key, KeyError, LogError,
-    MAX_CONSOLE_BYTES, MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES,
-    Message, PAGE_BYTES, PositionSource, Probe, SealKey, Session, SnapshotError, SnapshotReader,
-    SnapshotWriter, StateDigest, StreamError, TAG_BYTES,
+    Batch, ByeReason, ChannelError, CheckpointDecoder, Cursor, DatagramError, Decoder, Encoder, Entry, Event,
+    FrameReader, FrameWriter, GuestTime, Heartbeat, Invitation, Key, KeyError, LogError, MAX_CONSOLE_BYTES,
+    MAX_DISK_BYTES, MAX_ENTROPY_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, MAX_TEXT_BYTES, Message,
+    PAGE_BYTES, PositionSource, Probe, SealKey, Session, SnapshotError, SnapshotReader, SnapshotWriter,
+    StateDigest, StreamError, TAG_BYTES,
 };
 
 fn encoded(entries: &[Entry]) -> Vec<u8> {
@@ -351,7 +351,7 @@ fn heartbeats_are_refused_when_cut_longer_or_changed() {
     let bytes = common::HEARTBEAT.encode(&key);
     for cut in 0..bytes.len() {
         let refused = Heartbeat::decode(&bytes[..cut], &key);
-        assert_eq!(refused, Err(HeartbeatError::Length { len_bytes: cut }));
+        assert_eq!(refused, Err(DatagramError::Length { len_bytes: cut, known_bytes: bytes.len() }));
     }
     assert!(Heartbeat::decode(&[&bytes[..], &[0]].concat(), &key).is_err());
     for bit in 0..bytes.len() * 8 {
@@ -375,7 +375,7 @@ fn heartbeats_of_another_key_are_refused() {
         key.seal_key("heartbeat", &[b"connectio", b"nweb"]),
         SealKey::without_secret("heartbeat", &[b"connection", b"web"]),
     ] {
-        assert_eq!(Heartbeat::decode(&bytes, &wrong), Err(HeartbeatError::Seal));
+        assert_eq!(Heartbeat::decode(&bytes, &wrong), Err(DatagramError::Seal));
     }
 }
 
@@ -389,9 +389,9 @@ fn heartbeat_fields_are_refused_even_with_a_right_seal() {
         key.seal(&mut bytes);
         Heartbeat::decode(&bytes, &key)
     };
-    assert_eq!(forged(8, 1), Err(HeartbeatError::Version { found: 1 }));
-    assert_eq!(forged(36, 3), Err(HeartbeatError::Field(LogError::UnknownTag { what: "role", tag: 3 })));
-    assert_eq!(forged(39, 1), Err(HeartbeatError::Reserved));
+    assert_eq!(forged(8, 1), Err(DatagramError::Version { found: 1, known: 2 }));
+    assert_eq!(forged(36, 3), Err(DatagramError::Field(LogError::UnknownTag { what: "role", tag: 3 })));
+    assert_eq!(forged(39, 1), Err(DatagramError::Reserved));
 }
 
 #[test]
@@ -427,7 +427,7 @@ fn invitations_are_refused_when_cut_longer_or_changed() {
     let bytes = common::INVITATION.encode(&key);
     for cut in 0..bytes.len() {
         let refused = Invitation::decode(&bytes[..cut], &key);
-        assert_eq!(refused, Err(InvitationError::Length { len_bytes: cut }));
+        assert_eq!(refused, Err(DatagramError::Length { len_bytes: cut, known_bytes: bytes.len() }));
     }
     assert!(Invitation::decode(&[&bytes[..], &[0]].concat(), &key).is_err());
     for bit in 0..bytes.len() * 8 {
@@ -436,9 +436,9 @@ fn invitations_are_refused_when_cut_longer_or_changed() {
         assert!(Invitation::decode(&damaged, &key).is_err(), "bit {bit}");
     }
     let heartbeat = Invitation::decode(&common::HEARTBEAT.encode(&key), &key);
-    assert_eq!(heartbeat, Err(InvitationError::Magic { found: *b"VMFTBEAT" }));
+    assert_eq!(heartbeat, Err(DatagramError::Magic { found: *b"VMFTBEAT", known: *b"VMFTCALL" }));
     for other in [common::seal_key(), SealKey::without_secret("invitation", &[])] {
-        assert_eq!(Invitation::decode(&bytes, &other), Err(InvitationError::Seal));
+        assert_eq!(Invitation::decode(&bytes, &other), Err(DatagramError::Seal));
     }
 }
 
@@ -452,9 +452,9 @@ fn invitation_fields_are_refused_even_with_a_right_seal() {
         key.seal(&mut bytes);
         Invitation::decode(&bytes, &key)
     };
-    assert_eq!(forged(8, [2, 0]), Err(InvitationError::Version { found: 2 }));
-    assert_eq!(forged(28, [0, 0]), Err(InvitationError::Port));
-    assert_eq!(forged(30, [0, 1]), Err(InvitationError::Reserved));
+    assert_eq!(forged(8, [2, 0]), Err(DatagramError::Version { found: 2, known: 1 }));
+    assert_eq!(forged(28, [0, 0]), Err(DatagramError::Port));
+    assert_eq!(forged(30, [0, 1]), Err(DatagramError::Reserved));
 }
 
 #[test]

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded, select};
-use ft_log::{Invitation, InvitationError, Refusal, Role, guest_name_hash};
+use ft_log::{DatagramError, Invitation, Refusal, Role, guest_name_hash};
 
 use super::backup::{Follower, Received};
 use super::heal::HealError;
@@ -108,12 +108,12 @@ impl Standby<'_> {
         let Invitation { view, guest, port } = match &call.invitation {
             Ok(invitation) => *invitation,
             // The greeting makes both sides name the cause: an invitation comes from where backups are awaited.
-            Err(InvitationError::Seal)
+            Err(DatagramError::Seal)
                 if self.follower.hosts().contains(&call.from) && self.memory.is_due(host, now) =>
             {
                 return Some(call.from);
             }
-            Err(InvitationError::Seal) => return None,
+            Err(DatagramError::Seal) => return None,
             Err(error) => {
                 if self.strangers.failed(host, &error.to_string(), now) {
                     tracing::warn!(%host, "an invitation cannot be followed: {error}");

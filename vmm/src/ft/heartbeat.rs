@@ -39,7 +39,7 @@ use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use ft_log::{
-    HEARTBEAT_BYTES, Heartbeat, INVITATION_BYTES, Invitation, InvitationError, PROBE_BYTES, Probe, Role,
+    DatagramError, HEARTBEAT_BYTES, Heartbeat, INVITATION_BYTES, Invitation, PROBE_BYTES, Probe, Role,
     SealKey, guest_name_hash,
 };
 
@@ -91,7 +91,7 @@ pub struct HeartbeatStats {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Call {
     /// What it said.
-    pub invitation: Result<Invitation, InvitationError>,
+    pub invitation: Result<Invitation, DatagramError>,
     /// Where it said that from.
     pub from: SocketAddr,
 }
