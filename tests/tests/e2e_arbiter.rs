@@ -96,7 +96,7 @@ fn etcd_decides() -> TestResult {
         let (primary, backup) = site.start_pair(&guest, &volume)?;
         let client = site.client(load())?;
         second_is_refused(site, &guest, &volume, &primary)?;
-        etcd.stop();
+        etcd.freeze(0..3, true);
         more_replies(&client, 20)?;
         assert_eq!(primary.count(UNDECIDED), 0, "as long as both live, nobody asks the arbiter");
         // Two of three go on without it.
@@ -112,7 +112,7 @@ fn etcd_decides() -> TestResult {
         for monitor in [&primary, &backup] {
             assert_eq!(monitor.count(UNDECIDED), 1, "it is said once");
         }
-        etcd.cont();
+        etcd.freeze(0..3, false);
         let deadline = Instant::now() + SHORT;
         while primary.ending().is_none() && backup.ending().is_none() && Instant::now() < deadline {
             thread::sleep(LOOK);
@@ -131,11 +131,11 @@ fn etcd_decides() -> TestResult {
         let next = site.start_backup(stops.host, goes_on.host, &guest, &volume)?;
         goes_on.wait_for_line(&format!("{PROTECTED} view={}", view + 1), LONG)?;
         more_replies(&client, 20)?;
-        etcd.freeze(1, true);
+        etcd.freeze(1..2, true);
         goes_on.kill(Signal::SIGKILL)?;
         next.wait_for_line(UNDECIDED, SHORT)?;
         assert_all_wait(&client, &[&next], &[TAKEOVER])?;
-        etcd.freeze(1, false);
+        etcd.freeze(1..2, false);
         println!("{}", next.wait_for_line(&format!("{TAKEOVER} view={}", view + 2), SHORT)?);
         more_replies(&client, 20)?;
         let claims: Vec<String> =
@@ -161,13 +161,13 @@ fn join_without_arbiter(
     let early = site.start_backup(on, goes_on.host, guest, volume)?;
     // By then it has asked the arbiter who that is, and nobody has asked yet for its record.
     early.wait_for_line("receiving the guest", LONG)?;
-    etcd.freeze(1, true);
+    etcd.freeze(1..2, true);
     let line = goes_on.wait_for_line("the arbiter has not recorded it as the backup", LONG)?;
     println!("{line}");
     more_replies(client, 20)?;
     assert_eq!(early.wait(SHORT)?.ending, Ending::Exited(1));
     assert_eq!((goes_on.count(UNPROTECTED), goes_on.count(PROTECTED)), (alone, protected));
-    etcd.freeze(1, false);
+    etcd.freeze(1..2, false);
     goes_on.wait_for_lines(UNPROTECTED, alone + 1, SHORT)?;
     let output = goes_on.output();
     let line =

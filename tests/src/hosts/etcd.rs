@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -116,30 +117,15 @@ impl Etcd {
         PORTS.map(|(port, _)| format!("{}:{port}", Link::Log.own_address())).join(",")
     }
 
-    /// Freezes what lives of it: connections are taken by the kernel, and nothing answers.
-    pub fn stop(&mut self) {
-        self.signal(Signal::SIGSTOP);
-    }
-
-    /// Lets it go on.
-    pub fn cont(&mut self) {
-        self.signal(Signal::SIGCONT);
-    }
-
-    fn signal(&mut self, signal: Signal) {
-        self.members.iter_mut().flatten().for_each(|member| member.signal(signal));
-    }
-
     /// Kills member `number`, from 0, in the order of [`Etcd::endpoints`].
     pub fn kill(&mut self, number: usize) {
         self.members[number] = None;
     }
 
-    /// Freezes member `number`, or lets it go on.
-    pub fn freeze(&mut self, number: usize, frozen: bool) {
-        if let Some(member) = &mut self.members[number] {
-            member.signal(if frozen { Signal::SIGSTOP } else { Signal::SIGCONT });
-        }
+    /// Freezes what lives of these members, or lets them go on. Of frozen ones the kernel takes connections, and nothing answers.
+    pub fn freeze(&mut self, numbers: Range<usize>, frozen: bool) {
+        let signal = if frozen { Signal::SIGSTOP } else { Signal::SIGCONT };
+        self.members[numbers].iter_mut().flatten().for_each(|member| member.signal(signal));
     }
 
     /// The keys that begin with `prefix`, in order.
