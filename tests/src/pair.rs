@@ -165,13 +165,15 @@ pub struct Guest {
     pub work: &'static str,
     /// Silence after which the other side counts as failed.
     pub timeout_ms: u32,
+    /// Its initramfs as the hosts see it; else the one with the demo service.
+    pub initrd: Option<String>,
 }
 
 impl Default for Guest {
     /// A small guest that only serves. The time-out is long because test hosts are emulated, on a machine that may
     /// have fewer processors than they have: a heartbeat may be late without any fault.
     fn default() -> Guest {
-        Guest { memory_mib: 128, work: "none", timeout_ms: 2_000 }
+        Guest { memory_mib: 128, work: "none", timeout_ms: 2_000, initrd: None }
     }
 }
 
@@ -356,10 +358,11 @@ impl Site {
         let memory = guest.memory_mib.to_string();
         let address = SERVICE.0.map(|byte| byte.to_string()).join(".");
         let cmdline = format!("vmft.ip={address}/24 vmft.work={}", guest.work);
+        let initrd = guest.initrd.clone().unwrap_or_else(|| self.image("guest.cpio.gz"));
         let mac = GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":");
         let pairs: [(&str, &str); 7] = [
             ("--kernel", &self.kernel()),
-            ("--initrd", &self.image("guest.cpio.gz")),
+            ("--initrd", &initrd),
             ("--memory-mib", &memory),
             ("--disk", &volume.disk()),
             ("--tap", "tap0"),

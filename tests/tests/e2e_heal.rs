@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use vmft_tests::client::{Client, Config};
 use vmft_tests::harness::{self, Case, TestResult};
-use vmft_tests::hosts::Ending;
+use vmft_tests::hosts::{Ending, Images, archive_with_init};
 use vmft_tests::pair::{
     Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
     UNPROTECTED, USELESS, Volume, field, more_replies,
@@ -37,6 +37,7 @@ fn main() -> ExitCode {
             backup_that_keeps_diverging_never_goes_live,
         ),
         Case::on_hosts("slow_backup_is_borne_up_to_the_limit", slow_backup_is_borne_up_to_the_limit),
+        Case::on_hosts("modules_that_read_the_counter_are_named", modules_that_read_the_counter_are_named),
     ]);
     SITE.close();
     status
@@ -254,4 +255,34 @@ fn wait_for_figures(monitor: &Monitor, name: &str, least: u64) -> TestResult {
         }
         thread::sleep(LOOK);
     }
+}
+
+/// Loads a module with RDTSCs that the monitor's rewriting of the kernel does not reach; nothing runs them.
+const INIT_WITH_KVM: &[u8] = b"#!/bin/busybox sh
+for module in irqbypass kvm; do busybox insmod /modules/$module.ko || exit; done
+echo vmft-modules: loaded
+while :; do busybox sleep 1; done
+";
+
+fn modules_that_read_the_counter_are_named() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        // Later archives replace what earlier ones hold. Each starts at a multiple of four.
+        let mut initrd = fs::read(Images::ensure()?.host_initrd())?;
+        initrd.resize(initrd.len().next_multiple_of(4), 0);
+        initrd.extend(archive_with_init(INIT_WITH_KVM));
+        fs::write(volume.local.join("initrd"), initrd)?;
+        let guest = Guest { initrd: Some(format!("{}/initrd", volume.path)), ..Guest::default() };
+        let primary = site.start_primary(1, &guest, &volume)?;
+        primary.wait_for_line("vmft-modules: loaded", LONG)?;
+        println!(
+            "{}",
+            primary.wait_for_line("RDTSC or RDTSCP in kernel code that the guest has loaded", LONG)?
+        );
+        let backup =
+            site.start_backup_with(2, 1, &guest, &volume, &["--inject-corruption", "10:register"])?;
+        println!("{}", backup.wait_for_line("  likely cause: ", LONG)?);
+        println!("{}", primary.wait_for_line("; likely cause: ", SHORT)?);
+        Ok(())
+    })
 }

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use nix::sys::signal::Signal;
 use vmft_tests::client::Config;
 use vmft_tests::harness::{self, Case, TestResult};
-use vmft_tests::hosts::{Ending, HostError, Output};
+use vmft_tests::hosts::{Ending, HostError, Output, archive_with_init};
 use vmft_tests::pair::{
     Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, count_from_environment,
 };
@@ -186,23 +186,4 @@ fn assert_refused(what: &str, file: &str, replayed: &Output) {
     assert!(said.is_some_and(|line| line.contains(file)), "{what}: {:?}", replayed.stderr);
     let panicked = replayed.stderr.iter().any(|line| line.contains("panicked"));
     assert!(!panicked, "{what}: {:?}", replayed.stderr);
-}
-
-/// An initramfs that holds nothing but `/init`: a cpio archive in the format that the kernel's
-/// Documentation/driver-api/early-userspace/buffer-format.rst calls newc.
-fn archive_with_init(program: &[u8]) -> Vec<u8> {
-    let mut archive = Vec::new();
-    for (name, mode, data) in [("init", 0o100_755, program), ("TRAILER!!!", 0, &[][..])] {
-        let name_len = name.len() + 1;
-        // Magic, then inode, mode, uid, gid, links, mtime, size, device (2), special device (2), name size, check.
-        let fields = [1, mode, 0, 0, 1, 0, data.len(), 0, 0, 0, 0, name_len, 0];
-        archive.extend_from_slice(b"070701");
-        archive.extend(fields.iter().flat_map(|field| format!("{field:08x}").into_bytes()));
-        archive.extend_from_slice(name.as_bytes());
-        archive.push(0);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-        archive.extend_from_slice(data);
-        archive.resize(archive.len().next_multiple_of(4), 0);
-    }
-    archive
 }

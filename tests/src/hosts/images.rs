@@ -98,6 +98,25 @@ pub fn make_disk(file: &Path, size_mib: u32) -> Result<(), HostError> {
     Ok(())
 }
 
+/// An initramfs that holds nothing but `/init`: a cpio archive in the format that the kernel's
+/// Documentation/driver-api/early-userspace/buffer-format.rst calls newc.
+pub fn archive_with_init(program: &[u8]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    for (name, mode, data) in [("init", 0o100_755, program), ("TRAILER!!!", 0, &[][..])] {
+        let name_len = name.len() + 1;
+        // Magic, then inode, mode, uid, gid, links, mtime, size, device (2), special device (2), name size, check.
+        let fields = [1, mode, 0, 0, 1, 0, data.len(), 0, 0, 0, 0, name_len, 0];
+        archive.extend_from_slice(b"070701");
+        archive.extend(fields.iter().flat_map(|field| format!("{field:08x}").into_bytes()));
+        archive.extend_from_slice(name.as_bytes());
+        archive.push(0);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend_from_slice(data);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+    }
+    archive
+}
+
 fn build_script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/build.sh")
 }

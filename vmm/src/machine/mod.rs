@@ -16,6 +16,7 @@
 
 mod checkpoint;
 mod corruption;
+mod loaded_code;
 mod msr;
 mod state;
 mod stop;
@@ -32,6 +33,7 @@ use crate::boot::{GP_PORT, RDTSC_PORT, RDTSCP_PORT};
 use crate::kvm::{Exit, KvmError, Vcpu, Vm};
 use crate::position::{BranchCounter, PositionError};
 pub use corruption::Corruption;
+pub use loaded_code::LoadedRdtscs;
 pub use stop::Missed;
 use stop::Name;
 use user_tsc::UserTsc;

@@ -7,7 +7,10 @@ use std::fmt;
 
 use ft_log::{Entry, Event, Position};
 
-use crate::machine::Machine;
+use crate::machine::{LoadedRdtscs, Machine};
+
+/// An RDTSC that nobody rewrote reads the host's counter, so it is suspected first.
+const LIKELY_CAUSE: &str = "likely cause";
 
 /// Where and how replay left the log.
 #[derive(Debug)]
@@ -16,6 +19,8 @@ pub struct Divergence {
     expected: String,
     found: String,
     registers: String,
+    /// RDTSCs that may be the cause, or why they were not searched for.
+    loaded: Result<LoadedRdtscs, String>,
     recent: Vec<String>,
 }
 
@@ -93,19 +98,35 @@ impl Recent {
     /// Makes the report.
     pub fn diverged(&self, machine: &Machine, expected: String, found: String) -> Box<Divergence> {
         let registers = format!("{:x?}", machine.last_registers());
-        self.report(machine.anchors(), expected, found, registers)
+        let loaded = machine.loaded_rdtscs().map_err(|error| crate::with_causes(&error));
+        Box::new(Divergence { loaded, ..*self.report(machine.anchors(), expected, found, registers) })
     }
 
     /// As [`Self::diverged`], of a guest at `anchor` with these registers.
     pub fn report(&self, anchor: u64, expected: String, found: String, registers: String) -> Box<Divergence> {
-        Box::new(Divergence { anchor, expected, found, registers, recent: self.lines().collect() })
+        let recent = self.lines().collect();
+        Box::new(Divergence {
+            anchor,
+            expected,
+            found,
+            registers,
+            loaded: Ok(LoadedRdtscs::default()),
+            recent,
+        })
     }
 }
 
 impl Divergence {
     /// Where, and how, in one line.
     pub fn brief(&self) -> String {
-        format!("at anchor {}: expected {}, found {}", self.anchor, self.expected, self.found)
+        let mut brief =
+            format!("at anchor {}: expected {}, found {}", self.anchor, self.expected, self.found);
+        if let Ok(loaded) = &self.loaded
+            && !loaded.is_empty()
+        {
+            brief.push_str(&format!("; {LIKELY_CAUSE}: {loaded}"));
+        }
+        brief
     }
 }
 
@@ -115,6 +136,11 @@ impl fmt::Display for Divergence {
         writeln!(f, "  expected: {}", self.expected)?;
         writeln!(f, "  found:    {}", self.found)?;
         writeln!(f, "  registers at the last exit: {}", self.registers)?;
+        match &self.loaded {
+            Ok(loaded) if loaded.is_empty() => writeln!(f, "  loaded kernel code: no RDTSC")?,
+            Ok(loaded) => writeln!(f, "  {LIKELY_CAUSE}: {loaded}")?,
+            Err(why) => writeln!(f, "  loaded kernel code: not searched: {why}")?,
+        }
         write!(f, "  last entries, oldest first:")?;
         for entry in &self.recent {
             write!(f, "\n    {entry}")?;

@@ -12,6 +12,7 @@ use crossbeam_channel::{Receiver, Sender, at, select};
 use devices::Effect;
 use ft_log::{CLOCK_TOLERANCE, ClockModel, Entry, Event, GuestTime, Position};
 
+use super::code_watch::CodeWatch;
 use super::{Door, Next, RunError, Stopped};
 use crate::control::orders::Orders;
 use crate::host::deferral::Deferral;
@@ -96,6 +97,7 @@ pub struct Live<L> {
     stop: Arc<AtomicBool>,
     orders: Arc<Orders>,
     deferral: Arc<Deferral>,
+    code_watch: CodeWatch,
     log: L,
 }
 
@@ -121,7 +123,21 @@ impl<L: LogSink> Live<L> {
         let HostSide { time, inbox: (_keep_open, inbox), deferral, wake, stop, orders } = host;
         let model = ClockModel::starting_at(machine.now());
         let own = VecDeque::new();
-        Self { time, model, inbox, _keep_open, wake, own, stale: false, stop, orders, deferral, log }
+        let code_watch = CodeWatch::default();
+        Self {
+            time,
+            model,
+            inbox,
+            _keep_open,
+            wake,
+            own,
+            stale: false,
+            stop,
+            orders,
+            deferral,
+            code_watch,
+            log,
+        }
     }
 
     /// The log, for what comes after the loop.
@@ -177,11 +193,19 @@ impl<L: LogSink> Live<L> {
     fn tick(&mut self, machine: &mut Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
         // Never earlier than what the guest has been shown.
         let now = self.time.now().max(machine.now());
+        self.code_watch.look_if_due(machine, now);
         if self.stale || machine.deadline().is_some_and(|deadline| deadline <= now) {
             self.stale = false;
             self.apply(machine, Event::Tick { now }, effects)?;
             self.model.tick(now);
         }
+        Ok(())
+    }
+
+    /// No entries will follow.
+    fn finish(&mut self, machine: &Machine) -> Result<(), RunError> {
+        self.log.finish(machine)?;
+        self.code_watch.look(machine);
         Ok(())
     }
 
@@ -242,7 +266,7 @@ impl<L: LogSink> Door for Live<L> {
                 self.model = ClockModel::starting_at(machine.now());
             }
             if self.stop.load(Ordering::Relaxed) {
-                self.log.finish(machine)?;
+                self.finish(machine)?;
                 return Ok(Next::Stop(Stopped::Requested));
             }
             if self.orders.take_switch() && self.log.hand_over(machine)? {
@@ -301,10 +325,10 @@ impl<L: LogSink> Door for Live<L> {
     }
 
     fn broken_off(&mut self, machine: &mut Machine) -> Result<(), RunError> {
-        self.log.finish(machine)
+        self.finish(machine)
     }
 
     fn ended(&mut self, machine: &mut Machine, _: GuestEnd) -> Result<(), RunError> {
-        self.log.finish(machine)
+        self.finish(machine)
     }
 }

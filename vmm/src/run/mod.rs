@@ -13,6 +13,7 @@
 //! ```
 
 mod alone;
+mod code_watch;
 mod divergence;
 mod faults;
 mod follow;
