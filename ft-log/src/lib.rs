@@ -29,6 +29,7 @@ mod invitation;
 mod key;
 mod message;
 mod position;
+mod private_file;
 mod probe;
 mod record;
 mod segment;
@@ -58,6 +59,7 @@ pub use message::{
     MAX_TEXT_BYTES, Message, MessageKind, Refusal,
 };
 pub use position::{Counted, Position, PositionSource, REGISTERS, Registers};
+pub use private_file::create_private;
 pub use probe::{PROBE_BYTES, PROBE_VERSION, Probe, ProbeKind};
 pub use record::{Cursor, Entry};
 pub use segment::{RECORDING_MAGIC, RECORDING_VERSION, RecordingError, RecordingReader, RecordingWriter};

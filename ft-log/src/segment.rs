@@ -11,16 +11,18 @@
 //! A recording that a backup kept of what it was sent, up to where its guest differed, ends with Bye(Diverged) in place
 //! of Bye(RecordingEnd), and its last batch without an `End`.
 //!
-//! States on disk: `FILE.incomplete` while it is written, or if the monitor died; `FILE` when it is whole.
+//! States on disk: `FILE.incomplete` while it is written, or if the monitor died; `FILE` when it is whole. A recording holds
+//! the guest's memory: only its owner may read it, whatever the umask says, and neither name replaces or follows anything.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
 use crate::message::{Batch, ByeReason, LogPart, MAX_TEXT_BYTES, Message};
+use crate::private_file::{create_private, rename_new};
 use crate::session::{BatchReceiver, SequenceError};
 use crate::stream::{
     FrameReader, FrameWriter, SnapshotSink, SnapshotSource, StreamError, header, read_header,
@@ -138,16 +140,13 @@ impl RecordingWriter {
     /// # Errors
     /// [`RecordingError::Exists`] if there is a recording of that name, finished or not.
     pub fn create(path: &Path) -> Result<Self, RecordingError> {
-        if path.exists() {
+        // A link that leads nowhere is there, too.
+        if path.symlink_metadata().is_ok() {
             return Err(RecordingError::Exists { path: path.into() });
         }
         let incomplete = incomplete_path(path);
-        let mut file = OpenOptions::new().write(true).create_new(true).open(&incomplete).map_err(
-            |source| match source.kind() {
-                io::ErrorKind::AlreadyExists => RecordingError::Exists { path: incomplete.clone() },
-                _ => io_error("create", &incomplete, source),
-            },
-        )?;
+        let mut file = create_private(&incomplete)
+            .map_err(|source| exists_or("create", &incomplete, &incomplete, source))?;
         file.write_all(&header(RECORDING_MAGIC, RECORDING_VERSION))
             .map_err(|source| io_error("write", &incomplete, source))?;
         let frames = FrameWriter::with_snapshot_due(file);
@@ -181,26 +180,28 @@ impl RecordingWriter {
     /// Marks the file as whole, makes it durable and gives it its name.
     ///
     /// # Errors
-    /// The file system's error; the file then keeps its unfinished name.
+    /// [`RecordingError::Exists`] if there is a file of its name by now, or the file system's error; the file then keeps
+    /// its unfinished name.
     pub fn finish(self) -> Result<(), RecordingError> {
-        self.end(ByeReason::RecordingEnd, "")
+        let path = self.path.clone();
+        self.end(ByeReason::RecordingEnd, "", &path)
     }
 
-    /// As [`RecordingWriter::finish`], for what a backup was sent until its guest differed. `text` says how; what is
-    /// over [`MAX_TEXT_BYTES`] of it is cut off.
+    /// As [`RecordingWriter::finish`], for what a backup was sent until its guest differed, as the file `path`. `text`
+    /// says how; what is over [`MAX_TEXT_BYTES`] of it is cut off.
     ///
     /// # Errors
     /// As [`RecordingWriter::finish`].
-    pub fn finish_diverged(self, text: &str) -> Result<(), RecordingError> {
-        self.end(ByeReason::Diverged, &text[..text.floor_char_boundary(MAX_TEXT_BYTES)])
+    pub fn finish_diverged(self, text: &str, path: &Path) -> Result<(), RecordingError> {
+        self.end(ByeReason::Diverged, &text[..text.floor_char_boundary(MAX_TEXT_BYTES)], path)
     }
 
-    fn end(mut self, reason: ByeReason, text: &str) -> Result<(), RecordingError> {
+    fn end(mut self, reason: ByeReason, text: &str, path: &Path) -> Result<(), RecordingError> {
         self.send(&Message::Bye { reason, text: text.to_owned() })?;
         self.frames.get_ref().sync_all().map_err(|source| io_error("sync", &self.incomplete, source))?;
-        fs::rename(&self.incomplete, &self.path)
-            .map_err(|source| io_error("rename", &self.incomplete, source))?;
-        let directory = match self.path.parent() {
+        rename_new(&self.incomplete, path)
+            .map_err(|source| exists_or("rename", &self.incomplete, path, source))?;
+        let directory = match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
@@ -221,6 +222,14 @@ fn incomplete_path(path: &Path) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(".incomplete");
     name.into()
+}
+
+/// The error of an `action` on `file` that makes the name `new`, which may be taken.
+fn exists_or(action: &'static str, file: &Path, new: &Path, source: io::Error) -> RecordingError {
+    match source.kind() {
+        io::ErrorKind::AlreadyExists => RecordingError::Exists { path: new.into() },
+        _ => io_error(action, file, source),
+    }
 }
 
 fn io_error(action: &'static str, path: &Path, source: io::Error) -> RecordingError {

@@ -326,7 +326,7 @@ fn recording_has_its_committed_bytes() {
     begun(&path).finish().unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), RECORDING);
     let differed = directory.path().join("differed");
-    begun(&differed).finish_diverged("rax").unwrap();
+    begun(&directory.path().join("kept")).finish_diverged("rax", &differed).unwrap();
     let same = RECORDING.len() - RECORDING_END_BYTES;
     let bytes = std::fs::read(&differed).unwrap();
     assert_eq!(bytes[..same], RECORDING[..same]);

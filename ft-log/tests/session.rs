@@ -6,7 +6,9 @@ mod common;
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use ft_log::{
     Ack, Batch, BatchReceiver, BatchSender, CpuIdentity, Expected, FIRST_BATCH, GuestTime, Hello, LogPart,
@@ -233,7 +235,7 @@ fn a_recording_of_a_guest_that_differed_says_how() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("run");
     let long = "ä".repeat(MAX_TEXT_BYTES);
-    record(&path).finish_diverged(&long).unwrap();
+    record(&directory.path().join("kept")).finish_diverged(&long, &path).unwrap();
     let mut reader = RecordingReader::open(&path).unwrap();
     reader.snapshot().read_to_end(&mut Vec::new()).unwrap();
     while reader.next_part().unwrap().is_some() {
@@ -289,6 +291,82 @@ fn no_recording_is_overwritten() {
     assert!(
         matches!(RecordingWriter::create(&path), Err(RecordingError::Exists { path: named }) if named == incomplete)
     );
+}
+
+#[test]
+fn a_name_that_is_taken_meanwhile_is_left_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let victim = directory.path().join("victim");
+    fs::write(&victim, "of value").unwrap();
+    for (name, diverged) in [("run", false), ("kept", true)] {
+        let path = directory.path().join(name);
+        let finish = |writer: RecordingWriter| {
+            if diverged { writer.finish_diverged("rax", &path) } else { writer.finish() }
+        };
+        let writer = record(&path);
+        fs::write(&path, "of value").unwrap();
+        let refused = finish(writer).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            format!("{} exists already: move it away or choose another name", path.display())
+        );
+        assert_eq!(fs::read(&path).unwrap(), b"of value");
+        let incomplete = directory.path().join(format!("{name}.incomplete"));
+        assert_eq!(
+            replay(RecordingReader::open(&incomplete).unwrap()).unwrap(),
+            2,
+            "what was recorded is there"
+        );
+    }
+}
+
+#[test]
+fn a_planted_link_is_neither_followed_nor_replaced() {
+    let directory = tempfile::tempdir().unwrap();
+    let victim = directory.path().join("victim");
+    for planted in ["run", "run.incomplete"] {
+        let planted = directory.path().join(planted);
+        symlink(&victim, &planted).unwrap();
+        for there in [false, true] {
+            if there {
+                fs::write(&victim, "of value").unwrap();
+            }
+            let refused = RecordingWriter::create(&directory.path().join("run")).unwrap_err();
+            assert!(matches!(&refused, RecordingError::Exists { path } if *path == planted), "{refused}");
+            assert_eq!(fs::read(&victim).ok(), there.then(|| b"of value".to_vec()));
+        }
+        assert!(fs::symlink_metadata(&planted).unwrap().is_symlink());
+        [&victim, &planted].into_iter().for_each(|path| fs::remove_file(path).unwrap());
+    }
+}
+
+/// Is run by the test below as a process of its own: the umask is a process's.
+#[test]
+fn a_recording_under_a_umask() {
+    let Some(directory) = std::env::var_os("VMFT_TEST_UMASK_DIRECTORY") else { return };
+    let directory = Path::new(&directory);
+    record(&directory.join("whole")).finish().unwrap();
+    record(&directory.join("kept")).finish_diverged("rax", &directory.join("differed")).unwrap();
+    drop(record(&directory.join("cut")));
+}
+
+#[test]
+fn only_its_owner_may_read_a_recording_whatever_the_umask_says() {
+    for umask in ["0", "022", "077"] {
+        let directory = tempfile::tempdir().unwrap();
+        let status = Command::new("sh")
+            .args(["-c", "umask \"$0\" && exec \"$1\" --exact a_recording_under_a_umask", umask])
+            .arg(std::env::current_exe().unwrap())
+            .env("VMFT_TEST_UMASK_DIRECTORY", directory.path())
+            .stdout(Stdio::null())
+            .status()
+            .unwrap();
+        assert!(status.success());
+        for name in ["whole", "differed", "cut.incomplete"] {
+            let mode = fs::metadata(directory.path().join(name)).unwrap().mode() & 0o7777;
+            assert_eq!(mode, 0o600, "{name} under umask {umask}: {mode:o}");
+        }
+    }
 }
 
 #[test]

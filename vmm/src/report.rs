@@ -1,13 +1,14 @@
 //! Reports of guests that differed, as files: a text for a person, and a recording that shows it again.
 //!
 //! Owns: the files of one guest's monitors on this host in one directory. Must never: fill the directory up, fail a
-//! monitor, or keep anything of a guest that never differed.
+//! monitor, keep anything of a guest that never differed, or let others read a guest's memory: others may write to the
+//! directory (`/tmp`), so names are unpredictable or, as SECONDS, the next one that is free.
 //!
 //! ```text
-//!   GUEST.HOST.PID.kept.incomplete   what a backup is sent, while it follows   ── gone when it no longer does
+//!   GUEST.HOST.PID.RANDOM.kept.incomplete   what a backup is sent, while it follows   ── gone when it no longer does
 //!        │ the guest differed
 //!        v
-//!   GUEST.HOST.SECONDS.rec, .txt     the newest REPORTS_KEPT of each
+//!   GUEST.HOST.SECONDS.rec, .txt            the newest REPORTS_KEPT of each
 //! ```
 
 use std::fs::{self, File};
@@ -15,11 +16,14 @@ use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use ft_log::{LogPart, RecordingError, RecordingWriter, SnapshotSink, StreamError};
+use ft_log::{LogPart, RecordingWriter, SnapshotSink, StreamError, create_private, to_hex};
 use thiserror::Error;
 
+use crate::host::random_bytes;
 use crate::with_causes;
 
+/// How many names in a row are tried for a report.
+const NAMES_TRIED: u64 = 64;
 /// Reports of each kind that are kept; older ones are removed.
 const REPORTS_KEPT: usize = 4;
 /// The end of the name of a recording that is being kept.
@@ -96,13 +100,39 @@ impl Reports {
 
     /// Begins to keep what a backup is sent.
     pub fn keep(&self) -> Kept {
-        let path = self.directory.join(format!("{}{}.{KEPT}", self.prefix, std::process::id()));
-        let mut kept = Kept { writer: None, path, bytes: 0, limit_bytes: self.limit_bytes };
+        let mut kept =
+            Kept { writer: None, path: self.directory.clone(), bytes: 0, limit_bytes: self.limit_bytes };
+        let mut random = [0; 8];
+        if let Err(error) = random_bytes(&mut random) {
+            kept.give_up(&format!("no random name for it: {error}"));
+            return kept;
+        }
+        let name = format!("{}{}.{}.{KEPT}", self.prefix, std::process::id(), to_hex(&random));
+        kept.path.push(name);
         match RecordingWriter::create(&kept.path) {
             Ok(writer) => kept.writer = Some(writer),
             Err(error) => kept.give_up(&with_causes(&error)),
         }
         kept
+    }
+
+    /// Creates the text of a report, under the first name at or after `seconds` that is free, for its recording too.
+    fn create_text(&self, seconds: u64) -> Result<(File, PathBuf), ReportError> {
+        let mut number = seconds;
+        loop {
+            let path = self.directory.join(format!("{}{number:010}.txt", self.prefix));
+            let created = match path.with_extension("rec").symlink_metadata() {
+                Ok(_) => Err(io::ErrorKind::AlreadyExists.into()),
+                Err(_) => create_private(&path),
+            };
+            number += 1;
+            match created {
+                Ok(file) => return Ok((file, path)),
+                Err(error)
+                    if error.kind() == io::ErrorKind::AlreadyExists && number < seconds + NAMES_TRIED => {}
+                Err(source) => return Err(ReportError::File { path, source }),
+            }
+        }
     }
 
     /// Writes a report, with the recording that belongs to it if there is one. Answers the names of what was written.
@@ -111,10 +141,9 @@ impl Reports {
     /// The text cannot be written.
     pub fn write(&self, text: &str, brief: &str, kept: Option<Kept>) -> Result<Vec<PathBuf>, ReportError> {
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let path = |kind: &str| self.directory.join(format!("{}{seconds:010}.{kind}", self.prefix));
+        let (mut file, path) = self.create_text(seconds)?;
         let mut written = Vec::new();
-        written.extend(kept.and_then(|kept| kept.finish(brief, path("rec"))));
-        let file = path("txt");
+        written.extend(kept.and_then(|kept| kept.finish(brief, path.with_extension("rec"))));
         let told = match written.first() {
             Some(recording) => format!(
                 "{text}\n\nThe guest as this monitor got it, and the log from there on: `vmft replay {}`.\n\
@@ -124,17 +153,21 @@ impl Reports {
             ),
             None => format!("{text}\n\nNo recording belongs to this report.\n"),
         };
-        fs::write(&file, told).map_err(|source| ReportError::File { path: file.clone(), source })?;
-        written.push(file);
-        self.forget_old();
+        file.write_all(told.as_bytes()).map_err(|source| ReportError::File { path: path.clone(), source })?;
+        written.push(path);
+        self.forget_old(&written);
         Ok(written)
     }
 
-    fn forget_old(&self) {
+    /// Leaves the newest of each kind, and in any case what was just `written`: names may be planted, and clocks set back.
+    fn forget_old(&self, written: &[PathBuf]) {
         for kind in [".rec", ".txt"] {
             let Ok(files) = self.files() else { return };
-            let reports: Vec<&String> = files.iter().filter(|name| name.ends_with(kind)).collect();
-            reports.iter().rev().skip(REPORTS_KEPT).for_each(|name| self.remove(name));
+            let is_new = |name: &&String| written.contains(&self.directory.join(name));
+            let (new, old): (Vec<&String>, Vec<&String>) =
+                files.iter().filter(|name| name.ends_with(kind)).partition(is_new);
+            let kept = REPORTS_KEPT - new.len().min(REPORTS_KEPT);
+            old.iter().rev().skip(kept).for_each(|name| self.remove(name));
         }
     }
 }
@@ -200,13 +233,7 @@ impl Kept {
 
     /// Makes it the recording `path` of a guest that differed in the way that `brief` says.
     fn finish(mut self, brief: &str, path: PathBuf) -> Option<PathBuf> {
-        let finished = self.writer.take()?.finish_diverged(brief).and_then(|()| {
-            fs::rename(&self.path, &path).map_err(|source| RecordingError::Io {
-                action: "rename",
-                path: self.path.clone(),
-                source,
-            })
-        });
+        let finished = self.writer.take()?.finish_diverged(brief, &path);
         finished
             .map_err(|error| {
                 tracing::warn!("the report has no recording: {}", with_causes(&error));
@@ -252,6 +279,8 @@ impl<R: Read> Read for Tee<'_, R> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{MetadataExt, symlink};
+
     use ft_log::{Batch, RecordingReader};
 
     use super::*;
@@ -318,10 +347,56 @@ mod tests {
         assert!(names(directory.path()).is_empty());
         // A process that is no more, and one that is: this one.
         for pid in [u32::MAX, std::process::id()] {
-            File::create(directory.path().join(format!("web.a.{pid}.kept.incomplete"))).unwrap();
+            File::create(directory.path().join(format!("web.a.{pid}.00ff.kept.incomplete"))).unwrap();
         }
         Reports::open(directory.path(), "web", "a", 1 << 20).unwrap();
-        assert_eq!(names(directory.path()), [format!("web.a.{}.kept.incomplete", std::process::id())]);
+        assert_eq!(names(directory.path()), [format!("web.a.{}.00ff.kept.incomplete", std::process::id())]);
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().mode() & 0o7777
+    }
+
+    #[test]
+    fn only_the_owner_may_read_what_is_kept_and_reported() {
+        let directory = tempfile::tempdir().unwrap();
+        let reports = Reports::open(directory.path(), "web", "a", 1 << 20).unwrap();
+        let kept = kept(&reports);
+        let [incomplete] = &names(directory.path())[..] else { panic!("one file") };
+        assert_eq!(mode(&directory.path().join(incomplete)), 0o600);
+        for file in reports.write("text", "brief", Some(kept)).unwrap() {
+            assert_eq!(mode(&file), 0o600, "{}", file.display());
+        }
+    }
+
+    #[test]
+    fn names_that_are_taken_or_planted_are_passed_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let victim = directory.path().join("victim");
+        fs::write(&victim, "of value").unwrap();
+        let absent = directory.path().join("absent");
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        // The test may run into the next second or the one after it.
+        let taken = now..now + 20;
+        for number in taken.clone() {
+            let kind = ["txt", "rec"][number as usize % 2];
+            let to = if number % 4 < 2 { &victim } else { &absent };
+            symlink(to, directory.path().join(format!("web.a.{number:010}.{kind}"))).unwrap();
+        }
+        let reports = Reports::open(directory.path(), "web", "a", 1 << 20).unwrap();
+        // Two within the same second, too.
+        let first = reports.write("first", "brief", Some(kept(&reports))).unwrap();
+        let second = reports.write("second", "brief", Some(kept(&reports))).unwrap();
+        for (files, text) in [(&first, "first"), (&second, "second")] {
+            let mut snapshot = Vec::new();
+            RecordingReader::open(&files[0]).unwrap().snapshot().read_to_end(&mut snapshot).unwrap();
+            assert_eq!(snapshot, b"state");
+            assert!(fs::read_to_string(&files[1]).unwrap().starts_with(text));
+            assert_eq!(files[0].with_extension("txt"), files[1]);
+        }
+        assert_ne!(first, second);
+        assert_eq!(fs::read(&victim).unwrap(), b"of value");
+        assert!(!absent.exists(), "a link was followed");
     }
 
     #[test]
