@@ -4,6 +4,8 @@
 //! commands ─> guest, boot ─> machine (kvm + devices) ─> run (Live | Follow) ─> ft (pair) ─> outlet, host
 //! ```
 //! The flow of data and the code map are in docs/architecture.md.
+// `println!` and `eprintln!` panic where nobody reads; `commands::say` and `host::log` do not.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 pub mod boot;
 pub mod commands;

@@ -19,6 +19,7 @@ use clap::{ArgAction, CommandFactory};
 
 use super::{CommandError, Ending, stop};
 use crate::config::Cli;
+use crate::host::log;
 
 /// The subcommand of the new life.
 const STANDBY: &str = "standby";
@@ -58,6 +59,7 @@ pub fn leave_after_lost_claim() -> ! {
             error.status()
         }
     };
+    log::flush();
     std::process::exit(i32::from(status))
 }
 
@@ -78,6 +80,8 @@ pub(super) fn as_backup_of(successor: SocketAddr) -> CommandError {
 }
 
 fn execute(words: &[OsString]) -> CommandError {
+    // It ends the thread that writes the log.
+    log::flush();
     // The program that runs, even if another one has its name by now.
     let error = Command::new("/proc/self/exe").args(words).exec();
     CommandError::host("execute the monitor's program again")(error)

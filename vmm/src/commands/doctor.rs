@@ -2,7 +2,7 @@
 //!
 //! Owns: how the report is printed. Must never: measure, or change the host.
 
-use super::{CommandError, Ending};
+use super::{CommandError, Ending, say};
 use crate::config::DoctorArgs;
 use crate::doctor::{self, Fitness, Options, Report};
 
@@ -13,10 +13,10 @@ pub fn doctor(args: &DoctorArgs) -> Result<Ending, CommandError> {
     if args.json {
         let text = serde_json::to_string_pretty(&report)
             .map_err(|error| CommandError::host("write the report")(error.into()))?;
-        println!("{text}");
+        say(text)?;
     } else {
-        report.checks.iter().for_each(|check| println!("{check}"));
-        println!("verdict: {}", report.verdict);
+        let checks: String = report.checks.iter().map(|check| format!("{check}\n")).collect();
+        say(format_args!("{checks}verdict: {}", report.verdict))?;
     }
     match report.verdict {
         Fitness::Pmu | Fitness::Checkpoint => Ok(Ending::Orderly),

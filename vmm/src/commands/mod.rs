@@ -17,6 +17,8 @@ mod standby;
 mod stop;
 mod takeover;
 
+use std::fmt::Display;
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -109,6 +111,12 @@ pub enum CommandError {
     },
     #[error("{0}")]
     Unfit(String),
+    /// What the command was to print.
+    #[error("standard output cannot be written: {source}")]
+    Output {
+        #[source]
+        source: std::io::Error,
+    },
     /// Something that the host should always be able to give.
     #[error("this host cannot {what}: {source}")]
     Host {
@@ -131,6 +139,12 @@ impl CommandError {
     fn host(what: &'static str) -> impl Fn(std::io::Error) -> Self {
         move |source| Self::Host { what, source }
     }
+}
+
+/// Prints what a command has to say. It may fail at any time: whoever reads it may be gone.
+fn say(text: impl Display) -> Result<(), CommandError> {
+    let mut output = std::io::stdout().lock();
+    writeln!(output, "{text}").and_then(|()| output.flush()).map_err(|source| CommandError::Output { source })
 }
 
 /// Does what the command line says.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use super::{CommandError, Ending};
+use super::{CommandError, Ending, say};
 use crate::config::{ShutdownArgs, StatusArgs, TargetArgs};
 use crate::control::client::{ClientError, ask};
 use crate::control::protocol::{Answer, Command, Direction, Refusal, Role, Status};
@@ -24,6 +24,12 @@ pub enum OperateError {
     Refused(Refusal),
     #[error("{0}")]
     Failed(String),
+    #[error("{answer}; but standard output cannot be written: {source}")]
+    Unsaid {
+        answer: String,
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 /// How long an order may take that needs no more than a boundary or a claim.
@@ -47,9 +53,9 @@ pub fn status(args: &StatusArgs) -> Result<Ending, CommandError> {
     if args.json {
         let text = serde_json::to_string_pretty(&status)
             .map_err(|error| CommandError::host("write the status")(error.into()))?;
-        println!("{text}");
+        say(text)?;
     } else {
-        print!("{}", text(&status));
+        say(text(&status).trim_end())?;
     }
     Ok(Ending::Orderly)
 }
@@ -65,8 +71,7 @@ pub fn switch(target: &TargetArgs) -> Result<Ending, CommandError> {
         if let Ok(Answer::Status(status)) = ask(&path, Command::Status) {
             if status.role == Role::Backup && status.protected {
                 let primary = status.peer.map_or_else(|| "the former backup".into(), |peer| peer.to_string());
-                println!("{primary} runs the guest now, and {} follows", status.host);
-                return Ok(Ending::Orderly);
+                return done(format!("{primary} runs the guest now, and {} follows", status.host));
             }
             if status.role == Role::Primary && status.view > view {
                 return Err(
@@ -86,8 +91,7 @@ pub fn pause(target: &TargetArgs) -> Result<Ending, CommandError> {
         // Again each time: it also takes the guest to a boundary.
         order(&path, Command::Pause)?;
         if current(&path)?.figures.and_then(|figures| figures.primary).is_some_and(|primary| primary.paused) {
-            println!("the guest stands");
-            return Ok(Ending::Orderly);
+            return done("the guest stands".into());
         }
         wait(deadline, ORDER_TIME, "the guest does not stand yet")?;
     }
@@ -95,8 +99,7 @@ pub fn pause(target: &TargetArgs) -> Result<Ending, CommandError> {
 
 /// `vmft resume`.
 pub fn resume(target: &TargetArgs) -> Result<Ending, CommandError> {
-    println!("{}", order(&path(target)?, Command::Resume)?);
-    Ok(Ending::Orderly)
+    done(order(&path(target)?, Command::Resume)?)
 }
 
 /// `vmft shutdown`: presses the guest's power button; with `force`, ends it without asking, and returns when its monitor
@@ -104,27 +107,36 @@ pub fn resume(target: &TargetArgs) -> Result<Ending, CommandError> {
 pub fn shutdown(args: &ShutdownArgs) -> Result<Ending, CommandError> {
     let path = path(&args.target)?;
     if !args.force {
-        println!("{}", order(&path, Command::Shutdown)?);
-        return Ok(Ending::Orderly);
+        return done(order(&path, Command::Shutdown)?);
     }
-    println!("{}", order(&path, Command::PowerOff)?);
+    // Said at once, and waited for even if nobody can hear it.
+    let said = done(order(&path, Command::PowerOff)?);
     let deadline = Instant::now() + ORDER_TIME;
     while !matches!(ask(&path, Command::Status), Err(ClientError::NoMonitor { .. })) {
         wait(deadline, ORDER_TIME, "its monitor has not ended")?;
     }
-    Ok(Ending::Orderly)
+    said
 }
 
 /// `vmft drop-backup`: returns when the guest runs without it.
 pub fn drop_backup(target: &TargetArgs) -> Result<Ending, CommandError> {
     let path = path(target)?;
     let view = current(&path)?.view;
-    println!("{}", order(&path, Command::DropBackup)?);
+    let said = done(order(&path, Command::DropBackup)?);
     let deadline = Instant::now() + ORDER_TIME;
     while current(&path)?.view == view {
         wait(deadline, ORDER_TIME, "the next view is not claimed")?;
     }
-    Ok(Ending::Orderly)
+    said
+}
+
+/// Says what an order has come to. It is carried out, whether or not this can be said.
+fn done(answer: String) -> Result<Ending, CommandError> {
+    match say(&answer) {
+        Ok(()) => Ok(Ending::Orderly),
+        Err(CommandError::Output { source }) => Err(OperateError::Unsaid { answer, source }.into()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Has `command` carried out, and says what the monitor says.

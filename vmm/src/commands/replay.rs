@@ -11,7 +11,7 @@ use std::time::Instant;
 use devices::Effect;
 use ft_log::{GuestTime, LogPart, PositionSource, RecordingReader};
 
-use super::{CommandError, Ending};
+use super::{CommandError, Ending, say};
 use crate::boot;
 use crate::guest::GuestError;
 use crate::kvm::Kvm;
@@ -72,25 +72,25 @@ pub fn replay_with(
     }
     let stopped = run::run(&mut machine, &mut door)?;
     if let Some(how) = door.source_mut().reader.divergence().filter(|_| stopped == Stopped::LogEnded) {
-        println!(
+        say(format_args!(
             "replay equal up to anchor {}, in {:.2} s: all that a backup was sent until its guest diverged {how}; so the \
              log is sound, and the backup's host erred",
             machine.anchors(),
             started.elapsed().as_secs_f64(),
-        );
+        ))?;
         return Ok(Ending::Orderly);
     }
     if stopped == Stopped::LogEnded || !door.was_equal() {
         return Err(RunError::Truncated { anchor: machine.anchors() }.into());
     }
     let digest = machine.state_digest();
-    println!(
+    say(format_args!(
         "replay equal: {} anchors in {:.2} s; registers {:016x} memory {:016x} devices {:016x}",
         machine.anchors(),
         started.elapsed().as_secs_f64(),
         digest.registers,
         digest.memory,
         digest.devices
-    );
+    ))?;
     Ok(Ending::Orderly)
 }

@@ -9,8 +9,8 @@
 //!      └──────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! The command runs without a shell, in a process group of its own, with no input; what it prints goes to the monitor's
-//! stderr. It is told what happened by its environment:
+//! The command runs without a shell, in a process group of its own, with no input; what it prints is read line by line
+//! and becomes lines of the monitor's log: it never waits for whoever reads those. It is told what happened by its environment:
 //!
 //! | `VMFT_GUEST` | the guest's name |
 //! | `VMFT_VIEW` | the view that was claimed |
@@ -21,7 +21,7 @@
 //! Not covered: a command that says 0 and has done nothing.
 
 use std::fmt;
-use std::io::{self, stderr};
+use std::io::{self, BufRead, BufReader, PipeReader, Read};
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -30,14 +30,19 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{SigSet, Signal, killpg};
+use nix::sys::signal::{SigHandler, SigSet, Signal, killpg, signal};
 use nix::unistd::Pid;
 use thiserror::Error;
+
+use crate::host::spawn;
 
 /// Pause before a command that failed is run again.
 const AGAIN: Duration = Duration::from_secs(1);
 /// Pause between two looks at whether a command has ended.
 const POLL: Duration = Duration::from_millis(10);
+
+/// Longest line of a command's output; what is longer becomes several.
+const OUTPUT_LINE_BYTES: u64 = 4 << 10;
 
 /// Why a command has not fenced, or cannot.
 #[derive(Debug, Error)]
@@ -165,9 +170,12 @@ impl Fence {
     fn run(&self, occasion: &Occasion, stop: impl Fn() -> bool) -> Result<(), FenceError> {
         let program = || self.command.program.clone();
         let failed = |source| FenceError::Host { program: program(), source };
+        let (output, printed) = io::pipe().map_err(failed)?;
+        // Not waited for: what the command leaves running may keep its end of the pipe for as long as it likes.
+        spawn("fence-output", move || log_output(output)).map_err(failed)?;
         let mut command = Command::new(&self.command.program);
-        // SAFETY: between fork and exec this makes one system call that may be made there, and allocates nothing.
-        unsafe { command.pre_exec(unblock_signals) };
+        // SAFETY: between fork and exec this makes two system calls that may be made there, and allocates nothing.
+        unsafe { command.pre_exec(restore_signals) };
         let child = command
             .args(&self.command.arguments)
             .env("VMFT_GUEST", &occasion.guest)
@@ -176,11 +184,13 @@ impl Fence {
             .env("VMFT_PEER_ADDRESS", occasion.peer_address.to_string())
             .env("VMFT_REASON", &occasion.reason)
             .stdin(Stdio::null())
-            // Standard output is the guest's console.
-            .stdout(Stdio::from(stderr()))
+            .stdout(Stdio::from(printed.try_clone().map_err(failed)?))
+            .stderr(Stdio::from(printed))
             .process_group(0)
             .spawn()
             .map_err(failed)?;
+        // It has this process's ends of the pipe.
+        drop(command);
         let mut group = Group { leader: child, ended: false };
         let deadline = Instant::now() + self.limit;
         loop {
@@ -231,9 +241,21 @@ impl Drop for Group {
     }
 }
 
-/// The monitor's threads block the signals that stop it; a command needs them.
-fn unblock_signals() -> io::Result<()> {
+/// The monitor's threads block the signals that stop it, and ignore one; a command needs them.
+fn restore_signals() -> io::Result<()> {
+    // SAFETY: it installs no handler.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigDfl) }?;
     SigSet::empty().thread_set_mask().map_err(io::Error::from)
+}
+
+/// Logs what a command prints, until nobody has its end of the pipe any more.
+fn log_output(output: PipeReader) {
+    let mut output = BufReader::new(output);
+    let mut line = Vec::new();
+    while matches!(output.by_ref().take(OUTPUT_LINE_BYTES).read_until(b'\n', &mut line), Ok(len) if len > 0) {
+        tracing::warn!("the fence command says: {}", String::from_utf8_lossy(line.trim_ascii_end()));
+        line.clear();
+    }
 }
 
 fn how(status: ExitStatus) -> String {

@@ -9,6 +9,7 @@
 pub mod console;
 pub mod deferral;
 pub mod disk;
+pub mod log;
 pub mod owner;
 mod secret;
 pub mod tap;
