@@ -1,4 +1,4 @@
-//! Files that hold a guest's memory.
+//! Files that hold a guest's memory, or a key.
 //!
 //! Owns: how they come into being and get their names. Must never: let anybody but their owner read one, or replace or
 //! follow what is there already, be it planted or an earlier recording.

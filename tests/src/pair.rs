@@ -427,11 +427,17 @@ impl Site {
         volume: &Volume,
         more: &[String],
     ) -> Result<Monitor, HostError> {
+        let mut arguments = self.primary_arguments(number, guest, volume);
+        arguments.extend_from_slice(more);
+        self.start(number, &arguments)
+    }
+
+    /// The command line of a primary on host `number`.
+    pub fn primary_arguments(&self, number: u8, guest: &Guest, volume: &Volume) -> Vec<String> {
         let mut arguments = vec!["primary".to_owned()];
         arguments.extend(self.guest_options(guest, volume));
         arguments.extend(self.pair_options(number, guest, volume));
-        arguments.extend_from_slice(more);
-        self.start(number, &arguments)
+        arguments
     }
 
     /// The option that names all hosts of the site.
@@ -479,13 +485,19 @@ impl Site {
         volume: &Volume,
         more: &[&str],
     ) -> Result<Monitor, HostError> {
+        let mut arguments = self.backup_arguments(number, primary, guest, volume);
+        arguments.extend(more.iter().map(|word| (*word).to_owned()));
+        self.start(number, &arguments)
+    }
+
+    /// The command line of a backup on host `number` for the monitor on host `primary`.
+    pub fn backup_arguments(&self, number: u8, primary: u8, guest: &Guest, volume: &Volume) -> Vec<String> {
         let connect = self.log_address(primary);
         let mut arguments = ["backup", "--connect", &connect, "--disk", &volume.disk(), "--tap", "tap0"]
             .map(String::from)
             .to_vec();
         arguments.extend(self.pair_options(number, guest, volume));
-        arguments.extend(more.iter().map(|word| (*word).to_owned()));
-        self.start(number, &arguments)
+        arguments
     }
 
     /// Starts a primary on host 1 and, once its service listens, a backup on host 2; returns when it follows.

@@ -13,8 +13,9 @@ static SITE: SharedSite = SharedSite::new(1);
 
 /// Each line on a test host, and what it may say. QEMU's nested SVM never fires breakpoints, opens a window
 /// one instruction early now and then, and has no counters.
-const LINES: [(&str, &[&str]); 15] = [
+const LINES: [(&str, &[&str]); 16] = [
     ("kvm", &["ok"]),
+    ("nested paging", &["ok"]),
     ("capabilities", &["ok"]),
     ("cpu", &["ok"]),
     ("single-step", &["ok"]),
@@ -43,7 +44,7 @@ const IN_GUESTS: [&str; 7] = [
 fn main() -> ExitCode {
     let status = harness::run(&[
         Case::on_hosts("a_test_host_is_fit_for_checkpoints", a_test_host_is_fit_for_checkpoints),
-        Case::on_hosts("a_host_without_kvm_is_refused_by_all_in_the_same_words", unfit_hosts),
+        Case::on_hosts("an_unfit_kvm_is_refused_by_all_in_the_same_words", unfit_hosts),
         Case::on_hosts("the_shared_directory_is_measured_and_left_as_it_was", the_shared_directory),
         Case::on_hosts("the_way_to_the_peer_is_measured", the_way_to_the_peer),
     ]);
@@ -102,9 +103,12 @@ fn unfit_hosts() -> TestResult {
     SITE.run(|site| {
         let software = ("mount -t tmpfs none /sys/module; mkdir /sys/module/kvm_pvm", "umount /sys/module");
         let absent = ("mv /dev/kvm /dev/kvm.away", "mv /dev/kvm.away /dev/kvm");
-        for ((before, after), words) in [
-            (software, &["it is kvm-pvm", "a host with VT-x or AMD-V is needed"][..]),
-            (absent, &["cannot open /dev/kvm: No such file", "modprobe kvm-intel"]),
+        let shadow =
+            ("rmmod kvm_amd; insmod /modules/kvm-amd.ko npt=0", "rmmod kvm_amd; insmod /modules/kvm-amd.ko");
+        for ((before, after), name, words) in [
+            (software, "kvm", &["it is kvm-pvm", "a host with VT-x or AMD-V is needed"][..]),
+            (shadow, "nested paging", &["parameter npt of kvm_amd", "load kvm_amd with npt=1"]),
+            (absent, "kvm", &["cannot open /dev/kvm: No such file", "modprobe kvm-intel"]),
         ] {
             let under = |command: &str| format!("{before}; /images/vmft {command}; s=$?; {after}; exit $s");
             let kernel = site.kernel();
@@ -112,9 +116,9 @@ fn unfit_hosts() -> TestResult {
                 site.host(1).run(&["sh", "-c", &under(&format!("run --kernel {kernel}"))], SHORT)?;
             let output = site.host(1).run(&["sh", "-c", &under("doctor")], SHORT)?;
             assert_verdict(&output, "unfit");
-            assert!(line(&output, "kvm").contains("failed"), "{:?}", output.stdout);
+            assert!(line(&output, name).contains("failed"), "{:?}", output.stdout);
             for words in words {
-                assert!(line(&output, "kvm").contains(words), "{:?}", output.stdout);
+                assert!(line(&output, name).contains(words), "{:?}", output.stdout);
                 assert!(output.stderr.join("\n").contains(words), "{:?}", output.stderr);
                 assert!(refusal.stderr.join("\n").contains(words), "{:?}", refusal.stderr);
             }

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,6 +23,14 @@ static SITE: SharedSite = SharedSite::new(3);
 const LOOK: Duration = Duration::from_millis(100);
 /// Port of the monitors' metrics.
 const METRICS_PORT: u16 = 9177;
+/// Runs the monitor with its log in a pipe, and a process that reads it.
+const LOGGED: (&str, &str) = (
+    "/tmp/logged",
+    "#!/bin/sh\n\
+     rm -f /tmp/log.pipe && mkfifo /tmp/log.pipe\n\
+     cat /tmp/log.pipe >/tmp/log & echo $! >/tmp/reader\n\
+     exec /images/vmft \"$@\" 2>/tmp/log.pipe\n",
+);
 
 fn main() -> ExitCode {
     let status = harness::run(&[
@@ -37,6 +46,10 @@ fn main() -> ExitCode {
         Case::on_hosts(
             "a_switch_that_fails_leaves_the_guest_where_it_is",
             a_switch_that_fails_leaves_the_guest_where_it_is,
+        ),
+        Case::on_hosts(
+            "a_log_that_nobody_reads_stops_no_takeover",
+            a_log_that_nobody_reads_stops_no_takeover,
         ),
     ]);
     SITE.close();
@@ -402,6 +415,87 @@ fn a_backup_that_is_let_go_makes_room_for_another() -> TestResult {
         for monitor in [&primary, &another] {
             assert_eq!(monitor.wait(SHORT)?.ending, Ending::Exited(0), "host {}", monitor.host);
         }
+        volume.assert_ended()
+    })
+}
+
+/// The reader of the log on host `number` dies.
+fn lose_log_reader(site: &Site, number: u8) -> TestResult {
+    site.host(number).run(&["sh", "-c", "kill -9 $(cat /tmp/reader)"], SHORT)?;
+    Ok(())
+}
+
+/// The reader of the log on host `number` hangs, and its pipe is full.
+fn stop_log_reader(site: &Site, number: u8) -> TestResult {
+    let script = "kill -STOP $(cat /tmp/reader); head -c 300000 /dev/zero >/tmp/log.pipe & \
+                  until grep -q pipe_write /proc/$!/wchan; do usleep 10000; done";
+    let output = site.host(number).run(&["sh", "-c", script], SHORT)?;
+    if output.success() { Ok(()) } else { Err(format!("the pipe is not full: {:?}", output.stderr).into()) }
+}
+
+/// Waits until the monitor on host `number` runs the guest in `view`, with or without a backup.
+fn wait_for_primary(site: &Site, number: u8, view: u64, protected: bool) -> TestResult {
+    let what = format!("the primary of view {view}, protected: {protected}");
+    let status = wait_for_status(site, number, &what, |status| {
+        status["role"] == "primary" && status["view"] == view && status["protected"] == protected
+    })?;
+    println!("host {number}: {what}: {}", status["cause"]);
+    Ok(())
+}
+
+fn a_log_that_nobody_reads_stops_no_takeover() -> TestResult {
+    SITE.run(|site| {
+        let (path, script) = LOGGED;
+        [1, 2]
+            .into_iter()
+            .try_for_each(|number| site.host(number).push(Path::new(path), 0o755, script.as_bytes()))?;
+        let (guest, volume) = (Guest::default(), site.volume()?);
+        let logged = |site: &mut Site, number: u8, primary: u8| {
+            let arguments = site.backup_arguments(number, primary, &guest, &volume);
+            site.start_program(number, path, &arguments)
+        };
+        let arguments = site.primary_arguments(1, &guest, &volume);
+        let first = site.start_program(1, path, &arguments)?;
+        first.wait_for_line(SERVICE_READY, LONG)?;
+        let second = site.start_backup(2, 1, &guest, &volume)?;
+        wait_for_primary(site, 1, 2, true)?;
+        let client = site.client(load())?;
+        more_replies(&client, 20)?;
+
+        // A primary whose log is not read loses its backup.
+        stop_log_reader(site, 1)?;
+        second.kill(Signal::SIGKILL)?;
+        wait_for_primary(site, 1, 3, false)?;
+        more_replies(&client, 20)?;
+        second.wait_ending(SHORT)?;
+
+        // A backup whose log cannot be written loses its primary, and its backup then.
+        let second = logged(site, 2, 1)?;
+        wait_for_primary(site, 1, 4, true)?;
+        lose_log_reader(site, 2)?;
+        first.kill(Signal::SIGKILL)?;
+        wait_for_primary(site, 2, 5, false)?;
+        more_replies(&client, 20)?;
+        first.wait_ending(SHORT)?;
+        let first = logged(site, 1, 2)?;
+        wait_for_primary(site, 2, 6, true)?;
+        first.kill(Signal::SIGKILL)?;
+        wait_for_primary(site, 2, 7, false)?;
+        more_replies(&client, 20)?;
+        first.wait_ending(SHORT)?;
+
+        // A backup whose log is not read loses its primary.
+        let first = logged(site, 1, 2)?;
+        wait_for_primary(site, 2, 8, true)?;
+        stop_log_reader(site, 1)?;
+        second.kill(Signal::SIGKILL)?;
+        wait_for_primary(site, 1, 9, false)?;
+        more_replies(&client, 20)?;
+        let report = client.stop(SHORT);
+        println!("{}", report.summary());
+        site.check(&report)?;
+        first.kill(Signal::SIGTERM)?;
+        assert_eq!(first.wait(SHORT)?.ending, Ending::Exited(0));
         volume.assert_ended()
     })
 }

@@ -29,7 +29,7 @@ pub struct Stop {
 
 impl Stop {
     /// For the vCPU thread that calls this: SIGINT and SIGTERM now stop its guest. Call before any other
-    /// thread exists, because the signals are blocked in all of them.
+    /// thread exists that takes signals, because these are blocked in all of them.
     pub fn install() -> Result<(Self, Receiver<()>), CommandError> {
         install_kick_handler()?;
         let mut signals = SigSet::empty();

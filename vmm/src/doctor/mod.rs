@@ -31,7 +31,7 @@ use watchdog::Watchdog;
 use crate::boot::cpuid_table;
 use crate::config::EtcdArgs;
 use crate::ft::arbiter::ArbiterSpec;
-use crate::kvm::{Kvm, KvmError, Unfit, host_flavour, install_kick_handler};
+use crate::kvm::{Kvm, KvmError, Modules, Unfit, install_kick_handler};
 
 /// What came of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -267,8 +267,12 @@ fn structure() -> (Vec<Check>, Result<Bench, String>) {
         Ok(examined) => examined,
         Err(error) => return (vec![Check::new("kvm", no_kvm(&error))], no_guest()),
     };
-    let mut checks =
-        vec![Check::new("kvm", flavour(&unfit)), Check::new("capabilities", capabilities(&unfit))];
+    let modules = Modules::of_host();
+    let mut checks = vec![
+        Check::new("kvm", flavour(&unfit, modules.flavour())),
+        Check::new("nested paging", nested_paging(&unfit, &modules)),
+        Check::new("capabilities", capabilities(&unfit)),
+    ];
     let table = kvm.supported_cpuid().map_err(|error| error.to_string());
     let table = table.and_then(|supported| cpuid_table(&supported).map_err(|error| error.to_string()));
     let bench = match table {
@@ -296,11 +300,26 @@ fn no_kvm(error: &KvmError) -> Finding {
     }
 }
 
-fn flavour(unfit: &[Unfit]) -> Finding {
-    match (unfit.contains(&Unfit::SoftwareKvm), host_flavour()) {
+fn nested_paging(unfit: &[Unfit], modules: &Modules) -> Finding {
+    if unfit.contains(&Unfit::SoftwareKvm) {
+        return Finding::not_measured("kvm-pvm has none");
+    }
+    if let Some(reason) = unfit.iter().find(|reason| matches!(reason, Unfit::ShadowPaging(_))) {
+        return Finding::failed(reason.seen(), reason.advice());
+    }
+    match modules.nested_paging() {
+        Ok(nested) => Finding::ok(nested.name),
+        Err(why) => {
+            Finding::degraded(why, "make sure that KVM was not told to do without: replays differ then")
+        }
+    }
+}
+
+fn flavour(unfit: &[Unfit], name: &'static str) -> Finding {
+    match (unfit.contains(&Unfit::SoftwareKvm), name) {
         (true, _) => Finding::failed(Unfit::SoftwareKvm.seen(), Unfit::SoftwareKvm.advice()),
         (false, "unknown") => Finding::degraded(
-            "neither kvm_intel nor kvm_amd is in /sys/module",
+            "this CPU's module (kvm_intel or kvm_amd) is not in /sys/module",
             "rely on the measurements below",
         ),
         (false, known) => Finding::ok(known),
@@ -363,7 +382,7 @@ mod tests {
     #[test]
     fn what_is_missing_is_said_in_the_monitors_words() {
         let unfit = [Unfit::SoftwareKvm, Unfit::Capability("KVM_CAP_A"), Unfit::Capability("KVM_CAP_B")];
-        let finding = flavour(&unfit);
+        let finding = flavour(&unfit, "kvm_pvm");
         let refusal = KvmError::Unfit(unfit[0]).to_string();
         assert!(refusal.contains(&finding.seen) && refusal.contains(&finding.advice.unwrap()), "{refusal}");
         let finding = capabilities(&unfit);

@@ -3,19 +3,14 @@
 //! Owns: reading and creating key files (their text is `ft-log/src/key.rs`), and the rule that only loopback may be
 //! used in the open. Must never: overwrite a file, take a key that others on this host can read, or print one.
 
-use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use ft_log::{KEY_BYTES, Key, KeyError, MAX_KEY_FILE_BYTES};
+use ft_log::{KEY_BYTES, Key, KeyError, MAX_KEY_FILE_BYTES, create_private};
 use thiserror::Error;
 
 use crate::host::{SecretError, random_bytes, read_secret};
-
-/// Mode of a new key file.
-const OWNER_ONLY: u32 = 0o600;
 
 /// Why there is no key.
 #[derive(Debug, Error)]
@@ -79,7 +74,7 @@ pub fn create(path: &Path) -> Result<(), KeyFileError> {
     let failed = |source| KeyFileError::Create { path: path.to_owned(), source };
     let mut bytes = [0; KEY_BYTES];
     random_bytes(&mut bytes).map_err(failed)?;
-    let mut file = match OpenOptions::new().write(true).create_new(true).mode(OWNER_ONLY).open(path) {
+    let mut file = match create_private(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             return Err(KeyFileError::Exists { path: path.to_owned() });
         }

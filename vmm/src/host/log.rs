@@ -39,7 +39,7 @@ const PANICKED: i32 = 101;
 /// A process has one standard error.
 static LOG: Log = Log::new();
 
-/// Starts the thread that writes. No other thread need exist yet: it takes no signals.
+/// Starts the thread that writes. It takes no signals, and may start before those that wait for them.
 ///
 /// # Errors
 /// There is no thread; what is logged is then lost.

@@ -14,7 +14,7 @@ mod vcpu;
 mod vm;
 
 pub use dirty::{DirtyLog, page_count, page_numbers};
-pub use fitness::{Unfit, host_flavour};
+pub use fitness::{Modules, Unfit};
 pub use vcpu::{Exit, Vcpu, install_kick_handler, kick, kick_signal};
 pub use vm::{Kvm, Vm};
 

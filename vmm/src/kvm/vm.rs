@@ -14,7 +14,7 @@ use kvm_ioctls::VmFd;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::dirty::{self, DirtyLog, Slots};
-use super::fitness::{self, Unfit, host_flavour};
+use super::fitness::{self, Modules, Unfit};
 use super::read_page::ReadPage;
 use super::{KvmError, Vcpu, enable_cap, msr};
 
@@ -30,13 +30,16 @@ impl Kvm {
     /// Opens `/dev/kvm` and refuses a KVM that lacks what deterministic replay needs.
     ///
     /// # Errors
-    /// No `/dev/kvm`, no permission, a software KVM, or a missing capability, each named.
+    /// No `/dev/kvm`, no permission, a software KVM, shadow paging, or a missing capability, each named.
     pub fn open() -> Result<Self, KvmError> {
         let (kvm, unfit) = Self::examine()?;
-        match unfit.first() {
-            None => Ok(kvm),
-            Some(reason) => Err(KvmError::Unfit(*reason)),
+        if let Some(reason) = unfit.first() {
+            return Err(KvmError::Unfit(*reason));
         }
+        if let Err(why) = Modules::of_host().nested_paging() {
+            tracing::warn!("it is not known whether this host's KVM uses nested paging: {why}");
+        }
+        Ok(kvm)
     }
 
     /// Opens `/dev/kvm` and says everything that is wrong with it.
@@ -54,7 +57,7 @@ impl Kvm {
             };
             KvmError::Open(error.into(), advice)
         })?;
-        let unfit = fitness::unfit(host_flavour(), |capability| {
+        let unfit = fitness::unfit(&Modules::of_host(), |capability| {
             fd.check_extension_raw(libc::c_ulong::from(capability))
         });
         Ok((Self { fd }, unfit))
