@@ -129,7 +129,8 @@ impl Volume {
                 names.push(name);
             }
         }
-        names.sort();
+        // By the view's number, which has no leading zeros.
+        names.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
         Ok(names)
     }
 
