@@ -56,7 +56,7 @@ pub use invitation::{INVITATION_BYTES, INVITATION_VERSION, Invitation};
 pub use key::{KEY_BYTES, Key, KeyError, MAX_KEY_FILE_BYTES, SealKey, TAG_BYTES};
 pub use message::{
     Ack, Batch, ByeReason, FIRST_BATCH, LogPart, MAX_BATCH_ENTRIES_BYTES, MAX_MESSAGE_BYTES, MAX_NAME_BYTES,
-    MAX_TEXT_BYTES, Message, MessageKind, Refusal,
+    MAX_OWNER_BYTES, MAX_PATH_BYTES, MAX_TEXT_BYTES, Message, MessageKind, Refusal,
 };
 pub use position::{Counted, Position, PositionSource, REGISTERS, Registers};
 pub use private_file::create_private;
@@ -64,7 +64,8 @@ pub use probe::{PROBE_BYTES, PROBE_VERSION, Probe, ProbeKind};
 pub use record::{Cursor, Entry};
 pub use segment::{RECORDING_MAGIC, RECORDING_VERSION, RecordingError, RecordingReader, RecordingWriter};
 pub use session::{
-    BatchReceiver, BatchSender, CpuIdentity, Expected, Hello, Mismatch, SequenceError, Welcome, check_hello,
+    BatchReceiver, BatchSender, CpuIdentity, Expected, Hello, HelloDisk, HelloImage, Mismatch, SequenceError,
+    Welcome, check_hello,
 };
 pub use snapshot::{
     MAX_KIND_BYTES, MAX_PAYLOAD_BYTES, MAX_RUN_PAGES, PAGE_BYTES, SNAPSHOT_MAGIC, SNAPSHOT_VERSION,

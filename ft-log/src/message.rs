@@ -8,10 +8,11 @@
 use crate::error::LogError;
 use crate::event::GuestTime;
 use crate::fields::{
-    check_len, get_array, get_text, get_u8, get_u16, get_u32, get_u64, get_varint, put_bytes, put_varint,
+    check_len, get_array, get_bytes, get_text, get_u8, get_u16, get_u32, get_u64, get_varint, put_bytes,
+    put_varint,
 };
 use crate::position::PositionSource;
-use crate::session::{CpuIdentity, Hello, Welcome};
+use crate::session::{CpuIdentity, Hello, HelloDisk, HelloImage, Welcome};
 
 /// Longest payload of one message.
 pub const MAX_MESSAGE_BYTES: usize = 8 << 20;
@@ -21,7 +22,11 @@ pub const MAX_BATCH_ENTRIES_BYTES: usize = MAX_MESSAGE_BYTES - 50;
 pub const FIRST_BATCH: u64 = 1;
 /// Longest name of a guest, a host or a monitor version.
 pub const MAX_NAME_BYTES: usize = 255;
-/// Longest text of a [`Message::Refuse`] or a [`Message::Bye`].
+/// Longest path of a disk image.
+pub const MAX_PATH_BYTES: usize = 4_096;
+/// Longest record of a disk image's owner.
+pub const MAX_OWNER_BYTES: usize = 4_096;
+/// Longest text of a [`Message::Refuse`] or a [`Message::Bye`], and longest cause of a mark that is missing.
 pub const MAX_TEXT_BYTES: usize = 4_096;
 
 /// One message. Who sends what, and when, is in `session.rs`.
@@ -292,13 +297,7 @@ fn put_hello(out: &mut Vec<u8>, hello: &Hello) -> Result<(), LogError> {
     out.extend_from_slice(&hello.cpu.family.to_le_bytes());
     out.extend_from_slice(&[hello.cpu.model, hello.cpu.stepping]);
     put_bytes(out, "guest name", hello.guest_name.as_bytes(), MAX_NAME_BYTES)?;
-    match hello.disk_bytes {
-        None => out.push(NO_DISK),
-        Some(disk_bytes) => {
-            out.push(HAS_DISK);
-            out.extend_from_slice(&disk_bytes.to_le_bytes());
-        }
-    }
+    put_disk(out, hello.disk.as_ref())?;
     out.extend_from_slice(&hello.claims_id);
     out.extend_from_slice(&hello.life);
     put_bytes(out, "host name", hello.host_name.as_bytes(), MAX_NAME_BYTES)?;
@@ -319,11 +318,7 @@ fn get_hello(input: &mut &[u8]) -> Result<Hello, LogError> {
             stepping: get_u8(input, "CPU stepping")?,
         },
         guest_name: get_text(input, "guest name", MAX_NAME_BYTES)?,
-        disk_bytes: match get_u8(input, "disk tag")? {
-            NO_DISK => None,
-            HAS_DISK => Some(get_u64(input, "disk size")?),
-            tag => return Err(LogError::UnknownTag { what: "disk tag", tag }),
-        },
+        disk: get_disk(input)?,
         claims_id: get_array(input, "arbiter id")?,
         life: get_array(input, "life")?,
         host_name: get_text(input, "host name", MAX_NAME_BYTES)?,
@@ -338,10 +333,61 @@ fn get_hello(input: &mut &[u8]) -> Result<Hello, LogError> {
     })
 }
 
+fn put_disk(out: &mut Vec<u8>, disk: Option<&HelloDisk>) -> Result<(), LogError> {
+    let Some(HelloDisk { len_bytes, image }) = disk else {
+        out.push(NO_DISK);
+        return Ok(());
+    };
+    out.push(if image.is_some() { HAS_IMAGE } else { HAS_DEVICE });
+    out.extend_from_slice(&len_bytes.to_le_bytes());
+    let Some(HelloImage { path, owner, mark }) = image else { return Ok(()) };
+    put_bytes(out, "path of the image", path.as_bytes(), MAX_PATH_BYTES)?;
+    put_bytes(out, "owner of the image", owner, MAX_OWNER_BYTES)?;
+    match mark {
+        Ok(id) => {
+            out.push(HAS_MARK);
+            out.extend_from_slice(id);
+            Ok(())
+        }
+        Err(why) => {
+            out.push(NO_MARK);
+            put_bytes(out, "cause of a missing mark", why.as_bytes(), MAX_TEXT_BYTES)
+        }
+    }
+}
+
+fn get_disk(input: &mut &[u8]) -> Result<Option<HelloDisk>, LogError> {
+    let tag = get_u8(input, "disk tag")?;
+    let has_image = match tag {
+        NO_DISK => return Ok(None),
+        HAS_DEVICE => false,
+        HAS_IMAGE => true,
+        tag => return Err(LogError::UnknownTag { what: "disk tag", tag }),
+    };
+    let len_bytes = get_u64(input, "disk size")?;
+    let image = if has_image { Some(get_image(input)?) } else { None };
+    Ok(Some(HelloDisk { len_bytes, image }))
+}
+
+fn get_image(input: &mut &[u8]) -> Result<HelloImage, LogError> {
+    Ok(HelloImage {
+        path: get_text(input, "path of the image", MAX_PATH_BYTES)?,
+        owner: get_bytes(input, "owner of the image", MAX_OWNER_BYTES)?.to_vec(),
+        mark: match get_u8(input, "mark tag")? {
+            NO_MARK => Err(get_text(input, "cause of a missing mark", MAX_TEXT_BYTES)?),
+            HAS_MARK => Ok(get_array(input, "mark")?),
+            tag => return Err(LogError::UnknownTag { what: "mark tag", tag }),
+        },
+    })
+}
+
 const NO_NETWORK: u8 = 1;
 const HAS_NETWORK: u8 = 2;
 const NO_DISK: u8 = 1;
-const HAS_DISK: u8 = 2;
+const HAS_DEVICE: u8 = 2;
+const HAS_IMAGE: u8 = 3;
+const NO_MARK: u8 = 1;
+const HAS_MARK: u8 = 2;
 
 fn put_welcome(out: &mut Vec<u8>, welcome: &Welcome) -> Result<(), LogError> {
     out.extend_from_slice(&welcome.view.to_le_bytes());

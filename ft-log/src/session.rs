@@ -49,8 +49,8 @@ pub struct Hello {
     pub cpu: CpuIdentity,
     /// The guest that it wants to follow.
     pub guest_name: String,
-    /// Size of its copy of the guest's disk, if it has one.
-    pub disk_bytes: Option<u64>,
+    /// The disk that it has for the guest, if it has one.
+    pub disk: Option<HelloDisk>,
     /// The id of the arbiter that it asks: both hosts must ask the same one.
     pub claims_id: [u8; 16],
     /// This life of its monitor, by which a view's record names its backup.
@@ -65,6 +65,26 @@ pub struct Hello {
     pub positions: PositionSource,
     /// Where it would take a backup of its own, at the address it connects from; 0: nowhere.
     pub listen_port: u16,
+}
+
+/// A backup's disk for the guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HelloDisk {
+    /// Its size in bytes.
+    pub len_bytes: u64,
+    /// The image in which it is; `None` for a block device.
+    pub image: Option<HelloImage>,
+}
+
+/// What lets a primary tell whether a backup's disk image is the primary's own file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HelloImage {
+    /// Its path on the backup's host, for sentences.
+    pub path: String,
+    /// The record of its owner, as the backup reads it; empty if there is none.
+    pub owner: Vec<u8>,
+    /// The id of the mark that the backup has just left beside it, or why it left none.
+    pub mark: Result<[u8; 16], String>,
 }
 
 /// What a primary answers.
@@ -138,7 +158,7 @@ pub enum Mismatch {
         /// The primary's CPU.
         primary: CpuIdentity,
     },
-    /// Disks that cannot be copies of each other.
+    /// Disks that cannot be the same one.
     #[error("Backup host {host} has {}, the primary has {}", disk(*backup), disk(*primary))]
     Disk {
         /// The backup's host.
@@ -242,8 +262,9 @@ pub fn check_hello(hello: &Hello, expected: &Expected) -> Result<(), Mismatch> {
             primary: expected.timeout_ms,
         });
     }
-    if hello.disk_bytes != expected.disk_bytes {
-        return Err(Mismatch::Disk { host: host(), backup: hello.disk_bytes, primary: expected.disk_bytes });
+    let backup = hello.disk.as_ref().map(|disk| disk.len_bytes);
+    if backup != expected.disk_bytes {
+        return Err(Mismatch::Disk { host: host(), backup, primary: expected.disk_bytes });
     }
     if hello.claims_id != expected.claims_id {
         return Err(Mismatch::Claims { host: host(), backup: hello.claims_id, primary: expected.claims_id });

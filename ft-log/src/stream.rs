@@ -20,7 +20,7 @@ use crate::error::LogError;
 use crate::message::{ByeReason, MAX_MESSAGE_BYTES, Message, MessageKind};
 
 /// Version of the connection protocol: of the messages, the entries and the snapshot that it carries.
-pub const PROTOCOL_VERSION: u32 = 11;
+pub const PROTOCOL_VERSION: u32 = 12;
 /// First bytes of a connection, from each side.
 pub const LINK_MAGIC: [u8; 8] = *b"VMFTLINK";
 /// Bytes of magic and version.

@@ -11,9 +11,10 @@ use std::path::Path;
 use ft_log::{
     Ack, Batch, ByeReason, CLOCK_TOLERANCE, Checkpoint, CheckpointDecoder, CheckpointEncoder, ClockModel,
     Counted, Cursor, Decoder, DiskStatus, Encoder, Entry, Event, FIRST_BATCH, FrameDecoder, FrameReader,
-    FrameWriter, GuestTime, Heartbeat, Invitation, Key, LogError, Message, PAGE_BYTES, Pages, Position,
-    Probe, ProbeKind, RECORDING_MAGIC, RECORDING_VERSION, REGISTERS, RecordingReader, Refusal, Role,
-    SNAPSHOT_MAGIC, SnapshotPart, SnapshotReader, SnapshotWriter, StateDigest,
+    FrameWriter, GuestTime, Heartbeat, Hello, HelloDisk, HelloImage, Invitation, Key, LogError, Message,
+    PAGE_BYTES, Pages, Position, Probe, ProbeKind, RECORDING_MAGIC, RECORDING_VERSION, REGISTERS,
+    RecordingReader, Refusal, Role, SNAPSHOT_MAGIC, SnapshotPart, SnapshotReader, SnapshotWriter,
+    StateDigest,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -104,8 +105,15 @@ fn any_message() -> impl Strategy<Value = Message> {
         executed,
         executed_time: GuestTime(ticks),
     });
+    let mark = prop_oneof![any::<[u8; 16]>().prop_map(Ok), any::<String>().prop_map(Err)];
+    let image = (any::<String>(), vec(any::<u8>(), 0..300), mark)
+        .prop_map(|(path, owner, mark)| HelloImage { path, owner, mark });
+    let disk = (any::<u64>(), proptest::option::of(image))
+        .prop_map(|(len_bytes, image)| HelloDisk { len_bytes, image });
+    let hello = proptest::option::of(disk).prop_map(|disk| Hello { disk, ..common::hello() });
     prop_oneof![
         proptest::sample::select(common::messages()),
+        hello.prop_map(Message::Hello),
         batch.prop_map(Message::Batch),
         ack.prop_map(Message::Ack),
         vec(any::<u8>(), 0..300).prop_map(Message::Snapshot),

@@ -321,8 +321,8 @@ fn greeted(opening: &[u8], key: Option<&Key>) -> ChannelError {
 fn a_peer_of_another_version_is_refused_by_name() {
     for key in [None, Some(&common::key())] {
         // Another version may have nothing behind it.
-        let refused = greeted(b"VMFTLINK\x0c\0\0\0", key);
-        assert_eq!(refused.to_string(), "The peer speaks protocol version 12, this monitor speaks 11");
+        let refused = greeted(b"VMFTLINK\x0d\0\0\0", key);
+        assert_eq!(refused.to_string(), "The peer speaks protocol version 13, this monitor speaks 12");
         let refused = greeted(b"GET / HT\x01\0\0\0", key);
         assert_eq!(refused.to_string(), "The peer does not speak this protocol: it starts with GET / HT");
         let cut = greeted(b"VMFTLINK\x01\0\0", key);
@@ -332,7 +332,7 @@ fn a_peer_of_another_version_is_refused_by_name() {
 
 #[test]
 fn a_key_on_one_side_only_is_refused_by_both() {
-    let opening = |security: u8| [&b"VMFTLINK\x0b\0\0\0"[..], &[security, 0, 0, 0]].concat();
+    let opening = |security: u8| [&b"VMFTLINK\x0c\0\0\0"[..], &[security, 0, 0, 0]].concat();
     let refused = greeted(&opening(1), Some(&common::key()));
     assert!(matches!(refused, ChannelError::OnlyHere), "{refused}");
     let refused = greeted(&opening(2), None);
@@ -341,7 +341,7 @@ fn a_key_on_one_side_only_is_refused_by_both() {
         let refused = greeted(&opening(security), None);
         assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
     }
-    let refused = greeted(b"VMFTLINK\x0b\0\0\0\x01\0\0\x01", None);
+    let refused = greeted(b"VMFTLINK\x0c\0\0\0\x01\0\0\x01", None);
     assert!(matches!(refused, ChannelError::Opening { .. }), "{refused}");
 }
 

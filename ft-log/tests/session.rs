@@ -21,7 +21,7 @@ fn expected() -> Expected {
         monitor_version,
         cpu,
         guest_name,
-        disk_bytes,
+        disk,
         claims_id,
         timeout_ms,
         has_network,
@@ -29,6 +29,7 @@ fn expected() -> Expected {
         listen_port: _,
         ..
     } = common::hello();
+    let disk_bytes = disk.map(|disk| disk.len_bytes);
     Expected { monitor_version, cpu, guest_name, disk_bytes, claims_id, timeout_ms, has_network, positions }
 }
 
@@ -70,7 +71,7 @@ fn a_backup_that_differs_is_told_in_what() {
              the primary has AuthenticAMD family 23 model 49 stepping 2",
         ),
         (
-            Hello { disk_bytes: None, ..common::hello() },
+            Hello { disk: None, ..common::hello() },
             "Backup host beta has no disk, the primary has a disk of 1073741824 bytes",
         ),
         (

@@ -3,8 +3,8 @@
 
 use ft_log::{
     Ack, Batch, ByeReason, Counted, CpuIdentity, Cursor, DiskStatus, Entry, Event, GuestTime, Heartbeat,
-    Hello, Invitation, Key, Message, Position, PositionSource, Probe, ProbeKind, REGISTERS, Refusal, Role,
-    SealKey, StateDigest, Welcome,
+    Hello, HelloDisk, HelloImage, Invitation, Key, Message, Position, PositionSource, Probe, ProbeKind,
+    REGISTERS, Refusal, Role, SealKey, StateDigest, Welcome,
 };
 
 /// A cursor that is not at zero, so that a codec that forgets it is noticed.
@@ -45,7 +45,9 @@ pub fn counted(branches: u64, rcx: u64) -> Position {
 pub fn messages() -> Vec<Message> {
     vec![
         Message::Hello(hello()),
-        Message::Hello(Hello { disk_bytes: None, ..hello() }),
+        Message::Hello(Hello { disk: None, ..hello() }),
+        Message::Hello(Hello { disk: Some(HelloDisk { len_bytes: 1 << 30, image: None }), ..hello() }),
+        Message::Hello(with_mark(Err("No".into()))),
         Message::Welcome(Welcome {
             view: 7,
             guest_name: "web".into(),
@@ -81,11 +83,17 @@ pub fn messages() -> Vec<Message> {
 }
 
 pub fn hello() -> Hello {
+    with_mark(Ok(*b"a mark beside it"))
+}
+
+/// What a backup says that has left this mark beside its image.
+pub fn with_mark(mark: Result<[u8; 16], String>) -> Hello {
+    let image = HelloImage { path: "/d.img".into(), owner: b"web".to_vec(), mark };
     Hello {
         monitor_version: "0.1.0".into(),
         cpu: CpuIdentity { vendor: *b"AuthenticAMD", family: 0x17, model: 0x31, stepping: 2 },
         guest_name: "web".into(),
-        disk_bytes: Some(1 << 30),
+        disk: Some(HelloDisk { len_bytes: 1 << 30, image: Some(image) }),
         claims_id: *b"0123456789abcdef",
         life: *b"fedcba9876543210",
         host_name: "beta".into(),

@@ -16,13 +16,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
-use ft_log::{ByeReason, CpuIdentity, GuestTime, Hello, Key, PositionSource, Role, StreamError};
+use ft_log::{ByeReason, CpuIdentity, GuestTime, Hello, HelloDisk, Key, PositionSource, Role, StreamError};
 use kvm_bindings::CpuId;
 
 use super::heal::{self, Attempts, HealError, Useless};
 use super::pair::{LiveSide, PairError, Side, other_hosts};
 use super::stop::Stop;
-use super::takeover::Takeover;
+use super::takeover::{Barred, SharedImage, Takeover};
 use super::{CommandError, Ending, ending, start_thread};
 use crate::boot;
 use crate::change;
@@ -37,7 +37,7 @@ use crate::ft::claim::{ClaimRole, Claims, Owner};
 use crate::ft::fence::Occasion;
 use crate::ft::heartbeat::Heartbeats;
 use crate::ft::hosts::HostList;
-use crate::ft::protocol::{Next, Verdict};
+use crate::ft::protocol::{Backup, Next, Verdict};
 use crate::ft::search::probe_key;
 use crate::ft::supervise::Claimant;
 use crate::guest::{GuestConfig, GuestError};
@@ -76,9 +76,9 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
     change!(info, follower.monitor(), standing, primary = %args.connect, "looking for the primary");
     follower.monitor().set_peer(Some(Peer { address: args.connect.to_string(), ..Peer::default() }));
     let resources = follower.open_resources()?;
-    let hello = follower.hello(&resources)?;
-    let mut connection =
-        connect(args.connect, follower.key(), hello, follower.connect_timeout()).map_err(PairError::from)?;
+    let (mut connection, image) = follower.introduce_to(&resources, |hello| {
+        connect(args.connect, follower.key(), hello, follower.connect_timeout())
+    })?;
     let any_port = SocketAddr::new(connection.local_address().map_err(PairError::from)?.ip(), 0);
     let listen = args.listen.unwrap_or(any_port);
     let heartbeats = Arc::new(
@@ -86,7 +86,7 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
             .map_err(PairError::from)?,
     );
     follower.introduce(&heartbeats);
-    let guest = follower.receive(&mut connection, &heartbeats)?;
+    let guest = follower.receive(&mut connection, image, &heartbeats)?;
     follower.follow(guest, resources, connection, heartbeats)
 }
 
@@ -157,13 +157,33 @@ impl<'a> Follower<'a> {
         })
     }
 
+    /// Says to a primary, by `connect`, who this is. The image with which it was accepted.
+    pub(super) fn introduce_to(
+        &self,
+        resources: &Resources,
+        connect: impl FnOnce(Hello) -> Result<Connection, BackupError>,
+    ) -> Result<(Connection, Option<SharedImage>), CommandError> {
+        let found = resources.disk.as_ref().map(SharedImage::find).transpose()?.flatten();
+        let (image, introduction, mark) = match found {
+            Some((image, introduction, mark)) => (Some(image), Some(introduction), mark),
+            None => (None, None, None),
+        };
+        let disk = resources
+            .disk
+            .as_ref()
+            .map(|disk| HelloDisk { len_bytes: disk.capacity_bytes(), image: introduction });
+        let connection = connect(self.hello(resources, disk)).map_err(PairError::from);
+        drop(mark);
+        Ok((connection?, image))
+    }
+
     /// What it says of itself.
-    pub(super) fn hello(&self, resources: &Resources) -> Result<Hello, CommandError> {
-        Ok(Hello {
+    fn hello(&self, resources: &Resources, disk: Option<HelloDisk>) -> Hello {
+        Hello {
             monitor_version: self.side.version.clone(),
             cpu: self.cpu,
             guest_name: self.args.name.clone(),
-            disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
+            disk,
             claims_id: self.side.claims.arbiter_id(),
             life: self.side.owner.uuid,
             host_name: self.side.owner.host.clone(),
@@ -171,7 +191,7 @@ impl<'a> Follower<'a> {
             has_network: resources.tap.is_some(),
             positions: self.positions,
             listen_port: self.listen_port,
-        })
+        }
     }
 
     /// What an operator sees.
@@ -222,6 +242,7 @@ impl<'a> Follower<'a> {
     pub(super) fn receive(
         &mut self,
         connection: &mut Connection,
+        image: Option<SharedImage>,
         heartbeats: &Heartbeats,
     ) -> Result<Received, CommandError> {
         heartbeats.set_view(connection.welcome.view, Role::Backup);
@@ -232,7 +253,7 @@ impl<'a> Follower<'a> {
         let mut kept = self.side.reports.as_ref().map(Reports::keep);
         let (config, mut machine) = receive_guest(&self.kvm, connection, kept.as_mut(), &self.side.monitor)?;
         machine.count_branches(self.counter.take());
-        Ok(Received { config, machine, kept })
+        Ok(Received { config, machine, kept, image })
     }
 
     /// Follows with the guest that was received, to the end.
@@ -266,15 +287,18 @@ pub(super) struct Received {
     machine: Machine,
     /// What was sent, for a report.
     kept: Option<Kept>,
+    /// Where its disk is, if that is a file.
+    image: Option<SharedImage>,
 }
 
 impl Ready<'_> {
     /// Joins the primary at `address` again.
     fn get_anew(&mut self, address: SocketAddr) -> Result<(Connection, Received), CommandError> {
-        let hello = self.follower.hello(&self.resources)?;
-        let mut connection =
-            join_again(address, self.follower.key(), &hello, self.follower.connect_timeout())?;
-        let guest = self.follower.receive(&mut connection, &self.heartbeats)?;
+        let follower = &mut self.follower;
+        let (mut connection, image) = follower.introduce_to(&self.resources, |hello| {
+            join_again(address, follower.key(), &hello, follower.connect_timeout())
+        })?;
+        let guest = follower.receive(&mut connection, image, &self.heartbeats)?;
         Ok((connection, guest))
     }
 }
@@ -285,12 +309,12 @@ fn join_again(
     key: Option<&Key>,
     hello: &Hello,
     timeout: Duration,
-) -> Result<Connection, PairError> {
+) -> Result<Connection, BackupError> {
     let deadline = Instant::now() + timeout;
     loop {
         match connect(address, key, hello.clone(), timeout) {
             Err(BackupError::Refused { .. }) if Instant::now() < deadline => std::thread::sleep(JOIN_AGAIN),
-            other => return Ok(other?),
+            other => return other,
         }
     }
 }
@@ -372,12 +396,12 @@ struct Again<'a> {
 /// Follows to the log's end; then, with a claim won, takes over.
 fn follow(
     ready: Ready<'_>,
-    Received { config, mut machine, kept }: Received,
+    Received { config, mut machine, kept, image }: Received,
     connection: Connection,
 ) -> Result<Followed<'_>, CommandError> {
     let view = connection.welcome.view;
     let cursor = snapshot::cursor(&machine);
-    let takeover = takeover(&ready, &connection, &config);
+    let takeover = takeover(&ready, &connection, &config, image);
     let timeout = ready.follower.side.timing.timeout;
     let (inflow, frames) = connection
         .follow(cursor, timeout)
@@ -422,9 +446,12 @@ fn follow(
     if matches!(stopped, Stopped::GuestEnded(_)) && !crashed {
         return Ok(Followed::Ended(ending(stopped, machine.anchors())));
     }
-    let Ok(LinkEnded { verdict, lost, image, noticed }) = verdict.recv() else {
+    let Ok(LinkEnded { verdict, lost, image, objection, noticed }) = verdict.recv() else {
         return Err(PairError::NotFormed("the receiver's thread is gone".into()).into());
     };
+    if let Some(why) = objection {
+        return Err(PairError::OtherImage { why }.into());
+    }
     let won = inflow.machine(|machine| machine.goes_live());
     if crashed {
         // As on the primary, which left it to this monitor to say so.
@@ -432,7 +459,10 @@ fn follow(
         return Ok(Followed::Ended(ending(stopped, machine.anchors())));
     }
     if let Some(view) = won {
-        let owned = image.map_err(|what| PairError::NotLive { view, what })?;
+        let owned = image.map_err(|barred| match barred {
+            Barred::Stopped(what) => PairError::NotLive { view, what },
+            Barred::Image(why) => PairError::OtherImageClaimed { view, why },
+        })?;
         return go_live(ready, config, machine, door, (view, noticed, owned)).map(Followed::Ended);
     }
     // What the operator wants is no failure.
@@ -507,7 +537,12 @@ fn not_recorded(claims: &Claims, view: u64, owner: &Owner) -> Option<String> {
 }
 
 /// What is to be done before the guest goes live here.
-fn takeover(ready: &Ready<'_>, connection: &Connection, config: &GuestConfig) -> Takeover {
+fn takeover(
+    ready: &Ready<'_>,
+    connection: &Connection,
+    config: &GuestConfig,
+    image: Option<SharedImage>,
+) -> Takeover {
     let welcome = &connection.welcome;
     let occasion = Occasion {
         guest: ready.follower.guest_name().to_owned(),
@@ -516,7 +551,7 @@ fn takeover(ready: &Ready<'_>, connection: &Connection, config: &GuestConfig) ->
         peer_address: connection.address.ip(),
         reason: String::new(),
     };
-    let image = ready.follower.args.disk.as_deref().filter(|_| !config.board.disk_read_only);
+    let image = image.filter(|_| !config.board.disk_read_only);
     Takeover::new(&ready.follower.side, occasion, image, ready.follower.stop.0.flag())
 }
 
@@ -525,8 +560,10 @@ struct LinkEnded {
     verdict: Verdict,
     /// Why, if the claim was lost.
     lost: String,
-    /// If it was won: the disk image; or what this monitor waited for when the operator stopped it.
-    image: Result<Option<Ownership>, &'static str>,
+    /// If it was won: the disk image; or why the guest does not go live.
+    image: Result<Option<Ownership>, Barred>,
+    /// Why nothing was claimed, if the disk image is not the primary's any more.
+    objection: Option<String>,
     /// When the end was noticed.
     noticed: Instant,
 }
@@ -560,9 +597,15 @@ fn receiver(
             let standing = Standing { role: control::Role::None, view, protected: false, cause };
             change!(info, monitor, standing, "dismissed: the primary goes on without this backup");
         }
+        let (mut looked, mut objection) = (false, None);
         let verdict = loop {
             match next() {
                 Next::Wait => std::thread::sleep(SILENCE_POLL),
+                // Only before the first attempt: one that is made takes the guest from a primary that may still live.
+                Next::Claim { .. } if !std::mem::replace(&mut looked, true) => {
+                    objection = takeover.objection();
+                    objection.iter().for_each(|_| inflow.machine(Backup::retire));
+                }
                 Next::Claim { view } => {
                     let answer = claimant.ask(view, None);
                     inflow.machine(|machine| machine.claim_says(answer));
@@ -574,12 +617,12 @@ fn receiver(
             (Verdict::Won, LinkEnd::Lost { why, primary }) => takeover.prepare(why, *primary),
             _ => Ok(None),
         };
-        if verdict == Verdict::Lost || image.is_err() {
+        if verdict == Verdict::Lost || image.is_err() || objection.is_some() {
             // The guest may be far behind, or nowhere that leads back.
             inflow.abandon();
             main.kick();
         }
-        LinkEnded { verdict, lost: claimant.why_lost(), image, noticed }
+        LinkEnded { verdict, lost: claimant.why_lost(), image, objection, noticed }
     }
 }
 

@@ -37,6 +37,7 @@ use crate::ft::claim::{ClaimError, ClaimRole, Claims, Outcome, Owner};
 use crate::ft::fence::{Fence, FenceError};
 use crate::ft::heartbeat::{HeartbeatError, Heartbeats};
 use crate::ft::hosts::{HostList, HostsError};
+use crate::ft::image::Demand;
 use crate::ft::key_file::{self, KeyFileError};
 use crate::ft::link::Link;
 use crate::ft::output_gate::{Limits, OutputGate};
@@ -47,7 +48,8 @@ use crate::ft::supervise::{LinkEvent, Supervisor};
 use crate::guest::GuestConfig;
 use crate::host::deferral::{Deferral, Inbox};
 use crate::host::disk::{Caching, Disk, Guard};
-use crate::host::owner::Ownership;
+use crate::host::image::ImageError;
+use crate::host::owner::{Ownership, TakeError};
 use crate::machine::Machine;
 use crate::outlet::{Outlet, Resources};
 use crate::position;
@@ -56,6 +58,9 @@ use crate::run::{self, HostSide, HostTime, INBOX_EVENTS, Live, RunError, Stopped
 
 /// Outputs that may wait for acknowledgements before the guest waits too.
 const GATE_LIMITS: Limits = Limits { count: 16_384, bytes: 16 << 20 };
+
+const START_AGAIN: &str =
+    "find out which image is the guest's, then remove its claims and start it again (README)";
 
 /// Why a pair cannot be formed or kept.
 #[derive(Debug, Error)]
@@ -109,8 +114,19 @@ pub enum PairError {
         record.display()
     )]
     ImageOwnerDamaged { record: PathBuf, why: String },
-    #[error("the record of the disk image's owner, {}, cannot be read or written: {source}", record.display())]
-    ImageOwner { record: PathBuf, source: std::io::Error },
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Take(TakeError),
+    #[error("the guest is not started: {0}")]
+    NotTaken(String),
+    #[error(
+        "this backup does not take the guest over: {why}. It has claimed nothing: a primary that still lives goes on alone. \
+         If none does, nobody runs the guest; {START_AGAIN}"
+    )]
+    OtherImage { why: String },
+    #[error("this backup holds view {view} and does not run the guest: {why}. Nobody runs it; {START_AGAIN}")]
+    OtherImageClaimed { view: u64, why: String },
     #[error("the primary was lost before the pair was formed: {0}")]
     NotFormed(String),
     #[error("the primary at {address} was lost before the pair was formed: {source}")]
@@ -208,7 +224,8 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     // Who runs the guest says more than whose control socket is here.
     let view = first_view(&side.claims, &args.guest.name)?;
     let image = args.guest.disk.as_deref().filter(|_| !args.guest.disk_read_only);
-    image.map_or(Ok(()), |image| takeover::check_image(image, &args.guest.name, view))?;
+    let former = image.map(|image| takeover::check_image(image, &side.claims, &args.guest.name, view));
+    let former = former.transpose()?.flatten();
     let _server = side.serve(&args.pair.operator, &args.guest.name)?;
     let hosts = other_hosts(args.hosts.as_ref(), Some(args.listen))?;
     let listener = Listener::bind(args.listen).map_err(PairError::from)?;
@@ -218,6 +235,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     );
     heartbeats.know_others(hosts.clone(), probe_key(side.key.as_ref()));
     let prepared = prepare(&args.guest, Caching::WriteThrough, counter)?;
+    let image = takeover::image_to_write(prepared.resources.disk.as_ref())?;
     match side.claims.claim(view, &side.owner, None).map_err(PairError::from)? {
         Outcome::Won | Outcome::Otherwise => {}
         Outcome::Lost { holder, .. } => {
@@ -232,7 +250,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     }
     heartbeats.set_view(view, Role::Primary);
     let Prepared { config, machine, mut resources } = prepared;
-    takeover::take_disk(&side, view, image, &mut resources)?;
+    takeover::take_disk(&side, view, image, former.as_deref(), &mut resources)?;
     let cause = "vmft primary was started".into();
     let standing = Standing { role: control::Role::Primary, view, protected: false, cause };
     change!(info, side.monitor, standing, "the guest runs here, without a backup so far");
@@ -469,7 +487,12 @@ fn reception(
     let stop = stop.clone();
     let (link, search) = (Arc::clone(&shared.link), Arc::clone(&shared.search));
     let key = side.key.clone();
-    Ok(Reception { expected, key, link, search, joins, wake: Box::new(move || stop.wake()) })
+    let disk = match &shared.owned {
+        Some(owned) => Demand::Image(Arc::clone(owned)),
+        None if config.board.disk_bytes.is_none() || config.board.disk_read_only => Demand::Size,
+        None => Demand::Device,
+    };
+    Ok(Reception { expected, disk, key, link, search, joins, wake: Box::new(move || stop.wake()) })
 }
 
 fn supervisor(

@@ -143,10 +143,10 @@ impl Standby<'_> {
     /// Gets the guest of `primary`.
     fn join(&mut self, primary: SocketAddr) -> Result<Joined, CommandError> {
         let resources = self.follower.open_resources()?;
-        let hello = self.follower.hello(&resources)?;
-        let mut connection =
-            connect(primary, self.follower.key(), hello, CONNECT_TIMEOUT).map_err(PairError::from)?;
-        let received = self.follower.receive(&mut connection, &self.heartbeats);
+        let follower = &mut self.follower;
+        let (mut connection, image) = follower
+            .introduce_to(&resources, |hello| connect(primary, follower.key(), hello, CONNECT_TIMEOUT))?;
+        let received = follower.receive(&mut connection, image, &self.heartbeats);
         if received.is_err() {
             self.heartbeats.set_peer(None);
             self.follower.monitor().set_peer(None);

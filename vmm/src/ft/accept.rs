@@ -10,11 +10,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError};
-use ft_log::{ChannelError, Expected, FrameWriter, Key, Message, Refusal, StreamError, check_hello};
+use ft_log::{
+    ChannelError, Expected, FrameWriter, Key, MAX_TEXT_BYTES, Message, Refusal, StreamError, check_hello,
+};
 use thiserror::Error;
 
 use super::channel::{Channel, Sending};
 use super::claim::{Member, check_host};
+use super::image::{Demand, shortened};
 use super::link::Link;
 use super::primary::Join;
 use super::protocol::ANOTHER_IS_JOINING;
@@ -56,6 +59,8 @@ pub struct Listener {
 pub struct Reception {
     /// What a backup must be.
     pub expected: Expected,
+    /// What its disk must be.
+    pub disk: Demand,
     /// What it must know, or `None` if the two talk in the open.
     pub key: Option<Key>,
     /// Whether there is one already.
@@ -159,7 +164,10 @@ fn greet(
         None => return Ok(()),
     };
     let unfit = match check_hello(&hello, expected) {
-        Ok(()) => check_host(&hello.host_name).err().map(|error| error.to_string()),
+        Ok(()) => check_host(&hello.host_name)
+            .err()
+            .map(|error| error.to_string())
+            .or_else(|| reception.disk.refusal(&hello)),
         Err(mismatch) => Some(mismatch.to_string()),
     };
     if let Some(cause) = unfit {
@@ -185,5 +193,5 @@ fn greet(
 
 /// Tells a backup why it cannot join.
 pub(super) fn refuse(out: &mut Sending, refusal: Refusal, reason: String) -> Result<(), StreamError> {
-    FrameWriter::new(out).send(&Message::Refuse { refusal, reason })
+    FrameWriter::new(out).send(&Message::Refuse { refusal, reason: shortened(reason, MAX_TEXT_BYTES) })
 }

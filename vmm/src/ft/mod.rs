@@ -20,6 +20,7 @@ pub mod claim;
 pub mod fence;
 pub mod heartbeat;
 pub mod hosts;
+pub mod image;
 pub mod key_file;
 pub mod link;
 mod others;

@@ -15,6 +15,7 @@
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{self, Arc, Mutex, PoisonError};
@@ -27,6 +28,7 @@ use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
 use super::deferral::Inbox;
+use super::image::{Image, ImageError};
 use super::owner::{Owned, Ownership};
 use super::{StopToken, Worker};
 
@@ -144,11 +146,19 @@ impl Disk {
         if !kind.is_file() && !kind.is_block_device() {
             return Err(DiskError::NotAnImage { path: path.to_owned() });
         }
+        let file = Self::open_file(path, read_only, caching).map_err(error)?;
+        Self::with_file(path, file, read_only, caching)
+    }
+
+    fn open_file(path: &Path, read_only: bool, caching: Caching) -> io::Result<File> {
         let flags = if caching == Caching::WriteThrough { libc::O_DSYNC } else { 0 };
-        let mut file =
-            OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path).map_err(error)?;
+        OpenOptions::new().read(true).write(!read_only).custom_flags(flags).open(path)
+    }
+
+    fn with_file(path: &Path, mut file: File, read_only: bool, caching: Caching) -> Result<Self, DiskError> {
         // The end of a block device, unlike its metadata, tells its size.
-        let capacity_bytes = file.seek(SeekFrom::End(0)).map_err(error)?;
+        let capacity_bytes =
+            file.seek(SeekFrom::End(0)).map_err(|source| DiskError::Io { path: path.to_owned(), source })?;
         if capacity_bytes == 0 || !capacity_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(DiskError::BadSize { path: path.to_owned(), len_bytes: capacity_bytes });
         }
@@ -160,8 +170,12 @@ impl Disk {
     ///
     /// [`DiskError::InUse`] leaves the image usable; whether to go on is the caller's decision (see above).
     pub fn lock(&mut self) -> Result<(), DiskError> {
-        // Network file systems look for changes when a file is opened.
-        let fresh = Self::open_unlocked(&self.path, self.read_only, self.caching)?;
+        // Network file systems look for changes when a file is opened. The descriptor leads to the file that was opened
+        // before, whatever the path leads to now.
+        let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let opened = Self::open_file(Path::new(&same), self.read_only, self.caching);
+        let file = opened.map_err(|source| DiskError::Io { path: self.path.clone(), source })?;
+        let fresh = Self::with_file(&self.path, file, self.read_only, self.caching)?;
         if fresh.capacity_bytes != self.capacity_bytes {
             return Err(DiskError::SizeChanged {
                 path: fresh.path,
@@ -197,6 +211,14 @@ impl Disk {
     /// What says that the image is this monitor's, to give it back one day.
     pub fn owned(&self) -> Option<Arc<Ownership>> {
         self.owned.clone()
+    }
+
+    /// The file that the image is; `None` for a block device.
+    ///
+    /// # Errors
+    /// Its path leads to another file by now, or the storage does not answer.
+    pub fn image(&self) -> Result<Option<Image>, ImageError> {
+        Image::of(&self.path, &self.file)
     }
 
     /// The image's size in bytes.
@@ -273,7 +295,7 @@ impl Disk {
         match &answer {
             Owned::Yes => {}
             Owned::No => tracing::error!(image = %self.path.display(), owner = %owned.path().display(),
-                "Another monitor has taken the disk image; this one writes to it no more."),
+                "Another monitor has taken the disk image, or its owner's record was removed; this one writes to it no more."),
             Owned::Unknown(error) => tracing::warn!(image = %self.path.display(), %error,
                 "The disk waits: the storage does not say whether the image is still this monitor's."),
         }
@@ -446,9 +468,10 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("disk.img");
         fs::write(&path, [0; 1024]).unwrap();
-        let take = || Ownership::take(&path, b"record").unwrap().unwrap();
         let (events, answers) = bounded(16);
         let mut disk = Disk::open(&path, false, Caching::Host).unwrap();
+        let image = Arc::new(disk.image().unwrap().unwrap());
+        let take = || Ownership::take(&image, b"record", None).unwrap();
         disk.own(take());
         let disk = disk.start(events, always()).unwrap();
         disk.submit(write(1, 0, &[1; 512]));
@@ -588,6 +611,19 @@ mod tests {
         assert!(matches!(open(directory.path()), DiskError::NotAnImage { .. }));
         assert!(matches!(open(image(0).path()), DiskError::BadSize { len_bytes: 0, .. }));
         assert!(matches!(open(image(1000).path()), DiskError::BadSize { len_bytes: 1000, .. }));
+    }
+
+    #[test]
+    fn a_backup_goes_live_with_the_image_that_it_has_opened() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("disk.img");
+        fs::write(&path, [1; 512]).unwrap();
+        let mut backup = Disk::open_unlocked(&path, false, Caching::Host).unwrap();
+        fs::write(directory.path().join("other"), [2; 512]).unwrap();
+        fs::rename(directory.path().join("other"), &path).unwrap();
+        backup.lock().unwrap();
+        assert_eq!(backup.read(0, 512).unwrap(), [1; 512]);
+        assert!(matches!(backup.image(), Err(ImageError::Replaced { .. })));
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod console;
 pub mod deferral;
 pub mod disk;
 pub mod log;
+pub mod image;
 pub mod owner;
 mod secret;
 pub mod tap;
