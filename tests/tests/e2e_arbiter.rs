@@ -2,6 +2,7 @@
 //! holds back.
 
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
             run: etcd_decides,
         },
         Case::on_hosts("fence_and_disk_hold_a_takeover_and_a_former_primary", fence_and_disk),
+        Case::on_hosts("images_that_change_hands_are_not_taken_over", changed_images_are_not_taken),
     ]);
     SITE.close();
     status
@@ -245,6 +247,50 @@ fn fence_and_disk() -> TestResult {
         let client = site.client(load())?;
         take_disk(&next, 5, &volume)?;
         client.stop(Duration::ZERO);
+        Ok(())
+    })
+}
+
+/// Between the join and the takeover another guest takes the image, or a copy is put in its place. The backup knows the image by
+/// a link.
+fn changed_images_are_not_taken() -> TestResult {
+    SITE.run(|site| {
+        for (new, name, why) in [
+            ("record", OWNER, "has another owner than before: its owner is guest 'mail' of host host1"),
+            ("copy.img", "disk.img", "was replaced or removed"),
+        ] {
+            let (guest, volume) = (Guest::default(), site.volume()?);
+            let local = &volume.local;
+            symlink("disk.img", local.join("link.img"))?;
+            let primary = site.start_primary(1, &guest, &volume)?;
+            let line = format!(
+                "backup --connect {} --connect-timeout-ms 60000 --arbiter dir:{path} {} --tap tap0 --timeout-ms {} --disk \
+                 {path}/link.img",
+                site.log_address(1),
+                volume.security().join(" "),
+                guest.timeout_ms,
+                path = volume.path
+            );
+            let words: Vec<String> = line.split_whitespace().map(String::from).collect();
+            let backup = site.start(2, &words)?;
+            primary.wait_for_line(PROTECTED, LONG)?;
+            let record = fs::read_to_string(local.join(OWNER))?;
+            fs::write(local.join("record"), record.replace("guest guest", "guest mail"))?;
+            fs::copy(local.join("disk.img"), local.join("copy.img"))?;
+            fs::rename(local.join(new), local.join(name))?;
+            let owner = fs::read(local.join(OWNER))?;
+            primary.kill(Signal::SIGKILL)?;
+            let output = backup.wait(SHORT)?;
+            let sentence = output.stderr.last().ok_or("the backup says nothing")?;
+            println!("{sentence}");
+            assert_eq!(output.ending, Ending::Exited(1), "{sentence}");
+            for part in ["vmft: this backup does not take the guest over: ", why, "It has claimed nothing"] {
+                assert!(sentence.contains(part), "{sentence}");
+            }
+            assert_eq!(volume.claims()?, ["guest.view-1", "guest.view-2"]);
+            assert_eq!(fs::read(local.join(OWNER))?, owner, "the image has another owner");
+            site.end_processes()?;
+        }
         Ok(())
     })
 }

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         Case::on_hosts("unusable_keys_are_refused", unusable_keys_are_refused),
         Case::on_hosts("unfit_hosts_are_refused", unfit_hosts_are_refused),
         Case::on_hosts("what_another_monitor_has_is_refused", what_another_monitor_has_is_refused),
+        Case::on_hosts("images_that_are_not_the_primarys_are_refused", other_images_are_refused),
         Case::on_hosts("backups_with_another_key_or_none_are_refused", other_keys_are_refused),
         Case::on_hosts("log_link_shows_nothing_of_the_guest", log_link_shows_nothing),
         Case::on_hosts("strangers_on_the_log_port_disturb_nothing", strangers_disturb_nothing),
@@ -460,6 +461,90 @@ fn what_another_monitor_has_is_refused() -> TestResult {
         assert!(client.wait_for_replies(client.answered() + 20, LONG), "the guest does not answer");
         assert_eq!(primary.ending(), None);
         site.check(&client.stop(SHORT))
+    })
+}
+
+/// What a primary says once its image has an owner.
+const RUNS_HERE: &str = "the guest runs here";
+
+/// A guest called "other" on host 2, with `other.img` of `volume`.
+fn other_guest(site: &mut Site, volume: &Volume) -> Result<Monitor, Box<dyn std::error::Error>> {
+    fs::copy(volume.local.join("disk.img"), volume.local.join("other.img"))?;
+    let path = &volume.path;
+    let line = format!(
+        "primary --name other --kernel {} --memory-mib 64 {} --arbiter dir:{path} --listen 10.78.0.102:7001 --disk \
+         {path}/other.img",
+        site.kernel(),
+        volume.security().join(" ")
+    );
+    let other = site.start(2, &words(&line))?;
+    other.wait_for_line(RUNS_HERE, LONG)?;
+    Ok(other)
+}
+
+/// The command line of a backup on host 2 with this disk.
+fn backup_with(volume: &Volume, disk: &str) -> String {
+    format!(
+        "backup --connect 10.78.0.101:7000 --arbiter dir:{} {} --tap tap0 --timeout-ms {} --disk {disk}",
+        volume.path,
+        volume.security().join(" "),
+        Guest::default().timeout_ms
+    )
+}
+
+fn other_images_are_refused() -> TestResult {
+    SITE.run(|site| {
+        let volume = site.volume()?;
+        let (path, local) = (volume.path.clone(), volume.local.clone());
+        let primary = site.start_primary(1, &Guest::default(), &volume)?;
+        primary.wait_for_line(RUNS_HERE, LONG)?;
+        let other = other_guest(site, &volume)?;
+        let owner = local.join("other.img.vmft-owner");
+        let record = fs::read(&owner)?;
+        fs::copy(local.join("disk.img"), local.join("copy.img"))?;
+        fs::copy(local.join("disk.img"), local.join("exact.img"))?;
+        fs::copy(local.join("disk.img.vmft-owner"), local.join("exact.img.vmft-owner"))?;
+        let theirs = format!("its owner is guest 'other' of host host2 (process {}, view 1)", other.pid());
+        let not = |name: &str| {
+            format!("disk image \"{path}/{name}\" is not the primary's, \"{path}/disk.img\"")
+        };
+        for (name, why) in [
+            ("copy.img", "it has no record of an owner beside it"),
+            ("other.img", &theirs),
+            ("exact.img", "the record of its owner is a copy, as the image is"),
+        ] {
+            let says = [&not(name), why, "Give both the same file"];
+            refused(site, 2, &backup_with(&volume, &format!("{path}/{name}")), 1, &says)?;
+            primary.wait_for_line(&not(name), SHORT)?;
+        }
+        assert_eq!(fs::read(&owner)?, record, "the other guest's image has another owner");
+
+        let second = |disk: &str| {
+            format!(
+                "primary --name second --kernel {} {} --arbiter dir:{path} --listen 10.78.0.102:7002 --disk {disk}",
+                site.kernel(),
+                volume.security().join(" ")
+            )
+        };
+        let starts = [second(&format!("{path}/link.img")), second(&format!("{path}/hard.img")), second("/tmp/m.img")];
+        std::os::unix::fs::symlink("disk.img", local.join("link.img"))?;
+        let says = ["link.img' belongs to guest 'guest', which host1", "disk.img.vmft-owner"];
+        refused(site, 2, &starts[0], 1, &says)?;
+        fs::hard_link(local.join("disk.img"), local.join("hard.img"))?;
+        let linked = "has 2 names (hard links)";
+        refused(site, 2, &starts[1], 1, &[linked])?;
+        for name in ["hard.img", "disk.img"] {
+            refused(site, 2, &backup_with(&volume, &format!("{path}/{name}")), 1, &[linked])?;
+        }
+        fs::remove_file(local.join("hard.img"))?;
+        let mount = format!("touch /tmp/m.img; mount --bind {path}/disk.img /tmp/m.img");
+        site.host(2).run(&["sh", "-c", &mount], SHORT)?;
+        let mounted = refused(site, 2, &starts[2], 1, &["m.img' is mounted as a single file"]);
+        site.host(2).run(&["sh", "-c", "umount /tmp/m.img; rm /tmp/m.img"], SHORT)?;
+        mounted?;
+        assert_eq!(volume.claims()?, ["guest.view-1", "other.view-1"], "nothing refused has claimed anything");
+        assert_eq!((primary.ending(), other.ending()), (None, None));
+        Ok(())
     })
 }
 

@@ -27,8 +27,6 @@ use crate::outlet::Resources;
 
 /// Pause between two attempts to take the image.
 const AGAIN: Duration = Duration::from_millis(200);
-/// How long the claim waits for the storage to say whether the image is still the primary's. It says it again after the claim.
-const LOOK_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The disk image with which a backup was accepted.
 #[derive(Clone)]
@@ -88,6 +86,8 @@ pub(super) struct Takeover {
     occasion: Occasion,
     image: Option<SharedImage>,
     record: String,
+    /// How long a claim waits for the storage to say whether the image is still the primary's. `prepare` asks again.
+    look_timeout: Duration,
     stop: Arc<AtomicBool>,
 }
 
@@ -100,7 +100,8 @@ impl Takeover {
         stop: Arc<AtomicBool>,
     ) -> Self {
         let record = side.claims.record(occasion.view, &side.owner);
-        Self { fence: side.fence.clone(), occasion, image, record, stop }
+        let look_timeout = side.timing.timeout / 2;
+        Self { fence: side.fence.clone(), occasion, image, record, look_timeout, stop }
     }
 
     /// Why this backup must not claim the guest: its image is certainly not the primary's any more. The claim does not
@@ -113,7 +114,7 @@ impl Takeover {
             let _ = answer.send(image.fault().map(|error| image.in_words(&error)));
         };
         spawn("image", look).ok()?;
-        answered.recv_timeout(LOOK_TIMEOUT).ok().flatten()
+        answered.recv_timeout(self.look_timeout).ok().flatten()
     }
 
     /// Fences the `primary` that was lost for the reason `why`, unless it is at rest, and takes the image.
@@ -206,5 +207,178 @@ pub(super) fn take_disk(
             side.claims.end(view, &side.owner)?;
             Err(PairError::NotTaken(in_words(&image, &error)))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::config::EtcdArgs;
+    use crate::ft::arbiter::ArbiterSpec;
+    use crate::ft::claim::{ClaimRole, Owner, write_record};
+    use crate::host::disk::Caching;
+    use crate::host::owner::Owned;
+
+    fn claim(guest: &str, view: u64, number: u8) -> String {
+        let owner = owner(number);
+        write_record(&Record { guest: guest.into(), view, owner, backup: None })
+    }
+
+    fn owner(number: u8) -> Owner {
+        Owner { host: "alpha".into(), pid: 17, uuid: [number; 16], role: ClaimRole::Primary }
+    }
+
+    /// A primary with an image, and a backup that it has accepted.
+    struct Case {
+        directory: TempDir,
+        primary: Ownership,
+        takeover: Takeover,
+    }
+
+    impl Case {
+        /// The backup has the image as `name`, which `link` makes of its path.
+        fn new(name: &str, link: impl FnOnce(&Path, &Path)) -> Self {
+            let directory = TempDir::new().unwrap();
+            let path = directory.path().join("web.img");
+            fs::write(&path, [0; 512]).unwrap();
+            let disk = |path: &Path| Disk::open_unlocked(path, false, Caching::Host).unwrap();
+            let image = image_to_write(Some(&disk(&path))).unwrap().unwrap();
+            let primary = Ownership::take(&image, claim("web", 1, 1).as_bytes(), None).unwrap();
+            let named = directory.path().join(name);
+            link(&path, &named);
+            let (image, _, mark) = SharedImage::find(&disk(&named)).unwrap().unwrap();
+            drop(mark);
+            let occasion = Occasion {
+                guest: "web".into(),
+                view: 3,
+                peer_host: "alpha".into(),
+                peer_address: [192, 0, 2, 1].into(),
+                reason: String::new(),
+            };
+            let (record, stop) = (claim("web", 3, 2), Arc::default());
+            let look_timeout = Duration::from_secs(60);
+            let takeover = Takeover { fence: None, occasion, image: Some(image), record, look_timeout, stop };
+            Self { directory, primary, takeover }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.directory.path().canonicalize().unwrap().join(name)
+        }
+
+        /// Fails unless nothing is claimed, and nothing taken after a claim all the same, because of `why`.
+        fn assert_barred(self, why: &str) {
+            let record = || fs::read(self.directory.path().join("web.img.vmft-owner")).ok();
+            let before = record();
+            let objection = self.takeover.objection().unwrap();
+            assert!(objection.contains(why), "{objection}");
+            let Err(Barred::Image(barred)) = self.takeover.prepare("it was lost", Left::Unsure) else {
+                panic!("the image was taken, or waited for");
+            };
+            assert_eq!((barred, record()), (objection, before));
+        }
+    }
+
+    fn same(_: &Path, _: &Path) {}
+
+    #[test]
+    fn the_image_of_the_join_is_taken_through_a_link_too() {
+        let symlink = |path: &Path, link: &Path| std::os::unix::fs::symlink(path, link).unwrap();
+        for case in [Case::new("web.img", same), Case::new("link.img", symlink)] {
+            assert_eq!(case.takeover.objection(), None);
+            let Ok(Some(owned)) = case.takeover.prepare("it was lost", Left::Unsure) else {
+                panic!("not taken");
+            };
+            assert!(matches!((case.primary.ask(), owned.ask()), (Owned::No, Owned::Yes)));
+        }
+    }
+
+    #[test]
+    fn an_image_whose_record_was_removed_is_not_taken() {
+        let case = Case::new("web.img", same);
+        fs::remove_file(case.path("web.img.vmft-owner")).unwrap();
+        case.assert_barred("has another owner than before: it has no record of an owner");
+    }
+
+    #[test]
+    fn an_image_that_another_has_taken_since_is_not_taken() {
+        for (guest, view, number) in [("mail", 1, 9), ("web", 2, 9)] {
+            let case = Case::new("web.img", same);
+            let record = claim(guest, view, number);
+            fs::write(case.path("new"), &record).unwrap();
+            fs::rename(case.path("new"), case.path("web.img.vmft-owner")).unwrap();
+            assert!(matches!(case.primary.ask(), Owned::No));
+            case.assert_barred(&format!(
+                "its owner is guest '{guest}' of host alpha (process 17, view {view})"
+            ));
+        }
+    }
+
+    #[test]
+    fn an_image_that_was_replaced_since_is_not_taken() {
+        let case = Case::new("web.img", same);
+        fs::copy(case.path("web.img"), case.path("copy.img")).unwrap();
+        fs::rename(case.path("copy.img"), case.path("web.img")).unwrap();
+        case.assert_barred("was replaced or removed");
+        // The link leads to another file; the image that was opened is taken.
+        let symlink = |path: &Path, link: &Path| std::os::unix::fs::symlink(path, link).unwrap();
+        let case = Case::new("link.img", symlink);
+        fs::copy(case.path("web.img"), case.path("copy.img")).unwrap();
+        fs::remove_file(case.path("link.img")).unwrap();
+        std::os::unix::fs::symlink(case.path("copy.img"), case.path("link.img")).unwrap();
+        assert_eq!(case.takeover.objection(), None);
+        assert!(matches!(case.takeover.prepare("it was lost", Left::Unsure), Ok(Some(_))));
+    }
+
+    #[test]
+    fn an_image_that_has_got_another_name_is_not_taken() {
+        let case = Case::new("web.img", same);
+        fs::hard_link(case.path("web.img"), case.path("hard.img")).unwrap();
+        case.assert_barred("has 2 names (hard links)");
+    }
+
+    #[test]
+    fn storage_that_does_not_tell_is_no_reason_against_a_claim() {
+        let case = Case::new("web.img", same);
+        // As if it were not mounted.
+        fs::rename(case.path("web.img"), case.path("away.img")).unwrap();
+        assert_eq!(case.takeover.objection(), None);
+        case.takeover.stop.store(true, Ordering::Relaxed);
+        let waited = case.takeover.prepare("it was lost", Left::Unsure);
+        assert!(matches!(waited, Err(Barred::Stopped("its disk image"))));
+    }
+
+    #[test]
+    fn a_guest_is_started_with_an_image_that_nobody_has() {
+        let (directory, arbiter) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+        let spec = ArbiterSpec::Directory(arbiter.path().to_owned());
+        let claims = Claims::open(&spec, &EtcdArgs::default(), "web").unwrap();
+        claims.claim(1, &owner(1), None).unwrap();
+        claims.end(1, &owner(1)).unwrap();
+        let path = directory.path().join("web.img");
+        fs::write(&path, [0; 512]).unwrap();
+        let link = directory.path().join("link.img");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let check = || check_image(&link, &claims, "web", 3);
+        assert_eq!(check().unwrap(), None);
+        assert_eq!(check_image(&directory.path().join("none"), &claims, "web", 3).unwrap(), None);
+        let record = directory.path().join("web.img.vmft-owner");
+        // Its own, of a view that has ended.
+        let own = claim("web", 1, 1);
+        fs::write(&record, &own).unwrap();
+        assert_eq!(check().unwrap(), Some(own.into_bytes()));
+        // Another guest's; its own at another arbiter; its own in a view that is still to come.
+        for found in [claim("mail", 1, 1), claim("web", 1, 9), claim("web", 3, 1)] {
+            fs::write(&record, &found).unwrap();
+            let refused = check().unwrap_err();
+            assert!(matches!(refused, PairError::ImageOwned { .. }), "{refused}");
+            assert!(refused.to_string().contains("web.img.vmft-owner"), "{refused}");
+        }
+        fs::write(&record, "vmft-claim 2\n").unwrap();
+        assert!(matches!(check().unwrap_err(), PairError::ImageOwnerDamaged { .. }));
     }
 }
