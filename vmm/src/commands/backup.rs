@@ -31,7 +31,7 @@ use crate::control::protocol::{self as control, Direction, Peer, Transfer};
 use crate::control::state::TransferOf;
 use crate::control::{Monitor, Server, Standing};
 use crate::ft::accept::Listener;
-use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, connect};
+use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, dial};
 use crate::ft::channel::Receiving;
 use crate::ft::claim::{ClaimRole, Claims, Owner};
 use crate::ft::fence::Occasion;
@@ -76,9 +76,7 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
     change!(info, follower.monitor(), standing, primary = %args.connect, "looking for the primary");
     follower.monitor().set_peer(Some(Peer { address: args.connect.to_string(), ..Peer::default() }));
     let resources = follower.open_resources()?;
-    let (mut connection, image) = follower.introduce_to(&resources, |hello| {
-        connect(args.connect, follower.key(), hello, follower.connect_timeout())
-    })?;
+    let (mut connection, image) = follower.join(args.connect, &resources, follower.connect_timeout())?;
     let any_port = SocketAddr::new(connection.local_address().map_err(PairError::from)?.ip(), 0);
     let listen = args.listen.unwrap_or(any_port);
     let heartbeats = Arc::new(
@@ -157,12 +155,15 @@ impl<'a> Follower<'a> {
         })
     }
 
-    /// Says to a primary, by `connect`, who this is. The image with which it was accepted.
-    pub(super) fn introduce_to(
+    /// Joins the primary at `address`: the connection, and the image with which this backup was accepted.
+    pub(super) fn join(
         &self,
+        address: SocketAddr,
         resources: &Resources,
-        connect: impl FnOnce(Hello) -> Result<Connection, BackupError>,
-    ) -> Result<(Connection, Option<SharedImage>), CommandError> {
+        timeout: Duration,
+    ) -> Result<(Connection, Option<SharedImage>), PairError> {
+        let dialled = dial(address, self.key(), &self.args.name, timeout)?;
+        // Only now: a primary that has just taken over owns the image before it takes backups.
         let found = resources.disk.as_ref().map(SharedImage::find).transpose()?.flatten();
         let (image, introduction, mark) = match found {
             Some((image, introduction, mark)) => (Some(image), Some(introduction), mark),
@@ -172,7 +173,7 @@ impl<'a> Follower<'a> {
             .disk
             .as_ref()
             .map(|disk| HelloDisk { len_bytes: disk.capacity_bytes(), image: introduction });
-        let connection = connect(self.hello(resources, disk)).map_err(PairError::from);
+        let connection = dialled.introduce(self.hello(resources, disk));
         drop(mark);
         Ok((connection?, image))
     }
@@ -295,9 +296,7 @@ impl Ready<'_> {
     /// Joins the primary at `address` again.
     fn get_anew(&mut self, address: SocketAddr) -> Result<(Connection, Received), CommandError> {
         let follower = &mut self.follower;
-        let (mut connection, image) = follower.introduce_to(&self.resources, |hello| {
-            join_again(address, follower.key(), &hello, follower.connect_timeout())
-        })?;
+        let (mut connection, image) = join_again(follower, address, &self.resources)?;
         let guest = follower.receive(&mut connection, image, &self.heartbeats)?;
         Ok((connection, guest))
     }
@@ -305,15 +304,17 @@ impl Ready<'_> {
 
 /// Joins a primary that may still be about to give this backup up.
 fn join_again(
+    follower: &Follower<'_>,
     address: SocketAddr,
-    key: Option<&Key>,
-    hello: &Hello,
-    timeout: Duration,
-) -> Result<Connection, BackupError> {
+    resources: &Resources,
+) -> Result<(Connection, Option<SharedImage>), PairError> {
+    let timeout = follower.connect_timeout();
     let deadline = Instant::now() + timeout;
     loop {
-        match connect(address, key, hello.clone(), timeout) {
-            Err(BackupError::Refused { .. }) if Instant::now() < deadline => std::thread::sleep(JOIN_AGAIN),
+        match follower.join(address, resources, timeout) {
+            Err(PairError::Backup(BackupError::Refused { .. })) if Instant::now() < deadline => {
+                std::thread::sleep(JOIN_AGAIN);
+            }
             other => return other,
         }
     }

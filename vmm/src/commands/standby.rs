@@ -25,7 +25,7 @@ use super::{CommandError, Ending, again, stop};
 use crate::change;
 use crate::config::StandbyArgs;
 use crate::control::{Standing, protocol as control};
-use crate::ft::backup::{BackupError, Connection, connect};
+use crate::ft::backup::{BackupError, Connection};
 use crate::ft::heartbeat::{Call, Heartbeats};
 use crate::ft::hosts::Memory;
 use crate::ft::search::invitation_key;
@@ -144,8 +144,7 @@ impl Standby<'_> {
     fn join(&mut self, primary: SocketAddr) -> Result<Joined, CommandError> {
         let resources = self.follower.open_resources()?;
         let follower = &mut self.follower;
-        let (mut connection, image) = follower
-            .introduce_to(&resources, |hello| connect(primary, follower.key(), hello, CONNECT_TIMEOUT))?;
+        let (mut connection, image) = follower.join(primary, &resources, CONNECT_TIMEOUT)?;
         let received = follower.receive(&mut connection, image, &self.heartbeats);
         if received.is_err() {
             self.heartbeats.set_peer(None);

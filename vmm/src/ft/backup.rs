@@ -94,13 +94,19 @@ pub struct Connection {
     channel: Channel,
 }
 
-/// Connects to the primary at `address` and introduces this backup. `key` is the pair's, or `None` to talk in the open.
-pub fn connect(
+/// A connection to a primary that takes backups now, and does not know who this is.
+pub struct Dialled {
+    address: SocketAddr,
+    channel: Channel,
+}
+
+/// Connects to the primary at `address`. `key` is the pair's, or `None` to talk in the open.
+pub fn dial(
     address: SocketAddr,
     key: Option<&Key>,
-    hello: Hello,
+    guest_name: &str,
     timeout: Duration,
-) -> Result<Connection, BackupError> {
+) -> Result<Dialled, BackupError> {
     let deadline = Instant::now() + timeout;
     let stream = loop {
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
@@ -115,22 +121,33 @@ pub fn connect(
     let broken = |source| BackupError::Stream { address, source };
     // A primary that is still starting has bound its port and takes nothing from it yet.
     let patience = deadline.saturating_duration_since(Instant::now()).max(READ_TIMEOUT);
-    let mut channel =
-        Channel::connect(stream, key, &hello.guest_name, patience).map_err(|error| match error {
-            ChannelError::Stream(source) => broken(source),
-            source => BackupError::Channel { address, source },
-        })?;
-    FrameWriter::new(&mut channel.out).send(&Message::Hello(hello)).map_err(broken)?;
-    match channel.frames.receive().map_err(broken)? {
-        Some(Message::Welcome(welcome)) => {
-            channel.stream.set_read_timeout(Some(READ_TIMEOUT)).map_err(StreamError::Io).map_err(broken)?;
-            Ok(Connection { address, welcome, channel })
+    let channel = Channel::connect(stream, key, guest_name, patience).map_err(|error| match error {
+        ChannelError::Stream(source) => broken(source),
+        source => BackupError::Channel { address, source },
+    })?;
+    Ok(Dialled { address, channel })
+}
+
+impl Dialled {
+    /// Introduces this backup, and hears whether it is wanted. The primary waits no longer than for a greeting.
+    pub fn introduce(self, hello: Hello) -> Result<Connection, BackupError> {
+        let Self { address, mut channel } = self;
+        let broken = |source| BackupError::Stream { address, source };
+        FrameWriter::new(&mut channel.out).send(&Message::Hello(hello)).map_err(broken)?;
+        match channel.frames.receive().map_err(broken)? {
+            Some(Message::Welcome(welcome)) => {
+                let limited = channel.stream.set_read_timeout(Some(READ_TIMEOUT));
+                limited.map_err(StreamError::Io).map_err(broken)?;
+                Ok(Connection { address, welcome, channel })
+            }
+            Some(Message::Refuse { refusal, reason }) => {
+                Err(BackupError::Refused { address, refusal, reason })
+            }
+            Some(other) => {
+                Err(BackupError::Unexpected { address, found: format!("a {} message", other.kind().name()) })
+            }
+            None => Err(BackupError::Unexpected { address, found: "nothing".into() }),
         }
-        Some(Message::Refuse { refusal, reason }) => Err(BackupError::Refused { address, refusal, reason }),
-        Some(other) => {
-            Err(BackupError::Unexpected { address, found: format!("a {} message", other.kind().name()) })
-        }
-        None => Err(BackupError::Unexpected { address, found: "nothing".into() }),
     }
 }
 
