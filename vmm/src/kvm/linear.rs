@@ -32,7 +32,12 @@ impl Vcpu {
     }
 
     /// Where the guest's interrupt descriptor table leads for `vector` (AMD64 APM volume 2, 4.8.4: 64-bit gates).
-    pub fn handler(&self, ram: &GuestRam, sregs: &kvm_sregs, vector: u8) -> Result<Option<u64>, KvmError> {
+    pub fn handler(
+        &self,
+        ram: &GuestRam,
+        sregs: &kvm_sregs,
+        vector: u8,
+    ) -> Result<Option<Handler>, KvmError> {
         const GATE_BYTES: u64 = 16;
         const PRESENT: u128 = 1 << 47;
         let at = u64::from(vector) * GATE_BYTES;
@@ -43,13 +48,23 @@ impl Vcpu {
             return Ok(None);
         }
         let gate = u128::from_le_bytes(gate);
-        let handler = (gate & 0xffff) | (gate >> 32 & 0xffff_0000) | (gate >> 32 & (0xffff_ffff << 32));
-        Ok((gate & PRESENT != 0).then_some(handler as u64))
+        let at = (gate & 0xffff) | (gate >> 32 & 0xffff_0000) | (gate >> 32 & (0xffff_ffff << 32));
+        let handler = Handler { at: at as u64, own_stack: gate >> 32 & 7 != 0 };
+        Ok((gate & PRESENT != 0).then_some(handler))
     }
 }
 
+/// A handler of an exception or interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Handler {
+    /// Linear address of its first instruction.
+    pub at: u64,
+    /// Does it run on a stack of its own, in whatever ring the guest was?
+    pub own_stack: bool,
+}
+
 /// Splits a linear range at page boundaries.
-fn pages(linear: u64, len: usize) -> impl Iterator<Item = (std::ops::Range<usize>, u64)> {
+pub(super) fn pages(linear: u64, len: usize) -> impl Iterator<Item = (std::ops::Range<usize>, u64)> {
     const PAGE: u64 = 4096;
     let mut done = 0;
     std::iter::from_fn(move || {

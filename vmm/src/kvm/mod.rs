@@ -7,6 +7,7 @@ mod dirty;
 mod fitness;
 mod linear;
 mod msr;
+pub mod paging;
 mod read_page;
 pub mod segments;
 pub mod state;
@@ -15,6 +16,7 @@ mod vm;
 
 pub use dirty::{DirtyLog, page_count, page_numbers};
 pub use fitness::{Modules, Unfit};
+pub use linear::Handler;
 pub use vcpu::{Exit, Vcpu, install_kick_handler, kick, kick_signal};
 pub use vm::{Kvm, Vm};
 

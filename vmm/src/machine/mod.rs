@@ -21,11 +21,12 @@ mod msr;
 mod state;
 mod stop;
 mod user_tsc;
+mod window;
 
 use devices::{Board, DeviceError, DiskOp, Effect, GuestRam};
 use ft_log::{Event, GuestTime, Position, StateDigest};
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 use zerocopy::IntoBytes;
 
@@ -279,28 +280,6 @@ impl Machine {
         }
         self.vcpu.request_window(self.board.interrupt_pending());
         Ok(())
-    }
-
-    /// A window right behind `sti` belongs one instruction later. Hardware knows (the STI shadow), but a
-    /// host that loses the shadow when an exit falls into it opens the window early in some runs only. The
-    /// rule depends on guest state alone, so every run ends at the same instruction.
-    fn normalise_window(&mut self) -> Result<Option<Exit>, MachineError> {
-        const STI: u8 = 0xfb;
-        let rip = self.vcpu.last_registers().rip;
-        let Some(before) = self.vcpu.translate(rip.wrapping_sub(1))? else { return Ok(None) };
-        if self.ram.read_obj::<u8>(GuestAddress(before)).ok() != Some(STI) {
-            return Ok(None);
-        }
-        self.vcpu.request_window(false);
-        self.vcpu.single_step(true)?;
-        let exit = loop {
-            match self.vcpu.enter()? {
-                Exit::Kicked => {}
-                exit => break exit,
-            }
-        };
-        self.vcpu.single_step(false)?;
-        Ok((exit != Exit::Step).then_some(exit))
     }
 
     fn handle<C: Clock>(

@@ -8,6 +8,7 @@
 //!                                                                     └─ none comes: nameless, a checkpoint is needed
 //!   a follower:    alarm short of the number, by what alarms may be late ── step ─┬─ arrived, registers equal
 //!                                                                                 └─ missed, and said how
+//!   in both, the number of steps without a conditional branch is limited
 //! ```
 
 use std::fmt;
@@ -17,7 +18,7 @@ use kvm_bindings::kvm_regs;
 
 use super::{Clock, Machine, MachineError, Reached};
 use crate::kvm::Exit;
-use crate::position::{BranchCounter, PositionError, Stepped, Stepper};
+use crate::position::{BRANCHLESS_STEPS_MAX, BranchCounter, PositionError, Stepped, Stepper};
 
 /// Steps after which a guest without conditional branches is left nameless, and the same for pages of string instructions.
 const STEPS_MAX: u32 = 256;
@@ -39,7 +40,8 @@ pub(super) enum Name {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Missed {
     target: Counted,
-    branches: u64,
+    /// None if they could not be counted.
+    branches: Option<u64>,
     registers: Registers,
     how: How,
 }
@@ -49,8 +51,8 @@ pub struct Missed {
 enum How {
     /// The alarm rang too late, or a step went too far.
     Overshot,
-    /// The guest cannot be stepped through.
-    Unsteppable(String),
+    /// The guest cannot be stepped there, or not within the limit of steps.
+    OutOfReach(String),
     /// The guest left by an exit before it.
     Exit(Exit),
     /// It is there, with other registers.
@@ -74,7 +76,7 @@ impl Missed {
     pub fn found(&self) -> String {
         let how = match &self.how {
             How::Overshot => "the guest has gone past it".to_owned(),
-            How::Unsteppable(why) => why.clone(),
+            How::OutOfReach(why) => why.clone(),
             How::Exit(exit) => format!("the guest left before it: {exit:?}"),
             How::Differs => "it is there with other registers".to_owned(),
             How::Injected => "an injected fault".to_owned(),
@@ -86,7 +88,11 @@ impl Missed {
             .map(|((name, target), found)| format!("{name} {found:#x} instead of {target:#x}"))
             .collect();
         let differing = if differing.is_empty() { "none".to_owned() } else { differing.join(", ") };
-        format!("{how}; behind branch {} at {at:#x}; differing registers: {differing}", self.branches)
+        let behind = match self.branches {
+            Some(branches) => format!("behind branch {branches}"),
+            None => "behind branches that were not counted".to_owned(),
+        };
+        format!("{how}; {behind} at {at:#x}; differing registers: {differing}")
     }
 }
 
@@ -137,7 +143,7 @@ impl Machine {
     pub fn injected_miss(&self) -> Box<Missed> {
         let registers = registers_of(&self.vcpu.last_registers());
         let target = Counted { branches: 0, registers };
-        Box::new(Missed { target, branches: 0, registers, how: How::Injected })
+        Box::new(Missed { target, branches: Some(0), registers, how: How::Injected })
     }
 
     /// Can a forced stop have another position than a checkpoint?
@@ -198,70 +204,89 @@ impl Machine {
             return Err(MachineError::BadState(reason.into()).into());
         };
         let arrival = self.arrive(counter.as_mut(), clock, target);
-        let branches = counter.count().map_err(MachineError::from)?;
+        let branches = counter.count().ok();
         self.counter = Some(counter);
         self.vcpu.single_step(false).map_err(MachineError::from)?;
         let registers = registers_of(&self.vcpu.registers().map_err(MachineError::from)?);
-        let how = match arrival? {
-            Some(how) => how,
-            None if registers == target.registers => {
+        let how = match arrival {
+            Ok(()) if registers == target.registers => {
                 self.halted = false;
                 self.anchors += 1;
                 return Ok(Reached::ForcedStop(Position::Counted(Box::new(target.clone()))));
             }
-            None => How::Differs,
+            Ok(()) => How::Differs,
+            Err(NotThere::Missed(how)) => how,
+            Err(NotThere::Failed(error)) => return Err(error),
         };
         Ok(Reached::Missed(Box::new(Missed { target: target.clone(), branches, registers, how })))
     }
 
-    /// `None`: the guest is behind the branch.
+    /// Takes the guest to the first instruction behind the branch.
     fn arrive<C: Clock>(
         &mut self,
         counter: &mut dyn BranchCounter,
         clock: &mut C,
         target: &Counted,
-    ) -> Result<Option<How>, C::Error> {
+    ) -> Result<(), NotThere<C::Error>> {
         if let Some(exit) = self.early_exit {
-            return Ok(Some(How::Exit(exit)));
+            return Err(NotThere::Missed(How::Exit(exit)));
         }
         self.vm.show_hpet(&self.board.hpet_registers());
         self.offer_interrupt()?;
-        counter.restart().map_err(MachineError::from)?;
+        counter.restart()?;
         let short = target.branches.saturating_sub(counter.skid_max() + 1);
         if short > 0 {
-            counter.set_alarm(Some(short)).map_err(MachineError::from)?;
-            while counter.count().map_err(MachineError::from)? < short {
-                match counter.enter(&mut self.vcpu, &self.ram).map_err(MachineError::from)? {
-                    Exit::Kicked => {
-                        clock.kicked(self)?;
-                    }
-                    exit => return Ok(Some(How::Exit(exit))),
-                }
+            counter.set_alarm(Some(short))?;
+            while counter.count()? < short {
+                let exit = counter.enter(&mut self.vcpu, &self.ram)?;
+                // Without a count nothing is known of where it has left.
+                counter.count()?;
+                self.go_on_after(exit, clock)?;
             }
-            counter.set_alarm(None).map_err(MachineError::from)?;
+            counter.set_alarm(None)?;
         }
         let mut stepper = Stepper::default();
-        while counter.count().map_err(MachineError::from)? < target.branches {
-            let Stepped { conditional, exit, .. } = match stepper.step(&mut self.vcpu, &self.ram) {
-                Ok(step) => step,
-                Err(error @ PositionError::Unsteppable { .. }) => {
-                    return Ok(Some(How::Unsteppable(error.to_string())));
-                }
-                Err(error) => return Err(MachineError::from(error).into()),
-            };
+        while counter.count()? < target.branches {
+            stepper.expect_branch(&self.vcpu, BRANCHLESS_STEPS_MAX)?;
+            let Stepped { conditional, exit, .. } = stepper.step(&mut self.vcpu, &self.ram)?;
             counter.stepped(conditional);
-            match exit {
-                Exit::Step => {}
-                Exit::Kicked => {
-                    clock.kicked(self)?;
-                }
-                exit => return Ok(Some(How::Exit(exit))),
-            }
-            if conditional && counter.count().map_err(MachineError::from)? == target.branches {
-                return Ok(None);
+            self.go_on_after(exit, clock)?;
+            if conditional && counter.count()? == target.branches {
+                return Ok(());
             }
         }
-        Ok(Some(How::Overshot))
+        Err(NotThere::Missed(How::Overshot))
+    }
+
+    fn go_on_after<C: Clock>(&self, exit: Exit, clock: &mut C) -> Result<(), NotThere<C::Error>> {
+        match exit {
+            Exit::Step => Ok(()),
+            Exit::Kicked => clock.kicked(self).map(drop).map_err(NotThere::Failed),
+            exit => Err(NotThere::Missed(How::Exit(exit))),
+        }
+    }
+}
+
+/// Why a guest did not come to a stop.
+enum NotThere<E> {
+    Missed(How),
+    Failed(E),
+}
+
+impl<E: From<MachineError>> From<MachineError> for NotThere<E> {
+    fn from(error: MachineError) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl<E: From<MachineError>> From<PositionError> for NotThere<E> {
+    fn from(error: PositionError) -> Self {
+        match error {
+            PositionError::Unsteppable { .. } | PositionError::NoBranch { .. } => {
+                Self::Missed(How::OutOfReach(error.to_string()))
+            }
+            error => MachineError::from(error).into(),
+        }
     }
 }
 
@@ -275,7 +300,7 @@ mod tests {
         registers[RIP] = 0x1000;
         let target = Counted { branches: 300, registers };
         (registers[RIP], registers[2]) = (0x1004, 6);
-        let missed = Missed { target, branches: 302, registers, how: How::Overshot };
+        let missed = Missed { target, branches: Some(302), registers, how: How::Overshot };
         assert!(!missed.is_divergence());
         assert_eq!(
             missed.to_string(),
@@ -283,5 +308,21 @@ mod tests {
              past it; behind branch 302 at 0x1004; differing registers: rcx 0x6 instead of 0x7, rip 0x1004 instead of \
              0x1000"
         );
+    }
+
+    #[test]
+    fn a_stop_out_of_reach_is_missed_and_no_divergence() {
+        let errors = [
+            PositionError::NoBranch { rip: 0x2000, steps: BRANCHLESS_STEPS_MAX },
+            PositionError::Unsteppable { rip: 0x2000, what: "the guest debugs itself" },
+        ];
+        for error in errors {
+            let NotThere::<MachineError>::Missed(how) = error.into() else { panic!("not missed") };
+            let target = Counted { branches: 300, registers: [0; REGISTERS.len()] };
+            let missed = Missed { target, branches: None, registers: [0; REGISTERS.len()], how };
+            assert!(!missed.is_divergence());
+            assert!(missed.found().contains("0x2000"), "{missed}");
+            assert!(missed.found().contains("not counted"), "{missed}");
+        }
     }
 }

@@ -96,7 +96,10 @@ impl UserTsc {
             return Ok(());
         }
         let sregs = vcpu.special_registers()?;
-        let handler = vcpu.handler(ram, &sregs, GP_VECTOR)?.filter(|handler| handler & KERNEL_HALF != 0);
+        let handler = vcpu
+            .handler(ram, &sregs, GP_VECTOR)?
+            .map(|handler| handler.at)
+            .filter(|handler| handler & KERNEL_HALF != 0);
         let Some(handler) = handler else { return Ok(()) };
         if sregs.cr4 & CR4_TSD == 0 {
             return Err(MachineError::UserTsc(

@@ -5,10 +5,13 @@
 //! Conditional branches are counted because nothing else is: an interrupt, a fault or an exit of the host adds none. A
 //! forced stop always is the first instruction behind one of them, so its number alone says where it is.
 
+mod instructions;
 mod pmu;
 mod step;
 mod stepper;
 mod strings;
+mod system_call;
+mod trap_flag;
 
 use devices::GuestRam;
 use ft_log::PositionSource;
@@ -19,6 +22,10 @@ use crate::kvm::{Exit, KvmError, Vcpu};
 pub use step::Step;
 pub use stepper::{Stepped, Stepper};
 
+/// Steps without a conditional branch after which a guest that is to come to one is given up. Code of so many instructions
+/// in a row does not exist; a loop of unconditional branches does.
+pub const BRANCHLESS_STEPS_MAX: u32 = 65_536;
+
 /// Counts the conditional branches of the guest. All of it on the vCPU's thread.
 pub trait BranchCounter {
     /// Which source of positions it is.
@@ -26,6 +33,9 @@ pub trait BranchCounter {
     /// The guest stands at a boundary; from here on counting starts at 0.
     fn restart(&mut self) -> Result<(), PositionError>;
     /// Conditional branches since the boundary.
+    ///
+    /// # Errors
+    /// [`PositionError::Unsteppable`] where they cannot be counted any more before the next boundary.
     fn count(&mut self) -> Result<u64, PositionError>;
     /// Enters the guest as [`Vcpu::enter`] does. [`Exit::Kicked`] comes also when an alarm rings.
     fn enter(&mut self, vcpu: &mut Vcpu, ram: &GuestRam) -> Result<Exit, PositionError>;
@@ -53,6 +63,16 @@ pub enum PositionError {
         rip: u64,
         /// Why not.
         what: &'static str,
+    },
+    /// The branch that the guest was to be stepped to does not come.
+    #[error(
+        "the guest was stepped through for {steps} instructions up to {rip:#x}, and none of them was a conditional branch"
+    )]
+    NoBranch {
+        /// Where it stands.
+        rip: u64,
+        /// Steps since the last conditional branch, or since the first.
+        steps: u32,
     },
     /// What was asked for cannot be had here.
     #[error(

@@ -1,13 +1,17 @@
 //! Positions without a performance counter: the monitor steps through the guest and counts.
 //!
-//! Owns: that count. Must never: skip an instruction. Each costs several system calls, so this is for small guests and
-//! for testing what finds positions.
+//! Owns: that count. Must never: skip an instruction, or give a count where one was skipped. Each costs several system
+//! calls, so this is for small guests and for testing what finds positions.
+//!
+//! ```text
+//!   counting ── an instruction that cannot be stepped over ──> running free, no count ── next boundary ──> counting
+//! ```
 
 use devices::GuestRam;
 use ft_log::PositionSource;
 
 use super::stepper::{Stepped, Stepper};
-use super::{BranchCounter, PositionError};
+use super::{BRANCHLESS_STEPS_MAX, BranchCounter, PositionError};
 use crate::kvm::{Exit, Vcpu};
 
 /// By how many branches an alarm rings late, one alarm after the other.
@@ -18,6 +22,9 @@ pub type Skid = Box<dyn FnMut() -> u64>;
 pub struct Step {
     stepper: Stepper,
     count: u64,
+    steps: u64,
+    /// Why there is no count since the boundary, if there is none.
+    lost: Option<(u64, &'static str)>,
     alarm: Option<u64>,
     /// What an alarm may be late, and what it is.
     skid: Option<(u64, Skid)>,
@@ -28,6 +35,29 @@ impl Step {
     pub fn with_skid(most: u64, skid: Skid) -> Self {
         Self { skid: Some((most, skid)), ..Self::default() }
     }
+
+    /// Steps so far, since this counter was made.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Steps until the guest leaves, an alarm rings, or an instruction comes that cannot be stepped over.
+    fn step_on(&mut self, vcpu: &mut Vcpu, ram: &GuestRam) -> Result<Exit, PositionError> {
+        loop {
+            if self.alarm.is_some() {
+                self.stepper.expect_branch(vcpu, BRANCHLESS_STEPS_MAX)?;
+            }
+            let Stepped { conditional, exit, .. } = self.stepper.step(vcpu, ram)?;
+            self.count += u64::from(conditional);
+            if exit != Exit::Step {
+                return Ok(exit);
+            }
+            self.steps += 1;
+            if self.alarm.is_some_and(|alarm| self.count >= alarm) {
+                return Ok(Exit::Kicked);
+            }
+        }
+    }
 }
 
 impl BranchCounter for Step {
@@ -36,27 +66,31 @@ impl BranchCounter for Step {
     }
 
     fn restart(&mut self) -> Result<(), PositionError> {
-        (self.stepper, self.count) = (Stepper::default(), 0);
+        (self.stepper, self.count, self.lost) = (Stepper::default(), 0, None);
         Ok(())
     }
 
     fn count(&mut self) -> Result<u64, PositionError> {
-        Ok(self.count)
+        self.lost.map_or(Ok(self.count), |(rip, what)| Err(PositionError::Unsteppable { rip, what }))
     }
 
     fn enter(&mut self, vcpu: &mut Vcpu, ram: &GuestRam) -> Result<Exit, PositionError> {
-        let exit = loop {
-            let Stepped { conditional, exit, .. } = self.stepper.step(vcpu, ram)?;
-            self.count += u64::from(conditional);
-            if exit != Exit::Step {
-                break exit;
+        if self.lost.is_none() {
+            let exit = self.step_on(vcpu, ram);
+            vcpu.single_step(false)?;
+            match exit {
+                Err(PositionError::Unsteppable { rip, what }) => {
+                    tracing::debug!(
+                        rip = format_args!("{rip:#x}"),
+                        what,
+                        "branches are not counted any more"
+                    );
+                    self.lost = Some((rip, what));
+                }
+                other => return other,
             }
-            if self.alarm.is_some_and(|alarm| self.count >= alarm) {
-                break Exit::Kicked;
-            }
-        };
-        vcpu.single_step(false)?;
-        Ok(exit)
+        }
+        Ok(vcpu.enter()?)
     }
 
     fn set_alarm(&mut self, branches: Option<u64>) -> Result<(), PositionError> {

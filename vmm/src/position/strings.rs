@@ -1,13 +1,14 @@
 //! REP MOVS and REP STOS, a page at a time: stepped by iterations, a copy of megabytes would take minutes.
 //!
 //! Owns: iterations that cannot fault or leave a trace that the CPU's would not, since the CPU has just done one in the same
-//! pages. Must never: do the last one, by which the CPU ends the instruction.
+//! pages. Must never: do the last one, by which the CPU ends the instruction; rely on what stood there before the step, whose
+//! page faults may have changed the code; reach memory that the guest's page tables refuse.
 
-use devices::GuestRam;
 use iced_x86::{Code, Instruction, OpKind, Register};
 use kvm_bindings::kvm_regs;
 
-use crate::kvm::{KvmError, PAGE_BYTES, Vcpu};
+use crate::kvm::PAGE_BYTES;
+use crate::kvm::paging::{Access, AddressSpace};
 
 const RFLAGS_DF: u64 = 1 << 10;
 
@@ -40,31 +41,43 @@ impl Strings {
         plain.then_some(Self { element_bytes, copies })
     }
 
-    /// Goes on to the last iteration in the pages that the one before has touched. The guest stands at `regs`, between two.
-    pub(super) fn go_on(self, vcpu: &Vcpu, ram: &GuestRam, regs: &kvm_regs) -> Result<(), KvmError> {
-        let mut count = self.iterations(regs);
-        if self.copies && count > 0 {
-            let (Some(source), Some(target)) = (vcpu.translate(regs.rsi)?, vcpu.translate(regs.rdi)?) else {
-                return Ok(());
-            };
-            count = self.independent(source, target, count);
+    /// Did the CPU do one iteration between these registers, and nothing else?
+    pub(super) fn has_led(self, before: &kvm_regs, now: &kvm_regs) -> bool {
+        let mut expected = *before;
+        expected.rcx = expected.rcx.wrapping_sub(1);
+        expected.rdi = expected.rdi.wrapping_add(self.element_bytes);
+        if self.copies {
+            expected.rsi = expected.rsi.wrapping_add(self.element_bytes);
         }
-        if count == 0 {
-            return Ok(());
+        // RF says that the instruction is under way.
+        expected.rflags = now.rflags;
+        expected == *now
+    }
+
+    /// Goes on to the last iteration in the pages that the one before has touched. The guest stands at `regs`, between two;
+    /// the answer is where it stands then, or none if the CPU has to go on by itself.
+    pub(super) fn go_on(self, space: AddressSpace<'_>, regs: &kvm_regs) -> Option<kvm_regs> {
+        let mut count = self.iterations(regs);
+        if count == 0 || space.same_page(regs.rip, regs.rdi) {
+            return None;
+        }
+        if self.copies {
+            let source = space.translate(regs.rsi, Access::Read)?;
+            count = self.independent(source, space.translate(regs.rdi, Access::Write)?, count);
         }
         let len_bytes = count * self.element_bytes;
         let mut bytes = vec![0; len_bytes as usize];
         if self.copies {
-            if !vcpu.read_linear(ram, regs.rsi, &mut bytes)? {
-                return Ok(());
+            if !space.read(regs.rsi, &mut bytes) {
+                return None;
             }
         } else {
             let element = regs.rax.to_le_bytes();
             let element = &element[..self.element_bytes as usize];
             bytes.chunks_exact_mut(element.len()).for_each(|place| place.copy_from_slice(element));
         }
-        if !vcpu.write_linear(ram, regs.rdi, &bytes)? {
-            return Ok(());
+        if count == 0 || !space.write(regs.rdi, &bytes) {
+            return None;
         }
         let mut regs = *regs;
         regs.rcx -= count;
@@ -72,7 +85,7 @@ impl Strings {
         if self.copies {
             regs.rsi += len_bytes;
         }
-        vcpu.set_registers(&regs)
+        Some(regs)
     }
 
     /// How many iterations but the last lie in the pages of the one before.
@@ -94,7 +107,10 @@ impl Strings {
 
 #[cfg(test)]
 mod tests {
+    use devices::GuestRam;
     use iced_x86::{Decoder, DecoderOptions};
+    use kvm_bindings::kvm_sregs;
+    use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
 
@@ -141,6 +157,61 @@ mod tests {
         assert_eq!(WORDS.iterations(&at(5_000, 0x100c, 0x5008)), 510, "the next in both is left out");
         let fill = Strings { copies: false, ..BYTES };
         assert_eq!(fill.iterations(&at(5_000, 0x2000, 0x5001)), 4_095, "a fill has no source");
+    }
+
+    #[test]
+    fn an_iteration_changes_its_registers_only() {
+        let before = kvm_regs { rcx: 9, rsi: 0x100, rdi: 0x200, rax: 5, rflags: 2, ..Default::default() };
+        let now = kvm_regs { rcx: 8, rsi: 0x108, rdi: 0x208, rflags: 0x1_0002, ..before };
+        assert!(WORDS.has_led(&before, &now));
+        assert!(!WORDS.has_led(&before, &before), "it has not begun");
+        assert!(!BYTES.has_led(&before, &now), "another element");
+        assert!(!WORDS.has_led(&before, &kvm_regs { rax: 6, ..now }), "a handler has run");
+        let fill = Strings { copies: false, ..WORDS };
+        assert!(fill.has_led(&before, &kvm_regs { rsi: 0x100, ..now }));
+    }
+
+    /// Present, accessed, dirty; writable; for ring 3 too.
+    const PRESENT: u64 = 0x61;
+    const WRITABLE: u64 = 2;
+    const USER: u64 = 4;
+
+    /// Registers and memory after a REP STOSB of ring 3 into the page with the bits `target`; it stands in another one.
+    fn fill_page(target: u64) -> (Option<kvm_regs>, u64) {
+        let ram = GuestRam::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let tables = [
+            (0x1000, 0x2000 | PRESENT | WRITABLE | USER),
+            (0x2000, 0x3000 | PRESENT | WRITABLE | USER),
+            (0x3000, 0x4000 | PRESENT | WRITABLE | USER),
+            (0x4000 + 5 * 8, 0x5000 | target),
+            (0x4000 + 6 * 8, 0x6000 | PRESENT | USER),
+        ];
+        for (at, entry) in tables {
+            ram.write_obj::<u64>(entry, GuestAddress(at)).unwrap();
+        }
+        let mut sregs =
+            kvm_sregs { cr0: 0x8001_0001, cr3: 0x1000, cr4: 0x20, efer: 0x500, ..Default::default() };
+        sregs.ss.dpl = 3;
+        let regs =
+            kvm_regs { rip: 0x6000, rcx: 800, rdi: 0x5001, rax: 0x77, rflags: 2, ..Default::default() };
+        let space = AddressSpace::of_instruction(&ram, &sregs, regs.rflags);
+        let led_to = Strings { copies: false, ..BYTES }.go_on(space, &regs);
+        (led_to, ram.read_obj(GuestAddress(0x5001)).unwrap())
+    }
+
+    #[test]
+    fn only_pages_that_the_guest_may_write_are_written() {
+        let (regs, filled) = fill_page(PRESENT | WRITABLE | USER);
+        assert_eq!(regs.map(|regs| (regs.rcx, regs.rdi)), Some((1, 0x5001 + 799)));
+        assert_eq!(filled, 0x7777_7777_7777_7777);
+        for (what, target) in [
+            ("a page of ring 0", PRESENT | WRITABLE),
+            ("a read-only page", PRESENT | USER),
+            ("a page that was never written", 0x21 | WRITABLE | USER),
+            ("no page", WRITABLE | USER),
+        ] {
+            assert_eq!(fill_page(target), (None, 0), "{what}");
+        }
     }
 
     #[test]
