@@ -49,6 +49,7 @@ fn main() -> ExitCode {
             small_guests_stopped_anywhere_replay_equal,
         ),
         Case::on_hosts("stepping_changes_nothing", stepping_changes_nothing),
+        Case::on_hosts("stepping_towards_nothing_ends", stepping_towards_nothing_ends),
         Case::on_hosts("late_alarms_find_the_stop_or_miss_it", late_alarms_find_the_stop_or_miss_it),
         Case::on_hosts("changing_page_tables_replay_equal", changing_page_tables_replay_equal),
         Case::on_hosts("computing_guest_replays_equal", computing_guest_replays_equal),
@@ -63,6 +64,12 @@ fn main() -> ExitCode {
 
 /// The one without any conditional branch that a forced stop could be named by.
 const NAMELESS: &str = "store";
+/// The one that steps itself: where it does, a forced stop has no name.
+const DEBUGS_ITSELF: &str = "trap-flag";
+/// So many steps lead through `loop`, in ring 0 and in ring 3: on a host without breakpoints a step runs through the timer's
+/// handler.
+const LOOP_STEPS: [u64; 2] = [4_085, 4_094];
+const LOOP_STEPS_WITH_BREAKPOINTS: [u64; 2] = [4_091, 4_100];
 /// A stepped guest is interrupted once where others are so often.
 const STEP_INTERRUPTS: u32 = 3;
 /// Longest that an interrupt of a small guest may take: a copy of 16 MiB is stepped through to its end.
@@ -133,6 +140,7 @@ fn small_guest(
     match behaviour {
         _ if source == "checkpoint" => assert_eq!(checkpoints, stops, "{what}"),
         NAMELESS => assert_eq!(checkpoints, stops, "{what}"),
+        DEBUGS_ITSELF => assert!(checkpoints > 0, "{what}: {stops} stops were named"),
         _ => assert_eq!(checkpoints, 0, "{what}"),
     }
     let replayed = site.start(2, &["replay".to_owned(), recording])?.wait(patience)?;
@@ -167,11 +175,39 @@ fn assert_few_pages_wait(recording: &Path) -> TestResult {
 fn stepping_changes_nothing() -> TestResult {
     SITE.run(|site| {
         let program = small_guests(&site.volume()?)?;
+        let doctor = site.host(1).run(&["/images/vmft", "doctor"], SHORT)?.stdout;
+        let unarmed = doctor.iter().any(|line| line.contains("never fired"));
+        let loop_steps = if unarmed { LOOP_STEPS } else { LOOP_STEPS_WITH_BREAKPOINTS };
         for (behaviour, ring) in in_both_rings(&BEHAVIOURS) {
             let compared = site.host(1).run(&[&program, "compare", behaviour, ring], LONG)?;
             println!("{behaviour} in ring {ring}: {}", compared.stdout.join(" "));
             assert_eq!(compared.ending, Ending::Exited(0), "{behaviour} {ring}: {:?}", compared.stderr);
+            if behaviour == "loop" {
+                let line = compared.stdout.last().ok_or("no output")?;
+                let expected = loop_steps[usize::from(ring == "3")];
+                assert_eq!(field(line, "steps"), Some(expected), "in ring {ring}");
+            }
         }
+        Ok(())
+    })
+}
+
+/// A branch that does not come, and a handler that does not end within a step: neither holds the monitor.
+fn stepping_towards_nothing_ends() -> TestResult {
+    SITE.run(|site| {
+        let program = small_guests(&site.volume()?)?;
+        for (behaviour, ring) in in_both_rings(&[NAMELESS]) {
+            let aimed = site.host(1).run(&[&program, "aim", behaviour, ring], 2 * LONG)?;
+            println!("{behaviour} in ring {ring}: {}", aimed.stdout.join(" "));
+            assert_eq!(aimed.ending, Ending::Exited(MISSED), "{behaviour} {ring}: {:?}", aimed.stderr);
+            let said = aimed.stdout.join(" ");
+            assert!(said.contains("stepped through for 65536 instructions"), "{said}");
+        }
+        let aimed = site.host(1).run(&[&program, "aim", "endless-handler", "3"], 2 * LONG)?;
+        println!("endless-handler in ring 3: {}", aimed.stdout.join(" "));
+        assert_eq!(aimed.ending, Ending::Exited(MISSED), "{:?}", aimed.stderr);
+        let said = aimed.stdout.join(" ");
+        assert!(said.contains("does not end") || said.contains("65536 instructions"), "{said}");
         Ok(())
     })
 }

@@ -140,6 +140,12 @@ fn user_mode_rdtsc_replays() -> TestResult {
             assert!(line.ends_with(", 0 of 100 fell"), "{line}");
             println!("{line}");
         }
+        let line = recorded.stdout.iter().find(|line| line.starts_with("vmft-tsc: rdtscp on "));
+        let line = line.ok_or_else(|| format!("no RDTSCP in {:?}", recorded.stdout))?.trim_end();
+        println!("{line}");
+        let documented =
+            ["vmft-tsc: rdtscp on AMD: supplied, with 0 in TSC_AUX", "vmft-tsc: rdtscp on Intel: SIGILL"];
+        assert!(documented.contains(&line), "docs/determinism.md says something else: {line}");
         let replayer = replay(site, &volume)?;
         assert_equal(&replayer, &recorded, 1_000)
     })

@@ -19,12 +19,29 @@ pub const TIMER: u64 = 0xa000;
 pub const INVALID_OPCODE: u64 = 0xb000;
 pub const PAGE_FAULT: u64 = 0xc000;
 pub const SYSTEM_CALL: u64 = 0xd000;
+pub const GENERAL_PROTECTION: u64 = 0xe000;
+pub const DEBUG: u64 = 0xf000;
+pub const SOFTWARE: u64 = 0xf800;
+pub const PAGE_DIRECTORY: u64 = 0x3000;
 pub const TSS: u32 = 0x5100;
 pub const STACK_0: u64 = 0x2_8000;
 const STACK_3: u64 = 0x3_0000;
 const COUNT: u64 = 0x4_0000;
 const FAULTS: u64 = 0x4_0008;
 const DATA: u64 = 0x5_0000;
+const DEBUGS: u64 = 0x4_0010;
+/// Code that a page fault rewrites.
+const REWRITTEN: u64 = 0x4_8000;
+const REP_STOSB: u32 = 0xaaf3;
+/// `loop` to itself: as many turns as the string has elements.
+const LOOP: u32 = 0xfee2;
+const RET: u32 = 0xc3;
+const NOP: i32 = 0x90;
+const PUSHFQ_JMP_RSI: i32 = 0xe6_ff9c;
+const TRAP_FLAG: i32 = 0x100;
+/// A page of 2 MiB that ring 3 may not reach, and one that it may not reach before its first fault.
+pub const RING_0_PAGE: u64 = 50 << 20;
+pub const LATE_PAGE: u64 = 52 << 20;
 /// Behind the end of memory.
 const NOT_MAPPED: u64 = MEMORY_MIB << 20;
 /// Two areas of 16 MiB.
@@ -53,6 +70,7 @@ const PAUSE_PORT: u32 = 0x80;
 pub const EVERY_MS: u32 = 1_193;
 pub const EVERY_50_MS: u32 = 59_659;
 pub const TIMER_VECTOR: u32 = 0x20;
+pub const SOFTWARE_VECTOR: u32 = 0x30;
 
 /// Exits of the entry code.
 pub const ENTRY_EXITS: usize = 13;
@@ -127,19 +145,89 @@ pub fn invalid_opcode() -> Result<Vec<u8>, IcedError> {
     a.assemble(INVALID_OPCODE)
 }
 
-/// Goes on behind the three bytes of the load that faulted, with branches of its own before.
-pub fn page_fault() -> Result<Vec<u8>, IcedError> {
+/// Goes on after three bytes, those of SYSRET.
+pub fn general_protection() -> Result<Vec<u8>, IcedError> {
     let mut a = CodeAssembler::new(64)?;
-    let mut odd = a.create_label();
+    a.add(rsp, 8)?;
+    a.inc(r14)?;
+    a.add(qword_ptr(rsp), 3)?;
+    a.iretq()?;
+    a.assemble(GENERAL_PROTECTION)
+}
+
+/// Counts debug exceptions.
+pub fn debug() -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    a.inc(dword_ptr(DEBUGS))?;
+    a.iretq()?;
+    a.assemble(DEBUG)
+}
+
+/// Answers INT n.
+pub fn software() -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
+    a.inc(r14)?;
+    a.iretq()?;
+    a.assemble(SOFTWARE)
+}
+
+/// What a page fault of `behaviour` leads to.
+pub fn page_fault(behaviour: &str) -> Result<Vec<u8>, IcedError> {
+    let mut a = CodeAssembler::new(64)?;
     a.add(rsp, 8)?;
     a.inc(dword_ptr(FAULTS))?;
+    match behaviour {
+        "string-rewritten" => rewrite_code(&mut a, LOOP)?,
+        "flags-fault" => map_or_rewrite(&mut a)?,
+        "endless-handler" => {
+            let mut here = a.create_label();
+            a.set_label(&mut here)?;
+            a.jmp(here)?;
+        }
+        _ => skip_load(&mut a)?,
+    }
+    a.iretq()?;
+    a.assemble(PAGE_FAULT)
+}
+
+/// Goes on behind the three bytes of the load that faulted, with branches of its own before.
+fn skip_load(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut odd = a.create_label();
     a.test(dword_ptr(FAULTS), 1)?;
     a.jnz(odd)?;
     a.inc(r14)?;
     a.set_label(&mut odd)?;
-    a.add(qword_ptr(rsp), 3)?;
-    a.iretq()?;
-    a.assemble(PAGE_FAULT)
+    a.add(qword_ptr(rsp), 3)
+}
+
+/// Makes the instruction that faulted another one of two bytes.
+fn rewrite_code(a: &mut CodeAssembler, code: u32) -> Result<(), IcedError> {
+    a.push(rax)?;
+    a.mov(rax, qword_ptr(rsp + 8))?;
+    a.mov(word_ptr(rax), code as i32)?;
+    a.pop(rax)
+}
+
+/// Lets ring 3 reach the late page; for the other one, makes the instruction a NOP.
+fn map_or_rewrite(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut late, mut done) = (a.create_label(), a.create_label());
+    a.push(rax)?;
+    a.mov(rax, cr2)?;
+    a.cmp(rax, LATE_PAGE as i32)?;
+    a.jae(late)?;
+    a.mov(rax, qword_ptr(rsp + 8))?;
+    a.mov(byte_ptr(rax), NOP)?;
+    a.jmp(done)?;
+    a.set_label(&mut late)?;
+    a.or(dword_ptr(page_entry(LATE_PAGE)), 4)?;
+    a.invlpg(ptr(rax))?;
+    a.set_label(&mut done)?;
+    a.pop(rax)
+}
+
+/// Where the page directory has the entry for `address`.
+pub const fn page_entry(address: u64) -> u64 {
+    PAGE_DIRECTORY + (address >> 21) * 8
 }
 
 /// Goes back to the ring that EDI says.
@@ -249,6 +337,19 @@ pub fn body(behaviour: &str, pause_turns: Option<u32>) -> Option<Result<Vec<u8>,
             a.push(rcx)?;
             a.popfq()
         },
+        "flags-fault" => flags_fault,
+        "endless-handler" => |a| a.mov(al, byte_ptr(NOT_MAPPED)),
+        "trap-flag" => trap_flag,
+        "interrupt" => |a| {
+            a.int(SOFTWARE_VECTOR as i32)?;
+            // A divide error; its handler skips two bytes.
+            a.xor(edx, edx)?;
+            a.div(edx)?;
+            a.inc(rax)
+        },
+        "sysret" => sysret,
+        "string-rewritten" => string_rewritten,
+        "sti-look-alike" => sti_look_alike,
         _ => return None,
     };
     let assemble = || {
@@ -280,4 +381,93 @@ pub fn body(behaviour: &str, pause_turns: Option<u32>) -> Option<Result<Vec<u8>,
         a.assemble(BODY)
     };
     Some(assemble())
+}
+
+/// PUSHF onto a page that ring 3 may not reach, and that the fault makes another instruction; then onto one that the first
+/// fault makes reachable.
+fn flags_fault(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut ring_0 = a.create_label();
+    a.mov(edi, cs)?;
+    a.and(edi, 3)?;
+    a.jz(ring_0)?;
+    a.mov(rdx, rsp)?;
+    a.mov(ebx, REWRITTEN as u32)?;
+    a.mov(dword_ptr(rbx), PUSHFQ_JMP_RSI)?;
+    let mut back = a.create_label();
+    a.lea(rsi, ptr(back))?;
+    a.mov(rsp, RING_0_PAGE + 0x1008)?;
+    a.jmp(rbx)?;
+    a.set_label(&mut back)?;
+    a.mov(rsp, LATE_PAGE + 0x1008)?;
+    a.pushfq()?;
+    a.pop(rcx)?;
+    a.add(rax, rcx)?;
+    a.mov(rsp, rdx)?;
+    a.set_label(&mut ring_0)?;
+    a.pushfq()?;
+    a.pop(rcx)?;
+    a.add(rax, rcx)
+}
+
+/// Sets its own trap flag for some instructions.
+fn trap_flag(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.pushfq()?;
+    a.or(qword_ptr(rsp), TRAP_FLAG)?;
+    a.popfq()?;
+    a.inc(rax)?;
+    a.lea(rbx, ptr(rbx + rax))?;
+    a.pushfq()?;
+    a.and(qword_ptr(rsp), !TRAP_FLAG)?;
+    a.popfq()?;
+    a.inc(rax)
+}
+
+/// Ring 0 leaves for ring 3 by it; from then on it is a #GP.
+fn sysret(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let mut next = a.create_label();
+    a.lea(rcx, ptr(next))?;
+    a.mov(r11d, RFLAGS_3 as u32)?;
+    a.sysretq()?;
+    a.set_label(&mut next)?;
+    a.inc(rax)
+}
+
+/// A fill of a page that ring 3 may not reach; the fault makes it a loop.
+fn string_rewritten(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.mov(ebx, REWRITTEN as u32)?;
+    a.mov(dword_ptr(rbx), (RET << 16 | REP_STOSB) as i32)?;
+    a.mov(rdi, RING_0_PAGE + 0x100)?;
+    a.mov(ecx, 800)?;
+    a.inc(rax)?;
+    a.call(rbx)
+}
+
+/// Interrupts that wait are taken after an instruction that ends as STI does, before one that stores the flags. A guest that
+/// sees a trap flag in them crashes.
+fn sti_look_alike(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    let (mut wait, mut sees, mut clean) = (a.create_label(), a.create_label(), a.create_label());
+    a.cli()?;
+    a.mov(ecx, 2_000)?;
+    a.set_label(&mut wait)?;
+    a.dec(ecx)?;
+    a.jnz(wait)?;
+    a.sti()?;
+    a.mov(al, 0xfb_u32 as i32 - 0x100)?;
+    a.pushfq()?;
+    a.pop(rcx)?;
+    a.test(ecx, TRAP_FLAG)?;
+    a.jnz(sees)?;
+    a.mov(edi, cs)?;
+    a.and(edi, 3)?;
+    a.cli()?;
+    a.sti()?;
+    a.mov(al, 0xfb_u32 as i32 - 0x100)?;
+    a.syscall()?;
+    a.test(r11d, TRAP_FLAG)?;
+    a.jz(clean)?;
+    a.set_label(&mut sees)?;
+    // There is no handler.
+    a.int3()?;
+    a.set_label(&mut clean)?;
+    a.inc(rax)
 }

@@ -3,7 +3,8 @@
 //! Usage: `small_guests record FILE BEHAVIOUR RING INTERRUPTS SOURCE`, with a position source of `--position`.
 //! `vmft replay FILE` must then find it equal. `small_guests replay FILE SEED` replays one of source `step` with alarms
 //! that ring late, some of them much too late: status 5 if a stop was missed for that. `small_guests compare BEHAVIOUR
-//! RING` runs a guest by itself and step by step, to the same place. For tests on hosts with a KVM; see
+//! RING` runs a guest by itself and step by step, to the same place, and says in how many steps. `small_guests aim
+//! BEHAVIOUR RING` steps a guest to a branch that never comes, and says how that ended. For tests on hosts with a KVM; see
 //! `tests/tests/e2e_compute.rs`.
 
 mod behaviours;
@@ -13,12 +14,12 @@ use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::bounded;
 use devices::{Board, BoardConfig, GuestRam};
-use ft_log::{Encoder, GuestTime, PositionSource, RecordingWriter};
+use ft_log::{Counted, Encoder, GuestTime, PositionSource, REGISTERS, RecordingWriter};
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_sregs};
 use tracing_subscriber::EnvFilter;
 use vm_memory::{Bytes, GuestAddress};
@@ -27,7 +28,7 @@ use vmft::commands::replay::replay_with;
 use vmft::guest::GuestConfig;
 use vmft::host::deferral::{Deferral, Inbox};
 use vmft::kvm::{Kvm, install_kick_handler, kick, segments};
-use vmft::machine::{Clock, Kicked, Machine, MachineError};
+use vmft::machine::{Clock, Kicked, Machine, MachineError, Reached};
 use vmft::outlet::{Resources, always};
 use vmft::position::{self, Step};
 use vmft::run::{self, FileLog, HostSide, HostTime, Live, RunError};
@@ -35,11 +36,11 @@ use vmft::snapshot;
 
 const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;
-const PAGE_DIRECTORY: u64 = 0x3000;
 const GDT: u64 = 0x5000;
 const IDT: u64 = 0x6000;
 /// Present, writable, for ring 3 too.
 const PAGE: u64 = 7;
+const USER: u64 = 4;
 const LARGE_PAGE: u64 = 0x80;
 const TSS_SELECTOR: u16 = 0x28;
 const TSS_LIMIT: u16 = 103;
@@ -55,6 +56,8 @@ const EFER: u64 = 0x501;
 const SKID_MOST: u64 = 8;
 const SKID_LATE: u64 = 40;
 const SKID_ABSURD: u64 = 1_000;
+/// How often a guest that is aimed at nothing is signalled.
+const KICK_EVERY: Duration = Duration::from_millis(1);
 /// Status of a replay that missed a stop.
 const MISSED: u8 = 5;
 /// Status of a comparison that found a difference.
@@ -71,10 +74,11 @@ fn main() -> ExitCode {
         }
         ["replay", file, seed] => replay(Path::new(file), seed),
         ["compare", behaviour, ring] => compare(behaviour, ring),
+        ["aim", behaviour, ring] => aim(behaviour, ring),
         _ => {
             eprintln!(
                 "usage: small_guests record FILE BEHAVIOUR RING INTERRUPTS SOURCE | replay FILE SEED | compare \
-                 BEHAVIOUR RING"
+                 BEHAVIOUR RING | aim BEHAVIOUR RING"
             );
             return ExitCode::from(2);
         }
@@ -129,11 +133,14 @@ impl Clock for Undisturbed {
 fn compare(behaviour: &str, ring: &str) -> Result<ExitCode, Box<dyn Error>> {
     install_kick_handler()?;
     let mut digests = Vec::new();
+    let mut steps = Arc::default();
     for stepped in [false, true] {
         let (mut machine, _) =
             guest(behaviour, ring.parse()?, u32::MAX, Pace::Turns(code::pause_turns(behaviour)))?;
         if stepped {
-            machine.count_branches(Some(Box::new(Step::default())));
+            let counter = Step::default();
+            steps = counter.steps();
+            machine.count_branches(Some(Box::new(counter)));
         }
         let mut effects = Vec::new();
         for _ in 0..code::ENTRY_EXITS + code::PAUSES {
@@ -141,8 +148,35 @@ fn compare(behaviour: &str, ring: &str) -> Result<ExitCode, Box<dyn Error>> {
         }
         digests.push(machine.state_digest());
     }
-    println!("by itself {:x?}, stepped {:x?}", digests[0], digests[1]);
+    let steps = steps.load(Ordering::Relaxed);
+    println!("by itself {:x?}, stepped {:x?}; steps={steps}", digests[0], digests[1]);
     Ok(if digests[0] == digests[1] { ExitCode::SUCCESS } else { ExitCode::from(DIFFERENT) })
+}
+
+/// Steps a guest to a branch that it does not come to.
+fn aim(behaviour: &str, ring: &str) -> Result<ExitCode, Box<dyn Error>> {
+    install_kick_handler()?;
+    let (mut machine, _) = guest(behaviour, ring.parse()?, u32::MAX, Pace::Timer(code::EVERY_50_MS))?;
+    machine.count_branches(Some(Box::new(Step::default())));
+    let mut effects = Vec::new();
+    for _ in 0..code::ENTRY_EXITS {
+        machine.run_to_anchor(&mut Undisturbed, &mut effects)?;
+    }
+    // SAFETY: pthread_self has no preconditions.
+    let target = unsafe { libc::pthread_self() };
+    // A handler that runs within a step is left by signals only.
+    std::thread::spawn(move || {
+        loop {
+            kick(target);
+            std::thread::sleep(KICK_EVERY);
+        }
+    });
+    let target = Counted { branches: u64::MAX, registers: [0; REGISTERS.len()] };
+    match machine.run_to_position(&mut Undisturbed, &target)? {
+        Reached::Missed(missed) => println!("{missed}"),
+        other => return Err(format!("it came to {other:?}").into()),
+    }
+    Ok(ExitCode::from(MISSED))
 }
 
 fn record(
@@ -229,7 +263,10 @@ fn guest(
         (code::ENTRY, code::entry(ring, pit_divisor)?),
         (code::TIMER, code::timer(interrupts)?),
         (code::INVALID_OPCODE, code::invalid_opcode()?),
-        (code::PAGE_FAULT, code::page_fault()?),
+        (code::PAGE_FAULT, code::page_fault(behaviour)?),
+        (code::GENERAL_PROTECTION, code::general_protection()?),
+        (code::DEBUG, code::debug()?),
+        (code::SOFTWARE, code::software()?),
         (code::SYSTEM_CALL, code::system_call()?),
         (code::BODY, body),
     ] {
@@ -248,9 +285,14 @@ fn guest(
 /// Page tables that map all memory to itself, segments for both rings, handlers.
 fn write_tables(ram: &GuestRam) -> Result<(), Box<dyn Error>> {
     ram.write_obj(PDPT | PAGE, GuestAddress(PML4))?;
-    ram.write_obj(PAGE_DIRECTORY | PAGE, GuestAddress(PDPT))?;
+    ram.write_obj(code::PAGE_DIRECTORY | PAGE, GuestAddress(PDPT))?;
     for index in 0..code::MEMORY_MIB / 2 {
-        ram.write_obj(index << 21 | LARGE_PAGE | PAGE, GuestAddress(PAGE_DIRECTORY + index * 8))?;
+        ram.write_obj(index << 21 | LARGE_PAGE | PAGE, GuestAddress(code::page_entry(index << 21)))?;
+    }
+    for page in [code::RING_0_PAGE, code::LATE_PAGE] {
+        ram.write_obj(page | LARGE_PAGE | PAGE & !USER, GuestAddress(code::page_entry(page)))?;
+        // What a flag would be taken out of.
+        ram.write_slice(&[0xff; 0x2000], GuestAddress(page))?;
     }
     let tss = segments::tss_descriptor(code::TSS, TSS_LIMIT);
     for (index, entry) in segments::GDT_BOTH_RINGS.into_iter().chain(tss).enumerate() {
@@ -258,10 +300,16 @@ fn write_tables(ram: &GuestRam) -> Result<(), Box<dyn Error>> {
     }
     // The stack for interrupts out of ring 3.
     ram.write_obj(code::STACK_0, GuestAddress(u64::from(code::TSS) + 4))?;
-    for (vector, handler) in
-        [(6, code::INVALID_OPCODE), (14, code::PAGE_FAULT), (u64::from(code::TIMER_VECTOR), code::TIMER)]
-    {
-        let gate = (handler & 0xffff) | u64::from(code::CODE_0) << 16 | 0x8e << 40 | (handler >> 16) << 48;
+    for (vector, handler) in [
+        (0, code::INVALID_OPCODE),
+        (1, code::DEBUG),
+        (6, code::INVALID_OPCODE),
+        (13, code::GENERAL_PROTECTION),
+        (14, code::PAGE_FAULT),
+        (u64::from(code::TIMER_VECTOR), code::TIMER),
+        (u64::from(code::SOFTWARE_VECTOR), code::SOFTWARE),
+    ] {
+        let gate = (handler & 0xffff) | u64::from(code::CODE_0) << 16 | 0xee << 40 | (handler >> 16) << 48;
         ram.write_obj(gate, GuestAddress(IDT + vector * 16))?;
     }
     Ok(())

@@ -7,6 +7,9 @@
 //!   counting ── an instruction that cannot be stepped over ──> running free, no count ── next boundary ──> counting
 //! ```
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use devices::GuestRam;
 use ft_log::PositionSource;
 
@@ -22,7 +25,7 @@ pub type Skid = Box<dyn FnMut() -> u64>;
 pub struct Step {
     stepper: Stepper,
     count: u64,
-    steps: u64,
+    steps: Arc<AtomicU64>,
     /// Why there is no count since the boundary, if there is none.
     lost: Option<(u64, &'static str)>,
     alarm: Option<u64>,
@@ -36,9 +39,9 @@ impl Step {
         Self { skid: Some((most, skid)), ..Self::default() }
     }
 
-    /// Steps so far, since this counter was made.
-    pub fn steps(&self) -> u64 {
-        self.steps
+    /// Steps since this counter was made, for others to read while it counts.
+    pub fn steps(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.steps)
     }
 
     /// Steps until the guest leaves, an alarm rings, or an instruction comes that cannot be stepped over.
@@ -52,7 +55,7 @@ impl Step {
             if exit != Exit::Step {
                 return Ok(exit);
             }
-            self.steps += 1;
+            self.steps.fetch_add(1, Ordering::Relaxed);
             if self.alarm.is_some_and(|alarm| self.count >= alarm) {
                 return Ok(Exit::Kicked);
             }
