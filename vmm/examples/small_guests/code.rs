@@ -249,7 +249,8 @@ pub fn system_call() -> Result<Vec<u8>, IcedError> {
 pub fn pause_turns(behaviour: &str) -> u32 {
     match behaviour {
         "rep-movs" => 1,
-        "strings" => 10,
+        "string-rewritten" | "sti-look-alike" => 3,
+        "strings" | "flags-fault" | "trap-flag" | "interrupt" | "sysret" => 10,
         _ => 50,
     }
 }
@@ -437,7 +438,7 @@ fn string_rewritten(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(ebx, REWRITTEN as u32)?;
     a.mov(dword_ptr(rbx), (RET << 16 | REP_STOSB) as i32)?;
     a.mov(rdi, RING_0_PAGE + 0x100)?;
-    a.mov(ecx, 800)?;
+    a.mov(ecx, 100)?;
     a.inc(rax)?;
     a.call(rbx)
 }
@@ -447,7 +448,7 @@ fn string_rewritten(a: &mut CodeAssembler) -> Result<(), IcedError> {
 fn sti_look_alike(a: &mut CodeAssembler) -> Result<(), IcedError> {
     let (mut wait, mut sees, mut clean) = (a.create_label(), a.create_label(), a.create_label());
     a.cli()?;
-    a.mov(ecx, 2_000)?;
+    a.mov(ecx, 200)?;
     a.set_label(&mut wait)?;
     a.dec(ecx)?;
     a.jnz(wait)?;

@@ -159,7 +159,8 @@ fn aim(behaviour: &str, ring: &str) -> Result<ExitCode, Box<dyn Error>> {
     let (mut machine, _) = guest(behaviour, ring.parse()?, u32::MAX, Pace::Timer(code::EVERY_50_MS))?;
     machine.count_branches(Some(Box::new(Step::default())));
     let mut effects = Vec::new();
-    for _ in 0..code::ENTRY_EXITS {
+    // The last exit is the timer's handler's; no interrupt comes after that.
+    for _ in 0..=code::ENTRY_EXITS {
         machine.run_to_anchor(&mut Undisturbed, &mut effects)?;
     }
     // SAFETY: pthread_self has no preconditions.
