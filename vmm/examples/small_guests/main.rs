@@ -57,7 +57,7 @@ const SKID_MOST: u64 = 8;
 const SKID_LATE: u64 = 40;
 const SKID_ABSURD: u64 = 1_000;
 /// How often a guest that is aimed at nothing is signalled.
-const KICK_EVERY: Duration = Duration::from_millis(1);
+const KICK_EVERY: Duration = Duration::from_millis(10);
 /// Status of a replay that missed a stop.
 const MISSED: u8 = 5;
 /// Status of a comparison that found a difference.

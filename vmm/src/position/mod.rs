@@ -24,7 +24,7 @@ pub use stepper::{Stepped, Stepper};
 
 /// Steps without a conditional branch after which a guest that is to come to one is given up. Code of so many instructions
 /// in a row does not exist; a loop of unconditional branches does.
-pub const BRANCHLESS_STEPS_MAX: u32 = 65_536;
+pub const BRANCHLESS_STEPS_MAX: u32 = 16_384;
 
 /// Counts the conditional branches of the guest. All of it on the vCPU's thread.
 pub trait BranchCounter {

@@ -33,7 +33,7 @@ const EFER_LMA: u64 = 1 << 10;
 /// Longest instruction.
 const CODE_BYTES: usize = 15;
 /// Signals that a handler may take within a step; a handler without an end takes more.
-const HANDLER_KICKS_MAX: u32 = 1_000;
+const HANDLER_KICKS_MAX: u32 = 256;
 
 const DEBUGS_ITSELF: &str = "the guest debugs itself";
 const SEGMENTS: &str = "it is in a mode with segments or 16 bits";
