@@ -5,8 +5,9 @@
 //! the connection that started it.
 
 use std::fs;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -15,13 +16,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
-use vmft_tests::hosts::protocol::{self, Event, Request};
+use vmft_tests::hosts::protocol::{self, Event, Request, Stream};
 
 /// Output lines are sent in pieces of at most this many bytes: escaped as JSON they stay below `MAX_LINE`.
-const MAX_OUTPUT_LINE: u64 = 64 << 10;
+const MAX_OUTPUT_LINE: usize = 64 << 10;
+/// The start of a line is sent once its rest does not come for so long: a prompt waits for an answer, not for a line end.
+const PROMPT_MS: u16 = 100;
 
 fn main() -> ExitCode {
     let Some(address) = std::env::args().nth(1) else {
@@ -94,8 +98,8 @@ fn attend(mut child: Child, mut requests: BufReader<TcpStream>, stream: TcpStrea
     tell(&events, &Event::Started { pid: child.id() })?;
 
     let forwarders = [
-        child.stdout.take().map(|pipe| forward(pipe, Event::Stdout, &events)),
-        child.stderr.take().map(|pipe| forward(pipe, Event::Stderr, &events)),
+        child.stdout.take().map(|pipe| forward(pipe, Stream::Stdout, &events)),
+        child.stderr.take().map(|pipe| forward(pipe, Stream::Stderr, &events)),
     ];
     let signalled = Arc::clone(&group);
     thread::spawn(move || {
@@ -146,25 +150,56 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Sends each line that comes out of `pipe`, until its end or until the test is gone.
+/// Sends each line that comes out of `pipe`, until its end or until the test is gone, and the start of one that waits.
 fn forward(
-    pipe: impl Read + Send + 'static,
-    event: fn(String) -> Event,
+    mut pipe: impl Read + AsFd + Send + 'static,
+    stream: Stream,
     events: &Arc<Mutex<TcpStream>>,
 ) -> thread::JoinHandle<()> {
     let events = Arc::clone(events);
+    // The pipe is read to its end even if nobody listens: the process must not block on it.
+    let send = move |event: fn(Stream, String) -> Event, text: &[u8]| {
+        let _ = tell(&events, &event(stream, String::from_utf8_lossy(text).into_owned()));
+    };
     thread::spawn(move || {
-        let mut pipe = BufReader::new(pipe);
-        let mut line = Vec::new();
-        // The pipe is read to its end even if nobody listens: the process must not block on it.
-        while matches!(pipe.by_ref().take(MAX_OUTPUT_LINE).read_until(b'\n', &mut line), Ok(n) if n > 0) {
-            if line.last() == Some(&b'\n') {
-                line.pop();
+        let mut pending = Vec::new();
+        let mut bytes = [0; 4096];
+        loop {
+            if !pending.is_empty() && is_idle(&pipe) {
+                send(Event::Unfinished, &pending);
             }
-            let _ = tell(&events, &event(String::from_utf8_lossy(&line).into_owned()));
-            line.clear();
+            let len = match pipe.read(&mut bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Ok(0) | Err(_) => break,
+                Ok(len) => len,
+            };
+            pending.extend_from_slice(&bytes[..len]);
+            while let Some((line, taken)) = first_line(&pending) {
+                send(Event::Line, line);
+                pending.drain(..taken);
+            }
+        }
+        if !pending.is_empty() {
+            send(Event::Line, &pending);
         }
     })
+}
+
+/// The first line, without its end, or a piece of one that is too long; and how many bytes it takes. `None`: more must
+/// come.
+fn first_line(bytes: &[u8]) -> Option<(&[u8], usize)> {
+    let whole = bytes.iter().take(MAX_OUTPUT_LINE).position(|&byte| byte == b'\n');
+    match whole {
+        Some(len) => Some((&bytes[..len], len + 1)),
+        None if bytes.len() >= MAX_OUTPUT_LINE => Some((&bytes[..MAX_OUTPUT_LINE], MAX_OUTPUT_LINE)),
+        None => None,
+    }
+}
+
+/// True if nothing comes out of a pipe for [`PROMPT_MS`].
+fn is_idle(pipe: &impl AsFd) -> bool {
+    let mut look = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+    poll(&mut look, PROMPT_MS) == Ok(0)
 }
 
 fn tell(events: &Mutex<TcpStream>, event: &Event) -> io::Result<()> {
@@ -180,4 +215,38 @@ fn write_file(path: &Path, mode: u32, mut bytes: impl Read, len: u64) -> io::Res
     }
     file.set_permissions(fs::Permissions::from_mode(mode))?;
     fs::rename(&partial, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_end_at_line_feeds_and_are_not_too_long() {
+        assert_eq!(first_line(b"one\ntwo"), Some((b"one".as_slice(), 4)));
+        assert_eq!(first_line(b"\n"), Some((b"".as_slice(), 1)));
+        for unfinished in [b"".as_slice(), b"login: "] {
+            assert_eq!(first_line(unfinished), None);
+        }
+        let long = [b'x'; MAX_OUTPUT_LINE + 1];
+        assert_eq!(first_line(&long), Some((&long[..MAX_OUTPUT_LINE], MAX_OUTPUT_LINE)));
+    }
+
+    /// What a child that never ends its line has printed comes out while it still runs.
+    #[test]
+    fn prompt_is_sent_without_its_line_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let server = listener.accept().unwrap().0;
+        thread::spawn(move || serve(server));
+        let argv = ["sh", "-c", "printf 'first\\nlogin: '; exec sleep 600"].map(str::to_owned).to_vec();
+        protocol::send(&mut &client, &Request::Spawn { argv, env: Vec::new(), cwd: None }).unwrap();
+        let mut events = BufReader::new(&client);
+        let mut next = || protocol::receive::<Event>(&mut events).unwrap().unwrap();
+        assert!(matches!(next(), Event::Started { .. }));
+        assert!(matches!(next(), Event::Line(Stream::Stdout, text) if text == "first"));
+        assert!(matches!(next(), Event::Unfinished(Stream::Stdout, text) if text == "login: "));
+        // The agent kills the child with the connection.
+        client.shutdown(Shutdown::Both).unwrap();
+    }
 }

@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 
 use super::HostError;
 use super::host::{Answers, tail};
-use super::protocol::{self, Event, Request};
+use super::protocol::{self, Event, Request, Stream};
 
 /// How a process ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,12 +54,6 @@ impl Output {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stream {
-    Stdout,
-    Stderr,
-}
-
 #[derive(Debug)]
 struct Line {
     stream: Stream,
@@ -70,6 +64,8 @@ struct Line {
 #[derive(Debug, Default)]
 struct Progress {
     lines: Vec<Line>,
+    /// The start of a line of standard output that has no end yet.
+    unfinished: String,
     ending: Option<Ending>,
 }
 
@@ -87,7 +83,12 @@ struct Shared {
 
 impl Shared {
     fn said(&self, stream: Stream, text: String) {
-        self.progress().lines.push(Line { stream, at: Instant::now(), text });
+        let mut progress = self.progress();
+        if stream == Stream::Stdout {
+            progress.unfinished.clear();
+        }
+        progress.lines.push(Line { stream, at: Instant::now(), text });
+        drop(progress);
         self.changed.notify_all();
     }
 
@@ -124,12 +125,14 @@ impl HostProcess {
         thread::spawn(move || {
             loop {
                 let ending = match protocol::receive(&mut reader) {
-                    Ok(Some(Event::Stdout(text))) => {
-                        follower.said(Stream::Stdout, text);
+                    Ok(Some(Event::Line(stream, text))) => {
+                        follower.said(stream, text);
                         continue;
                     }
-                    Ok(Some(Event::Stderr(text))) => {
-                        follower.said(Stream::Stderr, text);
+                    Ok(Some(Event::Unfinished(stream, text))) => {
+                        if stream == Stream::Stdout {
+                            follower.progress().unfinished = text;
+                        }
                         continue;
                     }
                     Ok(Some(Event::Exited(status))) => Ending::Exited(status),
@@ -189,6 +192,11 @@ impl HostProcess {
     /// The lines that came after the first `seen` of them, to follow a process as it goes.
     pub fn output_from(&self, seen: usize) -> Vec<String> {
         self.shared.progress().lines.iter().skip(seen).map(|line| line.text.clone()).collect()
+    }
+
+    /// What it has printed on standard output after the last line end.
+    pub fn unfinished_line(&self) -> String {
+        self.shared.progress().unfinished.clone()
     }
 
     /// All lines of both streams so far, each with the time of its arrival here.

@@ -8,7 +8,7 @@
 //! Spawn{argv,env,cwd}        ->
 //!                            <-      Started{pid}
 //! Signal(n) (any number)     ->
-//!                            <-      Stdout(line) | Stderr(line) (any number)
+//!                            <-      Line(stream, text) | Unfinished(stream, text) (any number)
 //!                            <-      Exited(code) | Killed(signal), then the agent closes
 //! Push{path,mode,len} + len bytes -> <- Done
 //! Pull{path}                 ->      <- Data{len} + len bytes
@@ -58,6 +58,15 @@ pub enum Request {
     },
 }
 
+/// A stream of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stream {
+    /// Its standard output.
+    Stdout,
+    /// Its standard error.
+    Stderr,
+}
+
 /// What the agent answers.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Event {
@@ -66,10 +75,10 @@ pub enum Event {
         /// Its number in the host.
         pid: u32,
     },
-    /// A line of its standard output, without the line end; bytes that are not UTF-8 are replaced.
-    Stdout(String),
-    /// A line of its standard error.
-    Stderr(String),
+    /// A line of its output, without the line end; bytes that are not UTF-8 are replaced.
+    Line(Stream, String),
+    /// The start of a line that it has not ended yet. The next event of this stream has it again.
+    Unfinished(Stream, String),
     /// It ended with this status.
     Exited(i32),
     /// It was ended by this signal.
@@ -110,11 +119,11 @@ mod tests {
     #[test]
     fn messages_survive_the_wire() {
         let mut wire = Vec::new();
-        send(&mut wire, &Event::Stdout("a \"line\"\twith \u{fffd}".into())).unwrap();
+        send(&mut wire, &Event::Line(Stream::Stdout, "a \"line\"\twith \u{fffd}".into())).unwrap();
         send(&mut wire, &Event::Exited(3)).unwrap();
         let mut from = wire.as_slice();
         assert!(
-            matches!(receive(&mut from).unwrap(), Some(Event::Stdout(l)) if l == "a \"line\"\twith \u{fffd}")
+            matches!(receive(&mut from).unwrap(), Some(Event::Line(Stream::Stdout, l)) if l == "a \"line\"\twith \u{fffd}")
         );
         assert!(matches!(receive(&mut from).unwrap(), Some(Event::Exited(3))));
         assert!(receive::<Event>(&mut from).unwrap().is_none());
