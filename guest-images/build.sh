@@ -4,9 +4,13 @@
 #   build.sh images        kernel, initramfs of hosts and guests, and their programs; prints the directory
 #   build.sh small-kernel  vmlinux of a small kernel with built-in drivers (minutes); prints its path
 #   build.sh disk FILE MIB a raw disk with a fresh ext4 file system
+#   build.sh debian SUITE DISK
+#                          DISK becomes a root disk with Debian's SUITE (bookworm, trixie, ...), as root; prints the
+#                          paths of its kernel, its initramfs and DISK, each on a line
 #
 # Everything goes to ${VMFT_CACHE:-$HOME/.cache/vmft}: each output is made in a temporary directory and then
-# renamed to a name that contains a digest of its inputs, so an output is complete and never out of date.
+# renamed to a name that contains a digest of its inputs, so an output is complete and never out of date. Only a Debian
+# disk may be: it has the packages of the day on which it was first made.
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -193,12 +197,70 @@ make_disk() {
     mv "$file.tmp" "$file"
 }
 
+# debian_mirror: where apt of this machine has Debian's packages from.
+debian_mirror() {
+    local found
+    found=$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
+        sed -n 's|^Debian Debian \(https\{0,1\}://.*\)|\1|p' | sort -u | head -n 1) || true
+    echo "${found:-http://deb.debian.org/debian}"
+}
+
+# debootstrap_tree SUITE DIR PACKAGES: installs Debian, with nothing of this machine left in it.
+debootstrap_tree() {
+    local suite=$1 tree=$2 http_proxy=${http_proxy:-} keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    [ -f "$keyring" ] || die "there is no $keyring: install debian-archive-keyring"
+    eval "$(apt-config shell http_proxy Acquire::http::Proxy 2>/dev/null || true)"
+    [ -z "$http_proxy" ] || export http_proxy
+    # Its mounts end with the namespace, however it ends: nothing of this machine is below $tree when that is removed.
+    unshare --mount debootstrap --variant=minbase --include="$3" --keyring="$keyring" "$suite" "$tree" \
+        "$(debian_mirror)" >"$work/log" 2>&1 ||
+        { tail -n 20 "$work/log" >&2; die "debootstrap cannot install Debian's suite '$suite'"; }
+    rm -rf "$tree"/var/cache/apt/*.bin "$tree"/var/cache/apt/archives/*.deb "$tree"/var/lib/apt/lists/*
+    # systemd makes a machine's own id at the first boot.
+    : >"$tree/etc/machine-id"
+    : >"$tree/etc/resolv.conf"
+    echo "deb http://deb.debian.org/debian $suite main" >"$tree/etc/apt/sources.list"
+    echo "$suite" >"$tree/etc/hostname"
+    echo "127.0.0.1 localhost $suite" >"$tree/etc/hosts"
+}
+
+# A root disk as a user would make it: systemd, networkd at 10.77.0.2/24, sshd, redis; root logs in on the console
+# without a password. Kernel and initramfs are copies of those in its /boot.
+build_debian() {
+    local suite=$1 file=$2 name tree
+    local packages=systemd-sysv,udev,dbus,iproute2,openssh-server,redis-server,initramfs-tools,linux-image-cloud-amd64
+    [[ $suite =~ ^[a-z][a-z0-9-]*$ ]] || die "'$suite' is no name of a Debian suite"
+    [ "$(id -u)" = 0 ] || die "only root can install a Debian into a directory"
+    need debootstrap unshare chroot mke2fs truncate
+    name=debian-$suite-$( (declare -f debootstrap_tree build_debian) | sha256sum | cut -c1-16)
+    if [ ! -d "$cache/$name" ]; then
+        begin
+        tree=$work/tree
+        say "installing Debian $suite into an image: this takes minutes"
+        debootstrap_tree "$suite" "$tree" "$packages"
+        echo "/dev/vda / ext4 defaults 0 1" >"$tree/etc/fstab"
+        printf '[Match]\nType=ether\n[Network]\nAddress=10.77.0.2/24\n' >"$tree/etc/systemd/network/10-lan.network"
+        chroot "$tree" systemctl -q enable systemd-networkd >&2 || die "networkd of '$suite' cannot be enabled"
+        chroot "$tree" passwd -q -d root >&2
+        cp "$tree"/boot/vmlinuz-* "$work/vmlinuz"
+        cp "$tree"/boot/initrd.img-* "$work/initrd.img"
+        truncate -s 2G "$work/disk.img"
+        mke2fs -q -t ext4 -b 4096 -d "$tree" -E lazy_itable_init=0,lazy_journal_init=0,nodiscard "$work/disk.img"
+        rm -rf "$tree" "$work/log"
+        publish "$name"
+    fi
+    cp --reflink=auto --sparse=always "$cache/$name/disk.img" "$file.tmp"
+    mv "$file.tmp" "$file"
+    printf '%s\n' "$cache/$name/vmlinuz" "$cache/$name/initrd.img" "$file"
+}
+
 main() {
     case "${1:-} $#" in
         "images 1") build_images ;;
         "small-kernel 1") build_small_kernel ;;
         "disk 3") make_disk "$2" "$3" ;;
-        *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        "debian 3") build_debian "$2" "$3" ;;
+        *) sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 }
 

@@ -23,6 +23,8 @@ pub enum Need {
     Tun,
     /// etcd and its control program.
     Etcd,
+    /// debootstrap, and the keys of Debian's archive.
+    Debootstrap,
     /// QEMU, its virtiofsd and what `guest-images/build.sh` uses.
     Qemu,
 }
@@ -37,6 +39,8 @@ impl Need {
             Need::Root => (!nix::unistd::geteuid().is_root()).then(|| "it needs root".to_owned()),
             Need::Tun => missing_file("/dev/net/tun"),
             Need::Etcd => ["etcd", "etcdctl"].into_iter().find_map(missing_program),
+            Need::Debootstrap => missing_program("debootstrap")
+                .or_else(|| missing_file("/usr/share/keyrings/debian-archive-keyring.gpg")),
             Need::Qemu => ["ip", "tc", "qemu-system-x86_64", "busybox", "cpio", "modprobe", "mke2fs"]
                 .into_iter()
                 .find_map(missing_program)

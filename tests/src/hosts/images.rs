@@ -117,6 +117,30 @@ pub fn archive_with_init(program: &[u8]) -> Vec<u8> {
     archive
 }
 
+/// A root disk with a distribution, and what boots it.
+#[derive(Debug, Clone)]
+pub struct RootDisk {
+    /// The distribution's kernel.
+    pub kernel: PathBuf,
+    /// Its initramfs.
+    pub initrd: PathBuf,
+    /// The disk image.
+    pub disk: PathBuf,
+}
+
+/// Makes `file` a root disk with Debian's `suite`: systemd, networkd at 10.77.0.2/24, sshd, redis.
+pub fn make_debian_disk(suite: &str, file: &Path) -> Result<RootDisk, HostError> {
+    let mut build = Command::new(build_script());
+    let paths = tool::output(build.arg("debian").arg(suite).arg(file))?;
+    let paths: Vec<PathBuf> = paths.lines().map(PathBuf::from).collect();
+    let [kernel, initrd, disk] = paths.try_into().map_err(|paths| HostError::ToolFailed {
+        program: tool::describe(&build),
+        status: "success".into(),
+        stderr: format!("it printed no three paths: {paths:?}"),
+    })?;
+    Ok(RootDisk { kernel, initrd, disk })
+}
+
 fn build_script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/build.sh")
 }
