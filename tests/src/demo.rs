@@ -1,20 +1,23 @@
 //! The demo behind `run-ft.sh`: a guest on two hosts outlives the loss of one.
 //!
-//! Owns: the order of events, below. Must never: call anything a success that it did not see.
+//! Owns: the order of events, below. Must never: call anything a success that it did not see, or kill a primary whose
+//! guest is not protected.
 //!
 //! ```text
-//!   hosts up -> pair protected -> client at work -> SIGKILL for the primary -> takeover -> client goes on
-//!            -> client done, all it was promised is there -> report
+//!   hosts up -> guest ready -> backup joins: protected -> client at work -> SIGKILL for the primary -> takeover
+//!            -> client goes on -> client done, all it was promised is there -> report
 //! ```
-//! Without the demo service in the guest there is no client; then the console must answer a key after the takeover.
+//! Without the demo service in the guest there is no client; then `watch` looks at what the user named as a sign of life.
 
 mod disk;
 mod host;
 mod options;
 mod pair;
+mod protect;
 mod report;
 mod site;
 mod ssh;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Write};
@@ -30,15 +33,11 @@ use crate::pair::{SERVICE, SERVICE_READY};
 pub use options::{Options, USAGE};
 pub use report::Report;
 
-use options::Initrd;
+use options::{Initrd, Ready};
 use pair::{Pair, Takeover};
-use report::{DiskVerdict, Evidence, Traffic};
+use report::{After, DiskVerdict, Evidence, LookedFor, Traffic, Watched};
 use site::Site;
 
-/// Limit for the default guest to boot.
-const BOOT_TIMEOUT: Duration = Duration::from_secs(180);
-/// The same for another guest, which may have no service.
-const OTHER_BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Limit for one exchange with the service.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the client works on after the takeover.
@@ -93,19 +92,63 @@ pub enum DemoError {
         /// Why.
         source: io::Error,
     },
-    /// The pair was not formed.
-    #[error("The pair was not formed. The primary's last line: {primary}. The backup's: {backup}.")]
-    NotProtected {
+    /// The guest's port, before the kill.
+    #[error("NOT TESTED, nothing was killed: no connection to {address} stays open: {source}.")]
+    Service {
+        /// The guest's.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// The guest did not get as far as it was told.
+    #[error(
+        "NOT TESTED, nothing was killed: the guest was not ready within {limit_s} s (--boot-limit-s): {what} was \
+         looked for. The console's last line: {last}"
+    )]
+    NotReady {
+        /// What was looked for.
+        what: String,
+        /// The limit in seconds.
+        limit_s: u32,
+        /// The console's last line.
+        last: String,
+    },
+    /// The backup did not follow when the primary was to be killed.
+    #[error(
+        "NOT TESTED, nothing was killed: the guest was not protected within {limit_s} s (--boot-limit-s), with \
+         {backups} backups one after the other. The primary's last line: {primary}. The backup's: {backup}. A busy \
+         machine needs a longer --timeout-ms."
+    )]
+    Unprotected {
+        /// The limit in seconds.
+        limit_s: u64,
+        /// How many backups were started.
+        backups: usize,
         /// The primary's last line.
         primary: String,
-        /// The backup's last line.
+        /// The last backup's last line.
         backup: String,
     },
+    /// The backup was lost between the last look at it and the kill.
+    #[error("NOT TESTED: the guest lost its backup in the moment in which its primary was killed: {line}")]
+    LostInThatMoment {
+        /// The primary's line about it.
+        line: String,
+    },
     /// The guest powered off or crashed, or its monitor failed.
-    #[error("The primary {ending} before it could be killed. Its last line: {last}")]
+    #[error("NOT TESTED, nothing was killed: the primary {ending} before. Its last line: {last}")]
     EndedEarly {
         /// How.
         ending: Ending,
+        /// The primary's last line.
+        last: String,
+    },
+    /// The backup took over from a primary that nobody had killed.
+    #[error(
+        "NOT TESTED, nothing was killed: the backup had taken over before, from a primary that it did not hear. The \
+         primary's last line: {last}. A busy machine needs a longer --timeout-ms."
+    )]
+    TakenOverEarly {
         /// The primary's last line.
         last: String,
     },
@@ -138,15 +181,19 @@ fn say(what: &str) {
 /// What kept it from getting to a result. A guest that did not survive is a result.
 pub fn run(options: &Options) -> Result<Report, DemoError> {
     let site = Site::set_up(options)?;
-    say("hosts up; starting the pair");
-    let pair = Pair::start(&site, options)?;
-    let kernel = pair.wait_protected()?;
-    say("protected; waiting for the guest's service");
+    say("hosts up; starting the guest");
+    let mut pair = Pair::start(&site, options)?;
+    let found = find(&site, &pair, options)?;
+    say("the backup joins");
+    pair.protect()?;
+    say("protected");
+    let kernel = pair.kernel();
     let address = SocketAddr::from((options.guest_ip.0, SERVICE.1));
-    let outcome = match find_service(&site, &pair, options, address) {
-        Ok(stream) => with_client(&site, &pair, stream, options, address)?,
-        Err(why) => without_client(&pair, why, options)?,
+    let outcome = match found {
+        Found::Service(stream) => with_client(&site, &mut pair, stream, options, address)?,
+        Found::Other(looked_for) => without_client(&site, &mut pair, looked_for, options)?,
     };
+    let backups = pair.backups();
     pair.stop()?;
     let [killed, successor] = site.hosts.each_ref().map(|host| host.name());
     let hosts = site.description.clone();
@@ -166,12 +213,13 @@ pub fn run(options: &Options) -> Result<Report, DemoError> {
             });
             Evidence::Traffic(traffic)
         }
-        console @ Evidence::Console { .. } => console,
+        watched @ Evidence::Watched(_) => watched,
     };
     Ok(Report {
         hosts,
         guest: format!("Linux {kernel}, {initrd}, {} MiB", options.memory_mib),
         killed,
+        backups,
         successor: outcome.takeover.as_ref().map(|_| successor),
         takeover_ms: outcome.takeover.and_then(|takeover| takeover.took_ms),
         evidence,
@@ -183,15 +231,40 @@ struct Outcome {
     evidence: Evidence,
 }
 
-/// A connection to the guest's service, or why there is none.
+/// What the guest is judged by.
+enum Found {
+    /// A connection to the demo's service.
+    Service(TcpStream),
+    /// Anything else.
+    Other(LookedFor),
+}
+
+/// Waits until the guest is ready.
+fn find(site: &Site, pair: &Pair<'_>, options: &Options) -> Result<Found, DemoError> {
+    if let Some(ready) = &options.ready {
+        say(&format!("waiting for {ready}, {} s at most", options.boot_limit_s));
+        let after = watch::wait_ready(site, pair, options, ready)?;
+        return Ok(Found::Other(LookedFor::Ready(ready.clone(), after)));
+    }
+    say(&format!(
+        "waiting for the demo's service, {} s at most (--ready: for something else)",
+        options.boot_limit_s
+    ));
+    let address = SocketAddr::from((options.guest_ip.0, SERVICE.1));
+    Ok(match find_service(site, pair, options, address) {
+        Ok(stream) => Found::Service(stream),
+        Err(why) => Found::Other(LookedFor::Nothing { why, service_expected: options.expects_service() }),
+    })
+}
+
+/// A connection to the demo's service, or why there is none.
 fn find_service(
     site: &Site,
     pair: &Pair<'_>,
     options: &Options,
     address: SocketAddr,
 ) -> Result<TcpStream, String> {
-    let timeout = if options.is_default_guest() { BOOT_TIMEOUT } else { OTHER_BOOT_TIMEOUT };
-    let said = pair.guest_prints(SERVICE_READY, timeout);
+    let said = pair.guest_prints(SERVICE_READY, Duration::from_secs(options.boot_limit_s.into()));
     let ping = || -> io::Result<TcpStream> {
         let stream = site.connect(address, REPLY_TIMEOUT)?;
         stream.set_read_timeout(Some(REPLY_TIMEOUT))?;
@@ -216,7 +289,7 @@ fn find_service(
 
 fn with_client(
     site: &Site,
-    pair: &Pair<'_>,
+    pair: &mut Pair<'_>,
     stream: TcpStream,
     options: &Options,
     address: SocketAddr,
@@ -251,16 +324,23 @@ fn with_client(
     Ok(Outcome { takeover, evidence: Evidence::Traffic(Box::new(traffic)) })
 }
 
-fn without_client(pair: &Pair<'_>, why: String, options: &Options) -> Result<Outcome, DemoError> {
-    say(&format!("no client: {why}"));
-    let before = pair.console_lines();
+fn without_client(
+    site: &Site,
+    pair: &mut Pair<'_>,
+    looked_for: LookedFor,
+    options: &Options,
+) -> Result<Outcome, DemoError> {
+    say(&format!("no client: {looked_for}"));
+    let before = match &looked_for {
+        LookedFor::Ready(Ready::Port(port), _) => {
+            Some(watch::Before::open(site, (options.guest_ip.0, port.get()).into())?)
+        }
+        LookedFor::Ready(Ready::Text(_), _) | LookedFor::Nothing { .. } => None,
+    };
     pair.kill_primary()?;
     let takeover = pair.wait_takeover();
-    let after = match &takeover {
-        Some(takeover) => pair.console_answers(takeover)?,
-        None => 0,
-    };
-    let service_expected = options.is_default_guest();
-    let evidence = Evidence::Console { why, service_expected, lines: (before, after) };
-    Ok(Outcome { takeover, evidence })
+    let after = takeover
+        .as_ref()
+        .map(|_| After { moved: pair.moves_on(), connections: before.map(|before| before.look_again(site)) });
+    Ok(Outcome { takeover, evidence: Evidence::Watched(Watched { looked_for, after }) })
 }

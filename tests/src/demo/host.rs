@@ -16,7 +16,7 @@ use crate::pair::PAIR_FIGURES;
 
 /// How often the output of a monitor is passed on.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(20);
-/// Limit for a command that only touches files.
+/// Limit for a command that only touches files or asks a monitor.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// One of the two hosts.
@@ -25,14 +25,16 @@ pub(super) trait Host {
     fn name(&self) -> String;
     /// Starts a program.
     fn start(&self, argv: &[&str]) -> Result<Arc<dyn Monitor>, DemoError>;
-    /// Runs a shell command to its end, which must be a success.
-    fn shell(&self, script: &str) -> Result<(), DemoError>;
+    /// Runs a shell command to its end, which must be a success; returns what it printed.
+    fn shell(&self, script: &str) -> Result<String, DemoError>;
 }
 
 /// A program at work on a host.
 pub(super) trait Monitor: Send + Sync {
     /// The lines of both its streams behind the first `seen`.
     fn lines_from(&self, seen: usize) -> Vec<String>;
+    /// What it has printed on standard output after the last line end.
+    fn unfinished_line(&self) -> String;
     /// How it ended, if it has.
     fn ending(&self) -> Option<Ending>;
     /// Kills it with SIGKILL.
@@ -73,10 +75,10 @@ impl Host for TestHost {
         Ok(Arc::new(self.spawn(argv)?))
     }
 
-    fn shell(&self, script: &str) -> Result<(), DemoError> {
+    fn shell(&self, script: &str) -> Result<String, DemoError> {
         let output = self.run(&["sh", "-c", script], COMMAND_TIMEOUT)?;
         if output.success() {
-            return Ok(());
+            return Ok(output.stdout.join("\n"));
         }
         let (command, said) = (script.to_owned(), output.stderr.join("; "));
         Err(DemoError::Command { command, host: Host::name(self), ending: output.ending.to_string(), said })
@@ -86,6 +88,10 @@ impl Host for TestHost {
 impl Monitor for HostProcess {
     fn lines_from(&self, seen: usize) -> Vec<String> {
         self.output_from(seen)
+    }
+
+    fn unfinished_line(&self) -> String {
+        HostProcess::unfinished_line(self)
     }
 
     fn ending(&self) -> Option<Ending> {

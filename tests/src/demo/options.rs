@@ -3,11 +3,20 @@
 //! Owns: every option, its default and its unit (`usage.txt`). Must never: open anything but to say that it is not
 //! there.
 
+use std::fmt;
 use std::net::Ipv4Addr;
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 
 /// What `--help` prints.
 pub const USAGE: &str = include_str!("usage.txt");
+
+/// Time between two heartbeats of the monitors, which the demo leaves at its default.
+const HEARTBEAT_MS: u32 = 25;
+/// What `vmft` takes as `--timeout-ms`, as far as that heartbeat allows it.
+const TIMEOUT_MS: std::ops::RangeInclusive<u32> = 3 * HEARTBEAT_MS..=60_000;
+/// A day: what boots for longer does not boot.
+const BOOT_LIMIT_S: std::ops::RangeInclusive<u32> = 1..=86_400;
 
 /// Where the two hosts are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +40,24 @@ pub struct Remote {
     pub tap: String,
     /// Where the primary listens, if not at the first host's address.
     pub listen: Option<String>,
+}
+
+/// What shows that the guest is ready, and later that it survived.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ready {
+    /// A TCP port of the guest that accepts a connection.
+    Port(NonZeroU16),
+    /// A text in one line of the guest's console.
+    Text(String),
+}
+
+impl fmt::Display for Ready {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Ready::Port(port) => write!(f, "TCP port {port}"),
+            Ready::Text(text) => write!(f, "'{text}' on the console"),
+        }
+    }
 }
 
 /// The initramfs.
@@ -57,6 +84,12 @@ pub struct Options {
     pub cmdline: String,
     /// Guest memory.
     pub memory_mib: u32,
+    /// Silence after which the other side counts as failed; `None` for the default of the hosts.
+    pub timeout_ms: Option<u32>,
+    /// When the guest is ready; `None`: when the demo's service answers.
+    pub ready: Option<Ready>,
+    /// How long the guest may take to be ready, and its backup to follow after that, in seconds.
+    pub boot_limit_s: u32,
     /// Pace of the client; 0 for a closed loop.
     pub requests_per_s: u32,
     /// Where the hosts are, without [`Options::remote`].
@@ -81,6 +114,9 @@ impl Options {
             disk: None,
             cmdline: String::new(),
             memory_mib: 256,
+            timeout_ms: None,
+            ready: None,
+            boot_limit_s: 180,
             requests_per_s: 0,
             backend: Backend::Auto,
             remote: None,
@@ -103,6 +139,15 @@ impl Options {
                 "--disk" => options.disk = Some(file(&value()?)?),
                 "--cmdline" => options.cmdline = value()?,
                 "--memory-mib" => options.memory_mib = number(name, &value()?)?,
+                "--timeout-ms" => options.timeout_ms = Some(number_in(name, &value()?, TIMEOUT_MS)?),
+                "--ready" => {
+                    if options.ready.replace(ready(&value()?)?).is_some() {
+                        return Err(
+                            "--ready is given twice; one text or port shows that the guest is ready.".into(),
+                        );
+                    }
+                }
+                "--boot-limit-s" => options.boot_limit_s = number_in(name, &value()?, BOOT_LIMIT_S)?,
                 "--requests-per-s" => options.requests_per_s = number(name, &value()?)?,
                 "--backend" => raw.backend = Some(backend(&value()?)?),
                 "--guest-ip" => options.guest_ip = guest_ip(&value()?)?,
@@ -118,9 +163,9 @@ impl Options {
         Ok(Some(options))
     }
 
-    /// True if the guest is the default one, whose service must answer.
-    pub fn is_default_guest(&self) -> bool {
-        self.kernel.is_none() && self.initrd == Initrd::Ours
+    /// True if the guest is the default one and nothing else is to be looked for: then its service must answer.
+    pub fn expects_service(&self) -> bool {
+        self.kernel.is_none() && self.initrd == Initrd::Ours && self.ready.is_none()
     }
 }
 
@@ -168,6 +213,28 @@ fn number(name: &str, value: &str) -> Result<u32, String> {
     value.parse().map_err(|_| format!("{name} takes a whole number, not '{value}'."))
 }
 
+fn number_in(name: &str, value: &str, range: std::ops::RangeInclusive<u32>) -> Result<u32, String> {
+    let number = number(name, value)?;
+    if range.contains(&number) {
+        return Ok(number);
+    }
+    Err(format!("{name} takes a number from {} to {}, not {number}.", range.start(), range.end()))
+}
+
+fn ready(value: &str) -> Result<Ready, String> {
+    if value.trim().is_empty() {
+        return Err("--ready takes a TCP port or a text, not an empty one.".into());
+    }
+    if !value.bytes().all(|byte| byte.is_ascii_digit()) {
+        return match value.contains('\n') {
+            true => Err("--ready takes a text within one line of the console, not several lines.".into()),
+            false => Ok(Ready::Text(value.to_owned())),
+        };
+    }
+    let port = value.parse().map(Ready::Port);
+    port.map_err(|_| format!("--ready takes a TCP port from 1 to 65535 or a text, not '{value}'."))
+}
+
 fn backend(value: &str) -> Result<Backend, String> {
     match value {
         "auto" => Ok(Backend::Auto),
@@ -205,14 +272,16 @@ mod tests {
     #[test]
     fn no_argument_means_the_default_guest() {
         let options = parse("").unwrap().unwrap();
-        assert!(options.is_default_guest());
+        assert!(options.expects_service());
         assert_eq!((options.memory_mib, options.backend), (256, Backend::Auto));
+        assert_eq!((options.timeout_ms, options.ready, options.boot_limit_s), (None, None, 180));
     }
 
     #[test]
     fn every_option_is_in_the_help_and_is_taken() {
         let line = "--initrd none --disk Cargo.toml --cmdline a=b --memory-mib 300 --requests-per-s 10 \
-                    --backend qemu --guest-ip 10.77.0.9/16 Cargo.toml";
+                    --backend qemu --guest-ip 10.77.0.9/16 --timeout-ms 2000 --ready 22 --boot-limit-s 300 \
+                    Cargo.toml";
         let options = parse(line).unwrap().unwrap();
         let file = Path::new("Cargo.toml").canonicalize().unwrap();
         assert_eq!((options.kernel.as_ref(), options.disk.as_ref()), (Some(&file), Some(&file)));
@@ -220,6 +289,9 @@ mod tests {
         assert_eq!((options.memory_mib, options.requests_per_s), (300, 10));
         assert_eq!(options.backend, Backend::Qemu);
         assert_eq!(options.guest_ip, (Ipv4Addr::new(10, 77, 0, 9), 16));
+        assert_eq!((options.timeout_ms, options.boot_limit_s), (Some(2000), 300));
+        assert_eq!(options.ready, NonZeroU16::new(22).map(Ready::Port));
+        assert!(!options.expects_service());
 
         let options = parse("--hosts a,root@b --shared /s --tap t --listen 1.2.3.4:5").unwrap().unwrap();
         let expected = Remote {
@@ -237,6 +309,26 @@ mod tests {
     }
 
     #[test]
+    fn ready_is_a_port_or_a_text() {
+        let ready =
+            |value: &str| Options::parse(["--ready".to_owned(), value.to_owned()]).unwrap().unwrap().ready;
+        assert_eq!(ready("65535"), NonZeroU16::new(65535).map(Ready::Port));
+        for text in ["login:", "debian login: ", "22/tcp", "-22", "port 22"] {
+            assert_eq!(ready(text), Some(Ready::Text(text.to_owned())), "{text}");
+        }
+        // The default guest is judged by what its user looks for, too.
+        assert!(!parse("--ready 7777").unwrap().unwrap().expects_service());
+    }
+
+    #[test]
+    fn empty_and_many_lines_are_no_text() {
+        for (value, culprit) in [("", "empty"), (" ", "empty"), ("a\nb", "several lines")] {
+            let error = Options::parse(["--ready".to_owned(), value.to_owned()]).unwrap_err();
+            assert!(error.contains(culprit) && error.ends_with('.'), "{value:?}: {error}");
+        }
+    }
+
+    #[test]
     fn mistakes_are_named() {
         for (line, culprit) in [
             ("/no/such/kernel", "/no/such/kernel"),
@@ -245,6 +337,21 @@ mod tests {
             ("--disk", "--disk"),
             ("--memory-mib 1G", "1G"),
             ("--backend xen", "xen"),
+            ("--timeout-ms", "--timeout-ms needs a value"),
+            ("--timeout-ms 2s", "2s"),
+            ("--timeout-ms -1", "-1"),
+            ("--timeout-ms 0", "from 75 to 60000, not 0"),
+            ("--timeout-ms 74", "from 75 to 60000, not 74"),
+            ("--timeout-ms 60001", "from 75 to 60000, not 60001"),
+            ("--timeout-ms 99999999999", "99999999999"),
+            ("--ready", "--ready needs a value"),
+            ("--ready 0", "from 1 to 65535 or a text, not '0'"),
+            ("--ready 65536", "from 1 to 65535 or a text, not '65536'"),
+            ("--ready 22 --ready login:", "twice"),
+            ("--boot-limit-s", "--boot-limit-s needs a value"),
+            ("--boot-limit-s 3m", "3m"),
+            ("--boot-limit-s 0", "from 1 to 86400, not 0"),
+            ("--boot-limit-s 86401", "from 1 to 86400, not 86401"),
             ("--hosts a", "'a'"),
             ("--hosts a,-oProxyCommand=x --shared /s", "-oProxyCommand=x"),
             ("--hosts a,b", "--shared"),

@@ -1,83 +1,165 @@
-//! The two monitors of the demo, and what can be read from their lines.
+//! The two monitors of the demo, and what can be read from their lines and their answers.
 //!
-//! Owns: their command lines. Must never: judge what they do; `report` does.
+//! Owns: their command lines, and the kill. Must never: judge what they do (`report` does), or kill a primary that
+//! `protect` does not allow to be killed.
 //!
-//! States: started -> protected -> primary killed -> taken over.
+//! States: primary started -> backup started (again, if it is lost) -> protected -> primary killed -> taken over.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::host::{Follower, Monitor};
 use super::options::Options;
+use super::protect::{self, Look, Step};
 use super::site::Site;
+use super::ssh::quoted;
+use super::watch::ANSWER_LIMIT;
 use super::{DemoError, say};
-use crate::pair::{PAIR_FIGURES, PROTECTED, TAKEOVER};
+use crate::hosts::Ending;
+use crate::pair::{PAIR_FIGURES, PROTECTED, TAKEOVER, UNPROTECTED};
 
-/// Limit for the guest's snapshot to reach the backup.
-const PROTECTED_TIMEOUT: Duration = Duration::from_secs(120);
-/// How long the backup tries to reach the primary, which opens its files and loads the kernel first.
+/// How long the backup tries to reach the primary.
 const CONNECT_TIMEOUT_MS: &str = "60000";
-/// Limit for the takeover; it takes far less than a second.
+/// Limit for the takeover, besides the time-outs of the monitors; it takes far less than a second.
 const TAKEOVER_TIMEOUT: Duration = Duration::from_secs(30);
+/// A backup that hears nobody waits for twice the time-out; the same again for a slow machine.
+const TAKEOVER_TIMEOUTS: u32 = 4;
 /// How long log is counted, and limit for the primary's next line about it.
 const FIGURES_TIME: Duration = Duration::from_secs(5);
 const FIGURES_TIMEOUT: Duration = Duration::from_secs(15);
-/// Limit for the console's answer to a key.
-const CONSOLE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a pair is looked at that is not protected, and a guest that has not moved.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// Hosts that are network namespaces share the directory where the monitors' sockets would be by default.
 const PRIMARY_CONTROL: &str = "/run/vmft/demo-primary.sock";
 const BACKUP_CONTROL: &str = "/run/vmft/demo-backup.sock";
+/// A monitor's status when another one owns the guest.
+const CLAIM_LOST: i32 = 3;
 /// The primary's lines about what it sent come with this.
 const PRIMARY_LOG: &str = "RUST_LOG=info,vmft::ft::supervise=debug";
 
 /// The monitors at work.
 pub(super) struct Pair<'a> {
     site: &'a Site,
+    timeout_ms: Option<String>,
+    /// How long the guest may take to be protected.
+    limit: Duration,
     primary: Arc<dyn Monitor>,
-    backup: Arc<dyn Monitor>,
-    /// Fifo on the backup's host: the backup's standard input.
-    keys: String,
-    // Dropped first of those that hold the monitors, so that the last lines are shown.
-    _followers: [Follower; 2],
+    /// Those that were started; the last one counts.
+    backups: Vec<Arc<dyn Monitor>>,
+    // Dropped last, so that the last lines are shown.
+    followers: Vec<Follower>,
 }
 
 /// The takeover as the backup tells it.
 pub(super) struct Takeover {
     /// From noticing to running the guest.
     pub(super) took_ms: Option<u64>,
-    /// Lines of the backup up to its announcement.
-    seen: usize,
 }
 
 impl<'a> Pair<'a> {
-    /// Starts both.
+    /// Starts the primary. Its backup joins once the guest is up: a guest boots several times as fast without one.
     pub(super) fn start(site: &'a Site, options: &Options) -> Result<Pair<'a>, DemoError> {
-        let [first, second] = &site.hosts;
-        let primary = start_primary(site, options)?;
-        let keys = format!("{}/keys", site.files.shared);
-        let backup = second.start(&backup_line(site, &keys))?;
-        let followers = [(first, &primary), (second, &backup)]
-            .map(|(host, monitor)| Follower::start(host.name(), Arc::clone(monitor)));
-        Ok(Pair { site, primary, backup, keys, _followers: followers })
+        let timeout_ms = options.timeout_ms.or(site.timeout_ms).map(|ms| ms.to_string());
+        let primary = start_primary(site, options, timeout_ms.as_deref())?;
+        let followers = vec![Follower::start(site.hosts[0].name(), Arc::clone(&primary))];
+        let limit = Duration::from_secs(options.boot_limit_s.into());
+        Ok(Pair { site, timeout_ms, limit, primary, backups: Vec::new(), followers })
     }
 
-    /// Waits until the guest would survive, and returns what the primary says of the kernel.
-    pub(super) fn wait_protected(&self) -> Result<String, DemoError> {
-        let protected = |line: &str| line.contains(PROTECTED);
-        if self.primary.wait_for(0, PROTECTED_TIMEOUT, &protected).is_none() {
-            let said = |monitor: &Arc<dyn Monitor>| monitor.lines_from(0).pop().unwrap_or_default();
-            return Err(DemoError::NotProtected { primary: said(&self.primary), backup: said(&self.backup) });
+    /// Waits until the guest would survive. Starts a backup where there is none.
+    pub(super) fn protect(&mut self) -> Result<(), DemoError> {
+        let deadline = Instant::now() + self.limit;
+        loop {
+            match protect::next(&self.look(deadline)) {
+                Step::Protected => return Ok(()),
+                Step::StartBackup => self.start_backup()?,
+                Step::Wait => thread::sleep(LOOK_INTERVAL),
+                Step::PrimaryEnded(_) => {
+                    return Err(self.primary_ended().unwrap_or_else(|| self.unprotected()));
+                }
+                Step::GiveUp => return Err(self.unprotected()),
+            }
         }
+    }
+
+    fn look(&self, deadline: Instant) -> Look {
+        let primary = self.primary.ending();
+        // Asked first and read last: the lines are what is known at the latest moment.
+        let protected = is_protected(&self.primary.lines_from(0))
+            && self.status(0).is_some_and(|status| status["protected"] == true)
+            && is_protected(&self.primary.lines_from(0));
+        Look {
+            primary,
+            protected,
+            backup_runs: self.backups.last().is_some_and(|backup| backup.ending().is_none()),
+            backups: self.backups.len(),
+            time_left: Instant::now() < deadline,
+        }
+    }
+
+    fn start_backup(&mut self) -> Result<(), DemoError> {
+        if let Some(lost) = self.backups.last() {
+            let ending = lost.ending().map_or_else(String::new, |ending| format!(": it {ending}"));
+            say(&format!("the guest has lost its backup{ending}; starting another"));
+        }
+        let host = &self.site.hosts[1];
+        let backup = host.start(&backup_line(self.site, self.timeout_ms.as_deref()))?;
+        self.followers.push(Follower::start(host.name(), Arc::clone(&backup)));
+        self.backups.push(backup);
+        Ok(())
+    }
+
+    /// What a monitor answers on its control socket: the primary (0) or the backup (1). `None`: nothing useful.
+    fn status(&self, host: usize) -> Option<serde_json::Value> {
+        let control = [PRIMARY_CONTROL, BACKUP_CONTROL][host];
+        let ask = format!("{} status --control {control} --json", quoted(&self.site.files.monitor));
+        serde_json::from_str(&self.site.hosts[host].shell(&ask).ok()?).ok()
+    }
+
+    fn unprotected(&self) -> DemoError {
+        let last = |monitor: &Arc<dyn Monitor>| monitors_last(&monitor.lines_from(0));
+        DemoError::Unprotected {
+            limit_s: self.limit.as_secs(),
+            backups: self.backups.len(),
+            primary: last(&self.primary),
+            backup: self.backups.last().map_or_else(String::new, last),
+        }
+    }
+
+    /// How often the guest got a backup.
+    pub(super) fn backups(&self) -> usize {
+        self.backups.len()
+    }
+
+    /// What the primary says of the kernel.
+    pub(super) fn kernel(&self) -> String {
         let kernel = self.primary.lines_from(0).into_iter().find_map(|line| {
             let (_, version) = line.split_once("kernel loaded ")?.1.split_once("version=\"")?;
             Some(version.split('"').next()?.to_owned())
         });
-        Ok(kernel.unwrap_or_else(|| "of unknown version".into()))
+        kernel.unwrap_or_else(|| "of unknown version".into())
     }
 
     /// True if the guest prints this in time.
     pub(super) fn guest_prints(&self, text: &str, timeout: Duration) -> bool {
         self.primary.wait_for(0, timeout, &|line| line.contains(text)).is_some()
+    }
+
+    /// True if a line of the guest's console after the first `seen` lines, finished or not, has this text. Counts on.
+    pub(super) fn console_says(&self, seen: &mut usize, text: &str) -> bool {
+        // Looked at first: it may be finished meanwhile, and then it is among the lines.
+        let unfinished = self.primary.unfinished_line();
+        let lines = self.primary.lines_from(*seen);
+        *seen += lines.len();
+        lines.iter().any(|line| !is_monitors(line) && line.contains(text)) || unfinished.contains(text)
+    }
+
+    /// The last line of the guest's console that says something.
+    pub(super) fn last_console_line(&self) -> String {
+        let lines = self.primary.lines_from(0);
+        let last = lines.into_iter().rev().find(|line| !is_monitors(line) && !line.trim().is_empty());
+        last.unwrap_or_default()
     }
 
     /// Bytes of log per second, between the next two of the primary's lines about it.
@@ -101,40 +183,62 @@ impl<'a> Pair<'a> {
         Some(to_bytes.checked_sub(from_bytes)? as f64 / seconds)
     }
 
-    /// Number of lines that the guest has printed on the primary's host.
-    pub(super) fn console_lines(&self) -> usize {
-        console_lines(&self.primary.lines_from(0))
+    /// An error if the primary has ended by itself: then there is nothing to take over.
+    pub(super) fn primary_ended(&self) -> Option<DemoError> {
+        let ending = self.primary.ending()?;
+        let last = self.primary.lines_from(0).pop().unwrap_or_default();
+        Some(match ending {
+            Ending::Exited(CLAIM_LOST) => DemoError::TakenOverEarly { last },
+            _ => DemoError::EndedEarly { ending, last },
+        })
     }
 
-    /// SIGKILL for the primary. An error if it has ended by itself: then there is nothing to take over.
-    pub(super) fn kill_primary(&self) -> Result<(), DemoError> {
-        if let Some(ending) = self.primary.ending() {
-            let last = self.primary.lines_from(0).pop().unwrap_or_default();
-            return Err(DemoError::EndedEarly { ending, last });
-        }
-        say(&format!("killing the monitor on {}", self.site.hosts[0].name()));
-        self.primary.kill()
+    /// SIGKILL for the primary, at a moment at which the guest is protected.
+    pub(super) fn kill_primary(&mut self) -> Result<(), DemoError> {
+        self.protect()?;
+        let seen = self.primary.lines_from(0).len();
+        self.primary.kill()?;
+        say(&format!("killed the monitor on {}", self.site.hosts[0].name()));
+        // Protection may be lost between the look and the signal: then the kill has shown nothing.
+        let lost = self.primary.lines_from(seen).into_iter().find(|line| is_about(line, UNPROTECTED));
+        lost.map_or(Ok(()), |line| Err(DemoError::LostInThatMoment { line }))
     }
 
     /// Waits until the backup says that it runs the guest. `None`: it does not.
     pub(super) fn wait_takeover(&self) -> Option<Takeover> {
         let announced = |line: &str| line.contains(TAKEOVER);
-        let (line, seen) = self.backup.wait_for(0, TAKEOVER_TIMEOUT, &announced)?;
-        Some(Takeover { took_ms: field(&line, "took_ms"), seen })
+        let timeout_ms = self.timeout_ms.as_deref().and_then(|ms| ms.parse().ok()).unwrap_or(0);
+        let limit = TAKEOVER_TIMEOUT + TAKEOVER_TIMEOUTS * Duration::from_millis(timeout_ms);
+        let (line, _) = self.backups.last()?.wait_for(0, limit, &announced)?;
+        Some(Takeover { took_ms: field(&line, "took_ms") })
     }
 
-    /// Types Enter on the guest's console after the takeover; returns the number of lines that it then printed.
-    pub(super) fn console_answers(&self, takeover: &Takeover) -> Result<usize, DemoError> {
-        self.site.hosts[1].shell(&format!("echo >{}", super::ssh::quoted(&self.keys)))?;
-        let printed = |line: &str| !is_monitors(line);
-        // None: no line came, which the count below shows.
-        let _ = self.backup.wait_for(takeover.seen, CONSOLE_TIMEOUT, &printed);
-        Ok(console_lines(&self.backup.lines_from(takeover.seen)))
+    /// The guest's positions on its new host, an earlier and a later one, or why there is no later one.
+    pub(super) fn moves_on(&self) -> Result<(u64, u64), String> {
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        let mut first = None;
+        loop {
+            let over = Instant::now() > deadline;
+            if let Some(ending) = self.backups.last().and_then(|backup| backup.ending()) {
+                return Err(format!("the monitor on {} {ending}", self.site.hosts[1].name()));
+            }
+            let status = self.status(1).filter(|status| status["role"] == "primary");
+            let position = status.and_then(|status| status["figures"]["anchors"].as_u64());
+            match (first, position) {
+                (Some(from), Some(to)) if to > from => return Ok((from, to)),
+                (None, Some(_)) => first = position,
+                _ if over => {
+                    let at = first.map_or_else(|| "unknown".to_owned(), |at| at.to_string());
+                    return Err(format!("its position was {at} for {} s", ANSWER_LIMIT.as_secs()));
+                }
+                _ => thread::sleep(LOOK_INTERVAL),
+            }
+        }
     }
 
     /// Ends what still runs.
     pub(super) fn stop(self) -> Result<(), DemoError> {
-        for monitor in [&self.primary, &self.backup] {
+        for monitor in self.backups.iter().chain([&self.primary]) {
             if monitor.ending().is_none() {
                 monitor.kill()?;
             }
@@ -143,7 +247,11 @@ impl<'a> Pair<'a> {
     }
 }
 
-fn start_primary(site: &Site, options: &Options) -> Result<Arc<dyn Monitor>, DemoError> {
+fn start_primary(
+    site: &Site,
+    options: &Options,
+    timeout_ms: Option<&str>,
+) -> Result<Arc<dyn Monitor>, DemoError> {
     let files = &site.files;
     let (address, prefix_len) = options.guest_ip;
     let cmdline = format!("vmft.ip={address}/{prefix_len} {}", options.cmdline);
@@ -154,19 +262,35 @@ fn start_primary(site: &Site, options: &Options) -> Result<Arc<dyn Monitor>, Dem
     }
     line.extend(["--memory-mib", &memory_mib, "--disk", &files.disk, "--tap", &site.tap]);
     line.extend(["--cmdline", cmdline.trim_end(), "--arbiter", &files.arbiter, "--listen", &site.listen]);
-    line.extend(["--key-file", &files.key]);
-    line.extend(["--control", PRIMARY_CONTROL]);
+    line.extend(["--key-file", &files.key, "--control", PRIMARY_CONTROL]);
+    line.extend(timeout_ms.into_iter().flat_map(|ms| ["--timeout-ms", ms]));
     site.hosts[0].start(&line)
 }
 
-fn backup_line<'a>(site: &'a Site, keys: &'a str) -> Vec<&'a str> {
+fn backup_line<'a>(site: &'a Site, timeout_ms: Option<&'a str>) -> Vec<&'a str> {
     let files = &site.files;
-    // Open for both directions, the fifo neither blocks its opening nor ends when a writer does.
-    let with_keys = r#"mkfifo "$0" && exec "$@" <>"$0""#;
-    let mut line = vec!["sh", "-c", with_keys, keys, &files.monitor, "backup", "--connect", &site.listen];
+    let mut line = vec![&*files.monitor, "backup", "--connect", &site.listen];
     line.extend(["--connect-timeout-ms", CONNECT_TIMEOUT_MS, "--disk", &files.disk, "--tap", &site.tap]);
     line.extend(["--arbiter", &files.arbiter, "--key-file", &files.key, "--control", BACKUP_CONTROL]);
+    line.extend(timeout_ms.into_iter().flat_map(|ms| ["--timeout-ms", ms]));
     line
+}
+
+/// Whether a primary's last word on it is that the guest is protected.
+fn is_protected(lines: &[String]) -> bool {
+    let last = lines.iter().rev().find(|line| is_about(line, PROTECTED) || is_about(line, UNPROTECTED));
+    last.is_some_and(|line| is_about(line, PROTECTED))
+}
+
+/// Whether this is a monitor's own line with this text; a guest may print what it likes.
+fn is_about(line: &str, text: &str) -> bool {
+    is_monitors(line) && line.contains(text)
+}
+
+/// The last line that is a monitor's own.
+fn monitors_last(lines: &[String]) -> String {
+    let own = |line: &&String| is_monitors(line) || line.starts_with("vmft: ");
+    lines.iter().rev().find(own).cloned().unwrap_or_default()
 }
 
 /// Seconds of the day and bytes sent so far, from a primary's line about what it sent.
@@ -193,10 +317,6 @@ fn is_monitors(line: &str) -> bool {
         })
 }
 
-fn console_lines(lines: &[String]) -> usize {
-    lines.iter().filter(|line| !is_monitors(line)).count()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,6 +328,24 @@ mod tests {
         for other in ["2026-01-02T10:20:30.5Z  INFO protected: log_bytes=1", "pair so far log_bytes=1", ""] {
             assert_eq!(figures(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn last_word_of_the_primary_counts() {
+        let time = "2026-01-02T10:20:30.500000Z  WARN";
+        let protected = format!("{time} {PROTECTED} view=1");
+        let unprotected = format!("{time} {UNPROTECTED} view=2");
+        let other = format!("{time} something else");
+        let lines = |lines: &[&String]| lines.iter().map(|line| (*line).clone()).collect::<Vec<_>>();
+        assert!(!is_protected(&[]));
+        assert!(is_protected(&lines(&[&protected, &other])));
+        assert!(!is_protected(&lines(&[&protected, &unprotected, &other])));
+        assert!(is_protected(&lines(&[&protected, &unprotected, &protected])));
+        // The guest's own words do not count.
+        assert!(!is_protected(&lines(&[&unprotected, &PROTECTED.to_owned()])));
+        assert!(is_protected(&lines(&[&protected, &UNPROTECTED.to_owned()])));
+        assert_eq!(monitors_last(&lines(&[&protected, &"login:".to_owned()])), protected);
+        assert_eq!(monitors_last(&lines(&[&protected, &"vmft: no".to_owned()])), "vmft: no");
     }
 
     #[test]

@@ -3,7 +3,10 @@
 //! No I/O and no clock. A report with [`Report::failures`] must never read like a success.
 
 use std::fmt;
+use std::time::Duration;
 
+use super::options::Ready;
+use super::watch::{ANSWER_LIMIT, Connections, Seen};
 use crate::client::{self, Gaps};
 
 /// The result of a demo.
@@ -15,6 +18,8 @@ pub struct Report {
     pub(super) guest: String,
     /// Name of the host whose monitor was killed.
     pub(super) killed: String,
+    /// Number of backups that the guest had, one after the other.
+    pub(super) backups: usize,
     /// Name of the host that took over, by its monitor's own words.
     pub(super) successor: Option<String>,
     /// Time from the monitor's noticing to the takeover, as it says.
@@ -28,15 +33,49 @@ pub struct Report {
 pub(super) enum Evidence {
     /// A client was at work all the time.
     Traffic(Box<Traffic>),
-    /// No client; the console answered a key, or did not.
-    Console {
+    /// No client; the guest was looked at from outside.
+    Watched(Watched),
+}
+
+/// What a guest is judged by if there is no client of the demo's service.
+#[derive(Debug)]
+pub(super) enum LookedFor {
+    /// What the user named, and how long after its start the guest had it.
+    Ready(Ready, Duration),
+    /// Nothing was named, and there is no demo service.
+    Nothing {
         /// Why there was no client.
         why: String,
         /// Whether the default guest's service had to answer.
         service_expected: bool,
-        /// Lines on the console before the kill and after the takeover.
-        lines: (usize, usize),
     },
+}
+
+impl fmt::Display for LookedFor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LookedFor::Ready(ready, after) => write!(f, "{ready}, ready after {:.0} s", after.as_secs_f64()),
+            LookedFor::Nothing { why, .. } => write!(f, "nothing (--ready), and {why}"),
+        }
+    }
+}
+
+/// What was looked for, and what was seen of the guest after the takeover.
+#[derive(Debug)]
+pub(super) struct Watched {
+    /// By what it is judged.
+    pub(super) looked_for: LookedFor,
+    /// `None`: nobody took over.
+    pub(super) after: Option<After>,
+}
+
+/// A guest after the takeover.
+#[derive(Debug)]
+pub(super) struct After {
+    /// Its position, and a later one; or why there is none.
+    pub(super) moved: Result<(u64, u64), String>,
+    /// The connections to its port, if it is judged by one.
+    pub(super) connections: Option<Connections>,
 }
 
 /// What the client saw, and the log behind it.
@@ -74,16 +113,59 @@ impl Report {
         }
         match &self.evidence {
             Evidence::Traffic(traffic) => traffic.failures(&mut failures),
-            Evidence::Console { why, service_expected, lines } => {
-                if *service_expected {
-                    failures.push(format!("No client was run: {why}."));
-                }
-                if lines.1 == 0 {
-                    failures.push("The guest's console did not answer after the takeover.".into());
-                }
-            }
+            Evidence::Watched(watched) => watched.failures(&mut failures),
         }
         failures
+    }
+}
+
+impl Watched {
+    fn failures(&self, failures: &mut Vec<String>) {
+        if let LookedFor::Nothing { why, service_expected: true } = &self.looked_for {
+            failures.push(format!("No client was run: {why}."));
+        }
+        let Some(after) = &self.after else { return };
+        if let Err(why) = &after.moved {
+            failures.push(format!("The guest does not move after the takeover: {why}."));
+        }
+        let Some(Connections { before, kept, fresh }) = &after.connections else { return };
+        for (which, seen) in [("from before the kill", kept), ("opened after the takeover", fresh)] {
+            match seen {
+                Seen::Broken(why) => failures.push(format!("The connection {which} is broken: {why}.")),
+                // A service that never answered is not expected to.
+                Seen::Silent if *before == Seen::Answered => {
+                    let limit_s = ANSWER_LIMIT.as_secs();
+                    failures.push(format!("The connection {which} was not answered within {limit_s} s."));
+                }
+                Seen::Silent | Seen::Answered => {}
+            }
+        }
+    }
+}
+
+impl fmt::Display for Watched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "looked for  {}", self.looked_for)?;
+        let Some(After { moved, connections }) = &self.after else { return Ok(()) };
+        if let Ok((from, to)) = moved {
+            writeln!(f, "execution   continues on the new host: position {from}, then {to}")?;
+        }
+        if let Some(Connections { before, kept, fresh }) = connections {
+            writeln!(f, "connection  opened before the kill: {}", words(kept))?;
+            writeln!(f, "connection  opened after the takeover: {}", words(fresh))?;
+            if *before != Seen::Answered {
+                writeln!(f, "            before the kill: {}", words(before))?;
+            }
+        }
+        writeln!(f, "not judged  what the guest's programs and its disk hold")
+    }
+}
+
+fn words(seen: &Seen) -> String {
+    match seen {
+        Seen::Answered => "open, and the service answered its end".to_owned(),
+        Seen::Silent => "not reset; the service does not answer its end".to_owned(),
+        Seen::Broken(why) => format!("broken: {why}"),
     }
 }
 
@@ -133,6 +215,9 @@ impl fmt::Display for Report {
         let failures = self.failures();
         writeln!(f, "hosts       {}", self.hosts)?;
         writeln!(f, "guest       {}", self.guest)?;
+        if self.backups > 1 {
+            writeln!(f, "backups     {}: those before the last one were lost before the kill", self.backups)?;
+        }
         writeln!(f, "killed      the monitor on {}, by SIGKILL", self.killed)?;
         match (&self.successor, self.takeover_ms) {
             (Some(host), Some(ms)) => writeln!(f, "took over   {host}, {ms} ms after it noticed")?,
@@ -141,13 +226,7 @@ impl fmt::Display for Report {
         }
         match &self.evidence {
             Evidence::Traffic(traffic) => traffic.fmt(f)?,
-            Evidence::Console { why, lines: (before, after), .. } => {
-                writeln!(f, "client      none was run: {why}")?;
-                writeln!(
-                    f,
-                    "console     {before} lines before the kill; {after} after the takeover and a key typed then"
-                )?;
-            }
+            Evidence::Watched(watched) => watched.fmt(f)?,
         }
         for failure in &failures {
             writeln!(f, "FAILED      {failure}")?;
@@ -155,7 +234,10 @@ impl fmt::Display for Report {
         let result = match &self.evidence {
             _ if !failures.is_empty() => "FAILED",
             Evidence::Traffic(_) => "the guest survived, and its client noticed no more than a pause",
-            Evidence::Console { .. } => "the guest survived, as far as its console shows",
+            Evidence::Watched(Watched { looked_for: LookedFor::Ready(Ready::Port(_), _), .. }) => {
+                "the guest survived, and so did its connection and its service"
+            }
+            Evidence::Watched(_) => "the guest survived, as far as its execution shows",
         };
         write!(f, "result      {result}")
     }
@@ -252,6 +334,7 @@ mod tests {
             hosts: "two hosts".into(),
             guest: "a guest".into(),
             killed: "host 1".into(),
+            backups: 1,
             successor: Some("host 2".into()),
             takeover_ms: Some(100),
             evidence,
@@ -303,15 +386,90 @@ mod tests {
         }
     }
 
+    const ANSWERED: Connections =
+        Connections { before: Seen::Answered, kept: Seen::Answered, fresh: Seen::Answered };
+
+    fn port() -> LookedFor {
+        LookedFor::Ready(Ready::Port(std::num::NonZeroU16::MIN), Duration::from_secs(61))
+    }
+
+    fn watched(
+        looked_for: LookedFor,
+        moved: Result<(u64, u64), String>,
+        seen: Option<Connections>,
+    ) -> Report {
+        let after = Some(After { moved, connections: seen });
+        report(Evidence::Watched(Watched { looked_for, after }))
+    }
+
     #[test]
-    fn without_a_client_the_console_must_answer() {
-        let console = |service_expected, after| {
-            let why = "nothing answers".into();
-            report(Evidence::Console { why, service_expected, lines: (20, after) })
-        };
-        assert!(console(false, 1).failures().is_empty());
-        assert!(console(false, 1).to_string().contains("none was run: nothing answers"));
-        assert_eq!(console(false, 0).failures().len(), 1);
-        assert_eq!(console(true, 1).failures().len(), 1);
+    fn guest_with_a_port_is_judged_by_its_connections() {
+        let judged = |connections| watched(port(), Ok((7, 9)), Some(connections));
+        let clean = judged(ANSWERED);
+        assert_eq!(clean.failures(), Vec::<String>::new());
+        let text = clean.to_string();
+        for said in ["looked for  TCP port 1, ready after 61 s", "opened before the kill: open", "7, then 9"]
+        {
+            assert!(text.contains(said), "{said}: {text}");
+        }
+        assert!(text.ends_with("and so did its connection and its service"), "{text}");
+
+        let broken = || Seen::Broken("reset".into());
+        for connections in [
+            Connections { kept: broken(), ..ANSWERED },
+            Connections { fresh: broken(), ..ANSWERED },
+            Connections { kept: Seen::Silent, ..ANSWERED },
+            Connections { fresh: Seen::Silent, ..ANSWERED },
+            Connections { before: Seen::Silent, kept: broken(), fresh: Seen::Silent },
+        ] {
+            let report = judged(connections);
+            assert_eq!(report.failures().len(), 1, "{report}");
+            assert!(report.to_string().ends_with("FAILED"), "{report}");
+        }
+        // What it did not do before the kill it need not do after.
+        let silent = Connections { before: Seen::Silent, kept: Seen::Silent, fresh: Seen::Silent };
+        assert!(judged(silent.clone()).failures().is_empty());
+        assert!(judged(silent).to_string().contains("before the kill: not reset"));
+    }
+
+    #[test]
+    fn guest_that_does_not_move_has_not_survived() {
+        let text = || LookedFor::Ready(Ready::Text("login:".into()), Duration::from_secs(3));
+        assert!(watched(text(), Ok((7, 9)), None).failures().is_empty());
+        for looked_for in [text(), port()] {
+            let connections = matches!(looked_for, LookedFor::Ready(Ready::Port(_), _)).then_some(ANSWERED);
+            let report = watched(looked_for, Err("its position was 7 for 30 s".into()), connections);
+            assert_eq!(report.failures().len(), 1, "{report}");
+            assert!(report.to_string().contains("FAILED      The guest does not move"), "{report}");
+        }
+    }
+
+    #[test]
+    fn report_says_what_was_not_looked_at() {
+        let nothing =
+            |service_expected| LookedFor::Nothing { why: "no one answers".into(), service_expected };
+        let unnamed = watched(nothing(false), Ok((7, 9)), None);
+        assert!(unnamed.failures().is_empty(), "{unnamed}");
+        let text = unnamed.to_string();
+        assert!(text.contains("looked for  nothing") && text.contains("not judged"), "{text}");
+        assert!(text.ends_with("as far as its execution shows"), "{text}");
+        // The default guest must have its service.
+        assert_eq!(watched(nothing(true), Ok((7, 9)), None).failures().len(), 1);
+    }
+
+    #[test]
+    fn lost_backups_are_told() {
+        let mut report = watched(port(), Ok((7, 9)), Some(ANSWERED));
+        assert!(!report.to_string().contains("\nbackups"));
+        report.backups = 2;
+        assert!(report.to_string().contains("\nbackups     2"));
+    }
+
+    #[test]
+    fn nobody_who_takes_over_is_one_failure() {
+        let evidence = Evidence::Watched(Watched { looked_for: port(), after: None });
+        let report = Report { successor: None, ..report(evidence) };
+        assert_eq!(report.failures(), ["No host took over."]);
+        assert!(report.to_string().ends_with("FAILED"));
     }
 }

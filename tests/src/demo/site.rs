@@ -24,6 +24,10 @@ const KEY_FILE: &str = "pair.key";
 /// What an emulated host needs besides the guest.
 const HOST_OWN_MIB: u32 = 768;
 
+/// The monitors' time-out on emulated hosts, which may have more processors than this machine: a heartbeat may be late
+/// without any fault.
+const EMULATED_TIMEOUT_MS: u32 = 2_000;
+
 /// See the module's description. Fields are dropped in this order: hosts before their network.
 pub(super) struct Site {
     /// The two hosts; the primary starts on the first.
@@ -34,6 +38,8 @@ pub(super) struct Site {
     pub(super) listen: String,
     /// The tap on each.
     pub(super) tap: String,
+    /// The monitors' time-out unless the user names one; `None` for their own default.
+    pub(super) timeout_ms: Option<u32>,
     /// What the hosts are, and why these.
     pub(super) description: String,
     /// The disk image as this machine sees it, if it does.
@@ -53,7 +59,6 @@ pub(super) struct Files {
     pub(super) kernel: String,
     pub(super) initrd: Option<String>,
     pub(super) disk: String,
-    pub(super) shared: String,
     pub(super) key: String,
     pub(super) arbiter: String,
 }
@@ -117,7 +122,6 @@ impl Site {
             disk: format!("{shared}/disk.img"),
             key: format!("{shared}/{KEY_FILE}"),
             arbiter: format!("dir:{shared}"),
-            shared,
         };
         let listen = SocketAddr::from((first.address(Link::Log), LOG_PORT)).to_string();
         Ok(Site {
@@ -125,6 +129,7 @@ impl Site {
             files,
             listen,
             tap: "tap0".into(),
+            timeout_ms: (kind == HostKind::Qemu).then_some(EMULATED_TIMEOUT_MS),
             description,
             disk_here: Some(disk),
             ground: Ground::Here(net),
@@ -160,7 +165,6 @@ impl Site {
             },
             disk: disk?,
             arbiter: format!("dir:{path}"),
-            shared: path.clone(),
             key: format!("{path}/{KEY_FILE}"),
         };
         // Made where it is used: it does not travel.
@@ -177,6 +181,7 @@ impl Site {
             files,
             listen,
             tap: remote.tap.clone(),
+            timeout_ms: None,
             description: "two machines reached by ssh, as --hosts says".into(),
             disk_here: None,
             ground: Ground::Elsewhere(dir),

@@ -6,7 +6,7 @@
 //! A program's number is the first line that its shell prints; the program then takes the shell's place.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -89,25 +89,25 @@ impl Host for SshHost {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|error| self.failed(&script, "cannot be sent by ssh", &error.to_string()))?;
-        let lines = Arc::new(Mutex::new(Vec::new()));
+        let printed = Arc::new(Mutex::new(Printed::default()));
         let mut first = String::new();
         let mut stdout = client.stdout.take().map(BufReader::new);
         let read = stdout.as_mut().map(|stdout| stdout.read_line(&mut first));
         let pid: Option<u32> = first.trim().parse().ok();
         if let Some(stderr) = client.stderr.take() {
-            collect(stderr, Arc::clone(&lines));
+            collect(stderr, Arc::clone(&printed), false);
         }
         let (Some(pid), Some(Ok(_)), Some(stdout)) = (pid, read, stdout) else {
             let ended = client.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
-            return Err(self.failed(&script, &ended, &lock(&lines).join("; ")));
+            return Err(self.failed(&script, &ended, &lock(&printed).lines.join("; ")));
         };
-        collect(stdout, Arc::clone(&lines));
-        Ok(Arc::new(SshProcess { host: self.clone(), pid, client: Mutex::new(client), lines }))
+        collect(stdout, Arc::clone(&printed), true);
+        Ok(Arc::new(SshProcess { host: self.clone(), pid, client: Mutex::new(client), printed }))
     }
 
-    fn shell(&self, script: &str) -> Result<(), DemoError> {
+    fn shell(&self, script: &str) -> Result<String, DemoError> {
         let output = self.command(script).output();
-        self.checked(script, output).map(drop)
+        self.checked(script, output)
     }
 }
 
@@ -116,12 +116,25 @@ struct SshProcess {
     host: SshHost,
     pid: u32,
     client: Mutex<Child>,
-    lines: Arc<Mutex<Vec<String>>>,
+    printed: Arc<Mutex<Printed>>,
+}
+
+/// What came out of a program.
+#[derive(Default)]
+struct Printed {
+    /// The lines of both its streams.
+    lines: Vec<String>,
+    /// The start of a line of standard output that has no end yet.
+    unfinished: Vec<u8>,
 }
 
 impl Monitor for SshProcess {
     fn lines_from(&self, seen: usize) -> Vec<String> {
-        lock(&self.lines).iter().skip(seen).cloned().collect()
+        lock(&self.printed).lines.iter().skip(seen).cloned().collect()
+    }
+
+    fn unfinished_line(&self) -> String {
+        String::from_utf8_lossy(&lock(&self.printed).unfinished).into_owned()
     }
 
     fn ending(&self) -> Option<Ending> {
@@ -138,9 +151,9 @@ impl Monitor for SshProcess {
 
     fn kill(&self) -> Result<(), DemoError> {
         let pid = self.pid;
-        self.host.shell(&format!(
-            "kill -9 {pid} && while kill -0 {pid} 2>/dev/null; do sleep {GONE_INTERVAL_S}; done"
-        ))
+        let script =
+            format!("kill -9 {pid} && while kill -0 {pid} 2>/dev/null; do sleep {GONE_INTERVAL_S}; done");
+        self.host.shell(&script).map(drop)
     }
 }
 
@@ -180,10 +193,33 @@ impl Drop for SshDir {
     }
 }
 
-fn collect(stream: impl Read + Send + 'static, lines: Arc<Mutex<Vec<String>>>) {
+/// Collects the lines of a stream; `prompts`: what comes before a line's end, too.
+fn collect(stream: impl Read + Send + 'static, printed: Arc<Mutex<Printed>>, prompts: bool) {
     thread::spawn(move || {
-        for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
-            lock(&lines).push(String::from_utf8_lossy(&line).trim_end().to_owned());
+        let mut stream = BufReader::new(stream);
+        let mut line = Vec::new();
+        loop {
+            let (taken, ended) = match stream.fill_buf() {
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Ok([]) | Err(_) => break,
+                Ok(bytes) => {
+                    let end = bytes.iter().position(|&byte| byte == b'\n');
+                    line.extend_from_slice(&bytes[..end.unwrap_or(bytes.len())]);
+                    (end.map_or(bytes.len(), |end| end + 1), end.is_some())
+                }
+            };
+            stream.consume(taken);
+            let mut printed = lock(&printed);
+            if ended {
+                printed.lines.push(String::from_utf8_lossy(&line).trim_end().to_owned());
+                line.clear();
+            }
+            if prompts {
+                printed.unfinished.clone_from(&line);
+            }
+        }
+        if !line.is_empty() {
+            lock(&printed).lines.push(String::from_utf8_lossy(&line).trim_end().to_owned());
         }
     });
 }
@@ -195,6 +231,8 @@ pub(super) fn quoted(word: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
@@ -204,5 +242,22 @@ mod tests {
             let output = Command::new("sh").args(["-c", &script]).output().unwrap();
             assert_eq!(String::from_utf8_lossy(&output.stdout), word);
         }
+    }
+
+    #[test]
+    fn prompt_is_there_before_its_line_ends() {
+        let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let printed = Arc::new(Mutex::new(Printed::default()));
+        collect(ours, Arc::clone(&printed), true);
+        let until = |wanted: &dyn Fn(&Printed) -> bool| {
+            while !wanted(&lock(&printed)) {
+                thread::yield_now();
+            }
+        };
+        theirs.write_all(b"one\r\nlogin: ").unwrap();
+        until(&|printed| printed.lines == ["one"] && printed.unfinished == b"login: ");
+        theirs.write_all(b"root\nlast").unwrap();
+        drop(theirs);
+        until(&|printed| printed.lines == ["one", "login: root", "last"]);
     }
 }
