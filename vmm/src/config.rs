@@ -61,6 +61,14 @@ pub enum Command {
         /// The key file. Must not exist.
         file: PathBuf,
     },
+    /// Say whether a kernel can be loaded, and what is rewritten in it. Needs no KVM.
+    CheckKernel {
+        /// A vmlinux or a bzImage (vmlinuz).
+        file: PathBuf,
+        /// Also print the address of each instruction that is rewritten.
+        #[arg(long)]
+        addresses: bool,
+    },
     /// Measure whether this host can run guests, and how well.
     Doctor(DoctorArgs),
     /// Show how a primary or backup on this host stands.

@@ -12,6 +12,7 @@ pub mod commands;
 pub mod config;
 pub mod control;
 pub mod doctor;
+pub mod file_kind;
 pub mod ft;
 pub mod guest;
 pub mod host;

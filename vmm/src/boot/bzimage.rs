@@ -10,8 +10,6 @@ use std::path::Path;
 
 use super::BootError;
 
-const BOOT_FLAG_OFFSET: usize = 0x1fe;
-const HEADER_MAGIC_OFFSET: usize = 0x202;
 const VERSION_OFFSET: usize = 0x206;
 const XLOADFLAGS_OFFSET: usize = 0x236;
 const PAYLOAD_OFFSET: usize = 0x248;
@@ -26,9 +24,9 @@ const UNPACKED_BYTES_MAX: usize = 1 << 30;
 const LZ4_LEGACY_BLOCK_BYTES_MAX: usize = 8 << 20;
 const ZSTD_WINDOW_LOG_MIN: u32 = 10;
 
-/// How a payload is packed.
+/// How the kernel in a bzImage is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Packing {
+pub(super) enum Packing {
     Gzip,
     Xz,
     Lzma,
@@ -37,18 +35,26 @@ enum Packing {
     Plain,
 }
 
-/// Whether `bytes` begin like a bzImage.
-pub(super) fn is_bzimage(bytes: &[u8]) -> bool {
-    bytes.get(BOOT_FLAG_OFFSET..BOOT_FLAG_OFFSET + 2) == Some(&[0x55, 0xaa])
-        && bytes.get(HEADER_MAGIC_OFFSET..HEADER_MAGIC_OFFSET + 4) == Some(b"HdrS")
+impl Packing {
+    /// Its usual name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gzip => "gzip",
+            Self::Xz => "xz",
+            Self::Lzma => "lzma",
+            Self::Lz4Legacy => "lz4",
+            Self::Zstd => "zstd",
+            Self::Plain => "no packing",
+        }
+    }
 }
 
-/// The ELF file inside the bzImage `bytes`; `path` only names it in errors.
+/// The ELF file inside the bzImage `bytes` and how it was packed; `path` only names it in errors.
 ///
 /// # Errors
 /// [`BootError::KernelTruncated`], [`BootError::No64BitEntry`], [`BootError::PackingUnknown`],
 /// [`BootError::Unpack`].
-pub(super) fn unpack(bytes: &[u8], path: &Path) -> Result<Vec<u8>, BootError> {
+pub(super) fn unpack(bytes: &[u8], path: &Path) -> Result<(Vec<u8>, Packing), BootError> {
     let truncated = |part| BootError::KernelTruncated { path: path.into(), part };
     let field = |at: usize, len: usize| -> Result<u32, BootError> {
         let raw = bytes.get(at..at + len).ok_or_else(|| truncated("setup header"))?;
@@ -82,11 +88,11 @@ pub(super) fn unpack(bytes: &[u8], path: &Path) -> Result<Vec<u8>, BootError> {
     let packing =
         packing_of(payload).map_err(|name| BootError::PackingUnknown { path: path.into(), packing: name })?;
     let kernel = unpack_payload(packing, payload, packed, unpacked_bytes)
-        .map_err(|e| failed(format!("{packing:?}: {e}")))?;
+        .map_err(|e| failed(format!("{}: {e}", packing.name())))?;
     if packing != Packing::Plain && kernel.len() != unpacked_bytes {
         return Err(failed(format!("it unpacked to {} bytes instead of {unpacked_bytes}", kernel.len())));
     }
-    Ok(kernel)
+    Ok((kernel, packing))
 }
 
 /// By magic number. The error is the name of what was found.
@@ -213,8 +219,8 @@ mod tests {
     fn bzimage(payload: &[u8]) -> Vec<u8> {
         let mut image = vec![0; 1024 + 16];
         image[SETUP_SECTS_OFFSET] = 1;
-        image[BOOT_FLAG_OFFSET..BOOT_FLAG_OFFSET + 2].copy_from_slice(&[0x55, 0xaa]);
-        image[HEADER_MAGIC_OFFSET..HEADER_MAGIC_OFFSET + 4].copy_from_slice(b"HdrS");
+        image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+        image[0x202..0x206].copy_from_slice(b"HdrS");
         image[VERSION_OFFSET..VERSION_OFFSET + 2].copy_from_slice(&[0x0f, 0x02]);
         image[XLOADFLAGS_OFFSET] = 1;
         image[PAYLOAD_OFFSET] = 16;
@@ -228,7 +234,7 @@ mod tests {
     }
 
     fn unpacked(image: &[u8]) -> Result<Vec<u8>, BootError> {
-        unpack(image, Path::new("vmlinuz"))
+        unpack(image, Path::new("vmlinuz")).map(|(kernel, _)| kernel)
     }
 
     #[test]
@@ -243,7 +249,7 @@ mod tests {
     #[test]
     fn no_packing_is_a_packing() {
         let elf = [&b"\x7fELF"[..], &[1; 60]].concat();
-        assert_eq!(unpacked(&bzimage(&elf)).unwrap(), elf);
+        assert_eq!(unpack(&bzimage(&elf), Path::new("vmlinuz")).unwrap(), (elf, Packing::Plain));
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! From a kernel file to a guest that is about to execute its first instruction.
 //!
-//! Owns: what is in guest memory and in the registers at anchor 0, and the guest's CPUID table. Must never: read
-//! anything but the files named in [`BootConfig`]; with the same files, seed and configuration two hosts get the
-//! same memory, byte for byte.
+//! Owns: what is in guest memory and in the registers at anchor 0, and the guest's CPUID table. Must never: let
+//! anything but the files named in [`BootConfig`], the seed and the configuration decide what is in memory: with the
+//! same, two hosts get the same memory, byte for byte.
 //!
 //! ```text
-//! kernel file ─> bzimage (unpack) ─> image (check) ─> tsd, cr4_shadow, rdtsc ────┐
+//! kernel file ─> bzimage (unpack) ─> elf, image (check) ─> tsd, cr4_shadow, rdtsc ┐
 //! initrd ───────────────────────────────────────────────────────────────────────┼─> guest RAM
 //! windows ──> acpi tables, cmdline ──> start (zero page, page tables, GDT) ─────┘   registers
 //! ```
@@ -14,11 +14,16 @@
 
 mod acpi;
 mod bzimage;
+mod check;
 mod cmdline;
 mod cpuid;
 mod cr4_shadow;
+mod elf;
+mod error;
+mod ext4;
 mod image;
 mod rdtsc;
+mod refusal;
 mod start;
 mod sweep;
 #[cfg(test)]
@@ -27,173 +32,26 @@ mod tsd;
 
 use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 
 use devices::{GuestRam, VirtioWindow};
 use kvm_bindings::{kvm_regs, kvm_sregs};
-use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress};
 
+pub use check::{KernelReport, check, check_bytes};
 pub use cpuid::cpuid_table;
+pub use error::BootError;
+pub use ext4::Ext4;
 pub use rdtsc::{GP_PORT, RDTSC_PORT, RDTSCP_PORT};
 
+use crate::file_kind::FileKind;
 use crate::kvm::PAGE_BYTES;
+use bzimage::Packing;
 use image::KernelImage;
 use start::InitrdPlace;
 
 const MIB: u64 = 1 << 20;
-
-/// What can go wrong before a guest's first instruction.
-#[derive(Debug, Error)]
-pub enum BootError {
-    /// A file cannot be opened or read.
-    #[error("the {what} {path} cannot be read: {source}", path = path.display())]
-    Unreadable {
-        /// Which file.
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// Neither a vmlinux nor a bzImage.
-    #[error("{path} is not a Linux kernel: it is neither an x86-64 ELF executable (vmlinux) nor a bzImage", path = path.display())]
-    NotAKernel {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The file ends before something that its headers promise.
-    #[error("the kernel {path} is incomplete: its {part} lies behind the end of the file. Copy it again", path = path.display())]
-    KernelTruncated {
-        /// The file.
-        path: PathBuf,
-        /// What is missing.
-        part: &'static str,
-    },
-    /// A kernel that cannot be entered in 64-bit mode.
-    #[error("the kernel {path} has no 64-bit entry point: {detail}", path = path.display())]
-    No64BitEntry {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        detail: String,
-    },
-    /// A bzImage packed in a way that is not supported.
-    #[error("the kernel {path} is packed with {packing}; supported are gzip, xz, lzma, lz4, zstd and no packing. Unpack it to a vmlinux first", path = path.display())]
-    PackingUnknown {
-        /// The file.
-        path: PathBuf,
-        /// How it is packed.
-        packing: &'static str,
-    },
-    /// The packed kernel in a bzImage is damaged.
-    #[error("the kernel {path} cannot be unpacked: {detail}", path = path.display())]
-    Unpack {
-        /// The file.
-        path: PathBuf,
-        /// What the unpacker said.
-        detail: String,
-    },
-    /// A segment of the kernel lies below 1 MiB, where the boot data are.
-    #[error("the kernel {path} wants to be loaded at {start:#x}, below 1 MiB", path = path.display())]
-    KernelTooLow {
-        /// The file.
-        path: PathBuf,
-        /// Its lowest address.
-        start: u64,
-    },
-    /// Not enough memory for kernel and initial RAM disk.
-    #[error("{what} {path} does not fit in {have_mib} MiB of guest memory: {need_mib} MiB are needed. Give the guest more with --memory-mib", path = path.display())]
-    DoesNotFit {
-        /// Which file.
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// The guest's memory.
-        have_mib: u64,
-        /// The least that the files would fit in.
-        need_mib: u64,
-    },
-    /// The initial RAM disk is larger than any guest can take.
-    #[error("the initrd {path} of {len_mib} MiB is too large: kernel and initrd must end below 2 GiB", path = path.display())]
-    InitrdTooLarge {
-        /// Its path.
-        path: PathBuf,
-        /// Its size.
-        len_mib: u64,
-    },
-    /// The initial RAM disk has no content.
-    #[error("the initrd {path} is empty", path = path.display())]
-    InitrdEmpty {
-        /// Its path.
-        path: PathBuf,
-    },
-    /// The command line is longer than Linux reads.
-    #[error("the kernel command line has {len_bytes} bytes, Linux reads {max_bytes}: shorten what you add to it by {} bytes", len_bytes - max_bytes)]
-    CmdlineTooLong {
-        /// With the monitor's own part.
-        len_bytes: usize,
-        /// The limit.
-        max_bytes: usize,
-    },
-    /// The command line holds a byte that would end it early.
-    #[error("the kernel command line holds a zero byte")]
-    CmdlineZeroByte,
-    /// Guest memory refused a write.
-    #[error("the {what} cannot be written to guest memory at {address:#x}: {detail}")]
-    Memory {
-        /// What was being written.
-        what: &'static str,
-        /// Where.
-        address: u64,
-        /// What the memory said.
-        detail: String,
-    },
-    /// More devices than the tables can describe.
-    #[error("{count} virtio devices are more than the {max} that a guest can have")]
-    TooManyDevices {
-        /// How many there are.
-        count: usize,
-        /// How many there may be.
-        max: usize,
-    },
-    /// A device window that ACPI's 32-bit resource cannot express.
-    #[error("the virtio device at {address:#x} lies above 4 GiB")]
-    DeviceAddress {
-        /// Where it is.
-        address: u64,
-    },
-    /// CR4.TSD would be lost in the kernel's startup code.
-    #[error("user-mode RDTSC cannot be trapped in the kernel {path}: {detail}. Use a kernel that is known to work, such as Debian's", path = path.display())]
-    UserRdtscUntrapped {
-        /// The file.
-        path: PathBuf,
-        /// What was not found.
-        detail: String,
-    },
-    /// The host's CPU lacks a feature that every guest has.
-    #[error(
-        "this host's CPU (or its KVM) lacks {feature} (CPUID leaf {leaf:#x}), which every guest is given"
-    )]
-    CpuFeatureMissing {
-        /// The feature.
-        feature: &'static str,
-        /// Where CPUID would say so.
-        leaf: u32,
-    },
-    /// KVM's table lacks a leaf that every 64-bit CPU has.
-    #[error("this host's KVM reports no CPUID leaf {leaf:#x}")]
-    CpuLeafMissing {
-        /// The leaf.
-        leaf: u32,
-    },
-    /// The finished table was refused.
-    #[error("the guest's CPUID table cannot be built: {detail}")]
-    CpuTable {
-        /// Why.
-        detail: String,
-    },
-}
 
 /// What to boot.
 #[derive(Clone, Copy, Debug)]
@@ -248,10 +106,13 @@ pub fn ram_regions(memory_bytes: u64) -> Vec<(GuestAddress, usize)> {
 /// # Errors
 /// Any [`BootError`] but those about CPUID.
 pub fn load(ram: &GuestRam, config: &BootConfig<'_>) -> Result<BootState, BootError> {
-    let mut kernel = read_kernel(config.kernel)?;
+    let Prepared { image: kernel, rewritten, warnings, .. } =
+        prepare(read_file("kernel", config.kernel)?, config.kernel)?;
+    for warning in warnings {
+        tracing::warn!(kernel = %config.kernel.display(), "{warning}");
+    }
     let cmdline = cmdline::command_line(config.cmdline, cmdline::Discovery::of(&kernel), config.windows);
     check_cmdline(&cmdline)?;
-    let rdtsc_rewritten = rewrite_code(&mut kernel, config.kernel)?;
     place_kernel(ram, &kernel, config)?;
     let initrd = config.initrd.map_or(Ok(InitrdPlace::default()), |path| {
         place_initrd(ram, path, kernel.end(), config.memory_bytes)
@@ -261,31 +122,75 @@ pub fn load(ram: &GuestRam, config: &BootConfig<'_>) -> Result<BootState, BootEr
     Ok(BootState {
         regs: start::start_regs(kernel.entry),
         kernel_version: kernel.version(),
-        rdtsc_rewritten,
+        rdtsc_rewritten: rewritten.len(),
         cmdline,
     })
 }
 
 fn read_file(what: &'static str, path: &Path) -> Result<Vec<u8>, BootError> {
+    let unreadable = |source| BootError::Unreadable { what, path: path.into(), source };
+    let kind = std::fs::metadata(path).map_err(unreadable)?.file_type();
+    // A character device may have no end.
+    if !kind.is_file() && !kind.is_fifo() {
+        return Err(BootError::NotAFile { what, path: path.into() });
+    }
     let mut bytes = Vec::new();
-    File::open(path)
-        .and_then(|mut file| file.read_to_end(&mut bytes))
-        .map_err(|source| BootError::Unreadable { what, path: path.into(), source })?;
+    File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(unreadable)?;
     Ok(bytes)
 }
 
-fn read_kernel(path: &Path) -> Result<KernelImage, BootError> {
-    parse_kernel(read_file("kernel", path)?, path)
+/// A kernel that is ready to be placed in memory.
+struct Prepared {
+    image: KernelImage,
+    packing: Option<Packing>,
+    /// The linked address of each RDTSC and RDTSCP that is a port read now.
+    rewritten: Vec<u64>,
+    warnings: Vec<&'static str>,
 }
 
-fn parse_kernel(bytes: Vec<u8>, path: &Path) -> Result<KernelImage, BootError> {
-    let elf = if bzimage::is_bzimage(&bytes) { bzimage::unpack(&bytes, path)? } else { bytes };
-    KernelImage::parse(elf, path)
+/// Unpacks and checks a kernel and makes every read of the TSC in it exit to the monitor; `path` names it in errors and
+/// says where its configuration may be.
+fn prepare(bytes: Vec<u8>, path: &Path) -> Result<Prepared, BootError> {
+    let (mut image, packing) = parse_kernel(bytes, path)?;
+    check_place(&image, path)?;
+    let (rewritten, toggles_found) = rewrite_code(&mut image, path)?;
+    let no_toggles = "where this kernel toggles CR4.TSD was not found: a guest process that calls prctl(PR_SET_TSC) may \
+                      end the trapping of user-mode RDTSC";
+    let warnings = (!toggles_found).then_some(no_toggles).into_iter();
+    let warnings = warnings.chain(Ext4::of(&image, path).warning()).collect();
+    Ok(Prepared { image, packing, rewritten, warnings })
 }
 
-/// Makes every read of the TSC exit to the monitor. Gives the number of instructions replaced.
-fn rewrite_code(kernel: &mut KernelImage, path: &Path) -> Result<usize, BootError> {
-    let untrapped = |detail| BootError::UserRdtscUntrapped { path: path.into(), detail };
+fn parse_kernel(bytes: Vec<u8>, path: &Path) -> Result<(KernelImage, Option<Packing>), BootError> {
+    let (elf, packing) = match FileKind::of(&bytes) {
+        FileKind::Elf => (bytes, None),
+        FileKind::BzImage => {
+            let (elf, packing) = bzimage::unpack(&bytes, path)?;
+            let found = FileKind::of(&elf);
+            if found != FileKind::Elf {
+                let detail = format!("it holds {found} in the place of an ELF file");
+                return Err(BootError::Unpack { path: path.into(), detail });
+            }
+            (elf, Some(packing))
+        }
+        _ => {
+            let found = refusal::in_place_of_kernel(&bytes, path);
+            return Err(BootError::NotAKernel { path: path.into(), found });
+        }
+    };
+    Ok((KernelImage::parse(elf, path)?, packing))
+}
+
+/// Gives the addresses of the instructions replaced, and whether the kernel's toggles of CR4.TSD were found.
+fn rewrite_code(kernel: &mut KernelImage, path: &Path) -> Result<(Vec<u64>, bool), BootError> {
+    let of_linux = kernel.version().is_some();
+    let untrapped = |detail| match of_linux {
+        true => BootError::UserRdtscUntrapped { path: path.into(), detail },
+        false => BootError::NotAKernel {
+            path: path.into(),
+            found: "an ELF executable without Linux's banner, so another program. Give a Linux kernel".into(),
+        },
+    };
     let startup_constants = tsd::patch_startup(kernel).map_err(untrapped)?;
     let (mut rdtsc, mut shadow) = (rdtsc::RdtscSites::default(), cr4_shadow::Cr4Shadow::default());
     sweep::sweep(kernel, |site| {
@@ -293,16 +198,10 @@ fn rewrite_code(kernel: &mut KernelImage, path: &Path) -> Result<usize, BootErro
         shadow.visit(site);
     });
     let shadow = shadow.keep_tsd(kernel).map_err(untrapped)?;
-    if shadow.toggles == 0 {
-        tracing::warn!(
-            kernel = %path.display(),
-            "where this kernel toggles CR4.TSD was not found: a guest process that calls prctl(PR_SET_TSC) may \
-             end the trapping of user-mode RDTSC"
-        );
-    }
+    let addresses = rdtsc.addresses();
     let rewritten = rdtsc.rewrite(&mut kernel.bytes);
     tracing::debug!(?rewritten, startup_constants, ?shadow, "kernel rewritten");
-    Ok(rewritten.rdtsc + rewritten.rdtscp)
+    Ok((addresses, shadow.toggles > 0))
 }
 
 fn check_cmdline(cmdline: &str) -> Result<(), BootError> {
@@ -313,11 +212,20 @@ fn check_cmdline(cmdline: &str) -> Result<(), BootError> {
     if cmdline.contains('\0') { Err(BootError::CmdlineZeroByte) } else { Ok(()) }
 }
 
-fn place_kernel(ram: &GuestRam, kernel: &KernelImage, config: &BootConfig<'_>) -> Result<(), BootError> {
-    if kernel.start() < start::KERNEL_START_MIN {
-        return Err(BootError::KernelTooLow { path: config.kernel.into(), start: kernel.start() });
+/// Whether the kernel wants to be where a guest may have memory.
+fn check_place(kernel: &KernelImage, path: &Path) -> Result<(), BootError> {
+    let (start, end, limit) = (kernel.start(), kernel.end(), start::LOW_RAM_END);
+    if start < start::KERNEL_START_MIN {
+        return Err(BootError::KernelTooLow { path: path.into(), start });
     }
-    if kernel.end() > config.memory_bytes.min(start::LOW_RAM_END) {
+    if end > limit {
+        return Err(BootError::KernelTooHigh { path: path.into(), end, limit });
+    }
+    Ok(())
+}
+
+fn place_kernel(ram: &GuestRam, kernel: &KernelImage, config: &BootConfig<'_>) -> Result<(), BootError> {
+    if kernel.end() > config.memory_bytes {
         return Err(BootError::DoesNotFit {
             what: "the kernel",
             path: config.kernel.into(),
@@ -344,10 +252,10 @@ fn place_initrd(
     memory_bytes: u64,
 ) -> Result<InitrdPlace, BootError> {
     let bytes = read_file("initrd", path)?;
-    let len_bytes = bytes.len() as u64;
-    if len_bytes == 0 {
-        return Err(BootError::InitrdEmpty { path: path.into() });
+    if let Some(found) = refusal::in_place_of_initrd(&bytes) {
+        return Err(BootError::NotAnInitrd { path: path.into(), found });
     }
+    let len_bytes = bytes.len() as u64;
     let first_free = kernel_end.next_multiple_of(PAGE_BYTES);
     let least_end = first_free + len_bytes.next_multiple_of(PAGE_BYTES);
     if least_end > start::INITRD_END_MAX {
@@ -373,9 +281,10 @@ fn place_initrd(
 
 #[cfg(test)]
 mod tests {
-    use super::testing::{CODE_PADDR, debian_kernel, elf_at, elf_of, ram};
+    use super::testing::{BODY_OFFSET, CODE_PADDR, Handmade, debian_kernels, elf_at, elf_of, ram};
     use super::*;
     use devices::VirtioKind;
+    use std::path::PathBuf;
     use xxhash_rust::xxh3::xxh3_64;
 
     /// mov ecx, PGE|PAE; mov cr4, rcx; mov rax, cr4; mov gs:[0x100], rax; mov rdi, gs:[0x100]; and rdi, ~15;
@@ -470,18 +379,78 @@ mod tests {
     fn files_that_cannot_be_used_are_named() {
         let missing = load(&ram(32), &config(Path::new("/nowhere/vmlinux"), 32)).unwrap_err();
         assert!(missing.to_string().starts_with("the kernel /nowhere/vmlinux cannot be read: "), "{missing}");
-        assert!(matches!(load_file(b"#!/bin/sh\n", 32), Err(BootError::NotAKernel { .. })));
-        assert!(matches!(load_file(b"", 32), Err(BootError::NotAKernel { .. })));
-        let mut of_32_bits = elf_of(&CODE);
-        of_32_bits[4] = 1;
-        assert!(matches!(load_file(&of_32_bits, 32), Err(BootError::No64BitEntry { .. })));
+        for no_file in ["/", "/dev/zero"] {
+            let error = load(&ram(32), &config(Path::new(no_file), 32)).unwrap_err();
+            assert!(matches!(error, BootError::NotAFile { .. }), "{error}");
+        }
         let mut astray = elf_of(&CODE);
         astray[24] = 0xff; // entry point
         assert!(matches!(load_file(&astray, 32), Err(BootError::No64BitEntry { .. })));
-        assert!(matches!(load_file(&elf_of(&[0xc3]), 32), Err(BootError::UserRdtscUntrapped { .. })));
         let low = load_file(&elf_at(&CODE, 0x8000), 32).unwrap_err();
         assert!(matches!(low, BootError::KernelTooLow { start: 0x8000, .. }), "{low}");
-        assert!(matches!(load_initrd(b"", 32).1, Err(BootError::InitrdEmpty { .. })));
+        let high = load_file(&elf_at(&CODE, 0xffff_ffff_8100_0000), 32).unwrap_err();
+        assert!(matches!(high, BootError::KernelTooHigh { limit: 0xc000_0000, .. }), "{high}");
+    }
+
+    #[test]
+    fn what_is_no_kernel_is_called_by_its_name() {
+        let with_kind = |kind: u8| {
+            let mut elf = elf_of(&CODE);
+            elf[16] = kind;
+            elf
+        };
+        let mut of_32_bits = elf_of(&CODE);
+        (of_32_bits[4], of_32_bits[18]) = (1, 3);
+        let mut arm64 = elf_of(&CODE);
+        arm64[18] = 183;
+        let mut mz = vec![0; 0x400];
+        mz[..2].copy_from_slice(b"MZ");
+        mz[0x3c] = 0x40;
+        mz[0x40..0x46].copy_from_slice(b"PE\0\0\x64\x86");
+        let program = elf_of(&[0xc3]);
+        for (bytes, says) in [
+            (&b"\x1f\x8b\x08"[..], &["compressed with gzip", "gzip -dc"][..]),
+            (b"\xfd7zXZ\0", &["compressed with xz", "xz -dc"]),
+            (b"\x28\xb5\x2f\xfd", &["compressed with zstd"]),
+            (b"BZh9", &["compressed with bzip2"]),
+            (&mz, &["a PE file", "x86-64", "vmlinuz"]),
+            (b"QFI\xfb", &["qcow2", "--disk", "qemu-img convert"]),
+            (b"070701", &["initramfs", "--initrd"]),
+            (b"#!/bin/sh\n", &["a script", "vmlinuz"]),
+            (b"", &["an empty file"]),
+            (&[7; 100], &["a file of an unknown kind"]),
+            (&of_32_bits, &["32-bit x86"]),
+            (&arm64, &["arm64"]),
+            (&with_kind(1), &["kernel module"]),
+            (&with_kind(3), &["position-independent", "bzImage"]),
+            (&program, &["without Linux's banner"]),
+        ] {
+            let error = load_file(bytes, 32).unwrap_err();
+            assert!(matches!(error, BootError::NotAKernel { .. }), "{error}");
+            assert!(says.iter().all(|part| error.to_string().contains(part)), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_no_linux_unpacks_is_no_initrd() {
+        for (bytes, says) in [
+            (&b""[..], "an empty file"),
+            (b"QFI\xfb", "qcow2"),
+            (b"#!/bin/sh", "a script"),
+            (b"!<arch>\ndebian-binary", "a Debian package"),
+            (&elf_of(&CODE), "an ELF file"),
+        ] {
+            let error = load_initrd(bytes, 32).1.unwrap_err();
+            assert!(matches!(error, BootError::NotAnInitrd { .. }), "{error}");
+            assert!(error.to_string().contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_linux_kernel_that_cannot_be_rewritten_is_no_other_program() {
+        let data = b"Linux version 6.1.0-handmade (you)\0";
+        let elf = Handmade::of(&[0xc3]).with_section(".rodata", 2, data).bytes();
+        assert!(matches!(load_file(&elf, 32), Err(BootError::UserRdtscUntrapped { .. })));
     }
 
     #[test]
@@ -517,14 +486,13 @@ mod tests {
     #[test]
     fn no_flipped_bit_in_the_headers_panics() {
         let elf = elf_of(&CODE);
-        for bit in 0..120 * 8 {
+        let body = BODY_OFFSET as usize..BODY_OFFSET as usize + CODE.len();
+        for bit in (0..elf.len() * 8).filter(|bit| !body.contains(&(bit / 8))) {
             let mut elf = elf.clone();
             elf[bit / 8] ^= 1 << (bit % 8);
-            if let Ok(mut kernel) = parse_kernel(elf, Path::new("vmlinux")) {
-                let ram = ram(32);
-                // Whether it still loads depends on the bit; what matters is that it ends.
-                let _ = rewrite_code(&mut kernel, Path::new("vmlinux"));
-                let _ = place_kernel(&ram, &kernel, &config(Path::new("vmlinux"), 32));
+            // Whether it still loads depends on the bit; what matters is that it ends.
+            if let Ok(Prepared { image, .. }) = prepare(elf, Path::new("vmlinux")) {
+                let _ = place_kernel(&ram(32), &image, &config(Path::new("vmlinux"), 32));
             }
         }
     }
@@ -539,35 +507,91 @@ mod tests {
     }
 
     #[test]
-    fn debians_cloud_kernel_loads_packed_and_unpacked() {
-        let Some((dir, path)) = debian_kernel("debians_cloud_kernel_loads_packed_and_unpacked") else {
-            return;
-        };
-        let (state, hash) = hash_loaded(&path);
-        assert_eq!(state.rdtsc_rewritten, 124);
-        assert_eq!(state.regs.rip, 0x100_0000);
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        assert_eq!(state.kernel_version.as_deref(), name.strip_prefix("vmlinuz-"));
+    fn debians_cloud_kernels_load_packed_and_unpacked() {
+        for kernel in debian_kernels("debians_cloud_kernels_load_packed_and_unpacked", "cloud-") {
+            let (state, hash) = hash_loaded(&kernel.path);
+            let name = kernel.release;
+            assert_eq!(state.kernel_version.as_deref(), Some(name.as_str()));
 
-        let unpacked = dir.path().join("vmlinux");
-        std::fs::write(&unpacked, read_kernel(&path).unwrap().bytes).unwrap();
-        assert_eq!(hash_loaded(&unpacked).1, hash);
+            let (image, _) = parse_kernel(std::fs::read(&kernel.path).unwrap(), &kernel.path).unwrap();
+            let (_dir, unpacked) = file(&image.bytes);
+            assert_eq!(hash_loaded(&unpacked).1, hash, "{name}");
+        }
     }
 
     #[test]
-    fn truncations_of_debians_cloud_kernel_are_errors() {
-        let Some((_dir, path)) = debian_kernel("truncations_of_debians_cloud_kernel_are_errors") else {
-            return;
-        };
-        let packed = std::fs::read(&path).unwrap();
-        // What lies behind the packed kernel (the decompressor) is not needed, so only shorter files are errors.
-        for len in (0..0x600).chain((0..64).map(|i| i * (packed.len() - 200_000) / 64)) {
-            assert!(parse_kernel(packed[..len].to_vec(), &path).is_err(), "{len}");
+    fn nothing_but_code_of_debians_kernels_changes() {
+        for flavour in ["cloud-", "", "rt-"] {
+            for kernel in debian_kernels("nothing_but_code_of_debians_kernels_changes", flavour) {
+                let packed = std::fs::read(&kernel.path).unwrap();
+                let (image, _) = parse_kernel(packed.clone(), &kernel.path).unwrap();
+                let after = prepare(packed, &kernel.path).unwrap();
+                let name = kernel.path.display();
+                for address in &after.rewritten {
+                    let at = image.code_from(*address).unwrap();
+                    let (before, after) = (&image.bytes[at.clone()], &after.image.bytes[at]);
+                    let end = before.windows(2).position(|b| b == [0x0f, 0x31] || b == [0x0f, 0x01]).unwrap();
+                    assert!(end <= 2 && after[end] == 0xe5, "{name}: {address:#x}");
+                }
+                // Linux has a hundred and more of them, and a handful of constants for CR4.
+                assert!((60..250).contains(&after.rewritten.len()), "{name}: {}", after.rewritten.len());
+                let changed = (0..image.bytes.len()).filter(|i| image.bytes[*i] != after.image.bytes[*i]);
+                let changed: Vec<_> = changed.collect();
+                let in_code = |at: &usize| image.code.iter().any(|span| span.file.contains(at));
+                assert!(changed.iter().all(in_code), "{name}");
+                let constants = changed.len() - rewritten_bytes(&image, &after.rewritten);
+                assert!((3..12).contains(&constants), "{name}: {constants}");
+            }
         }
-        let elf = read_kernel(&path).unwrap().bytes;
-        let sections = u64::from_le_bytes(elf[40..48].try_into().unwrap()) as usize;
-        for len in (0..0x200).chain((0..64).map(|i| i * sections / 64)) {
-            assert!(parse_kernel(elf[..len].to_vec(), &path).is_err(), "{len}");
+    }
+
+    /// How many bytes of an image the rewriting of the instructions at these addresses changes.
+    fn rewritten_bytes(image: &KernelImage, addresses: &[u64]) -> usize {
+        // The opcode (0f 31, 0f 01 f9) and any prefix before it, none of which is a NOP.
+        let bytes = |address| {
+            let code = &image.bytes[image.code_from(address).unwrap()];
+            let prefixes = code.iter().position(|b| *b == 0x0f).unwrap();
+            prefixes + if code[prefixes + 1] == 0x31 { 2 } else { 3 }
+        };
+        addresses.iter().map(|address| bytes(*address)).sum()
+    }
+
+    #[test]
+    fn debians_kernels_have_ext4_as_their_configuration_says() {
+        for flavour in ["cloud-", "", "rt-"] {
+            for kernel in debian_kernels("debians_kernels_have_ext4_as_their_configuration_says", flavour) {
+                let (image, _) = parse_kernel(std::fs::read(&kernel.path).unwrap(), &kernel.path).unwrap();
+                let expected = if flavour == "cloud-" { Ext4::BuiltIn } else { Ext4::NotBuiltIn };
+                assert_eq!(
+                    Ext4::of(&image, Path::new("elsewhere/vmlinuz")),
+                    expected,
+                    "{}",
+                    kernel.path.display()
+                );
+                // From 6.18 on Debian has the configuration in another package.
+                let release = image.version().unwrap();
+                if kernel.path.with_file_name(format!("config-{release}")).exists() {
+                    let said = if flavour == "cloud-" { Ext4::BuiltIn } else { Ext4::Module };
+                    assert_eq!(Ext4::of(&image, &kernel.path), said, "{}", kernel.path.display());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn truncations_of_debians_cloud_kernels_are_errors() {
+        for kernel in debian_kernels("truncations_of_debians_cloud_kernels_are_errors", "cloud-") {
+            let packed = std::fs::read(&kernel.path).unwrap();
+            let parse = |bytes: &[u8]| parse_kernel(bytes.to_vec(), &kernel.path);
+            // What lies behind the packed kernel (the decompressor) is not needed, so only shorter files are errors.
+            for len in (0..0x600).chain((0..64).map(|i| i * (packed.len() - 200_000) / 64)) {
+                assert!(parse(&packed[..len]).is_err(), "{len}");
+            }
+            let (elf, _) = parse(&packed).unwrap();
+            let sections = u64::from_le_bytes(elf.bytes[40..48].try_into().unwrap()) as usize;
+            for len in (0..0x200).chain((0..64).map(|i| i * sections / 64)) {
+                assert!(parse(&elf.bytes[..len]).is_err(), "{len}");
+            }
         }
     }
 }

@@ -16,8 +16,8 @@
 //! prove nothing: a NOP may follow an RDTSC. Alternatives (`.altinstr_replacement`) are rewritten like code, so
 //! what the kernel copies over its own code at boot is a port read as well.
 //!
-//! Not covered: code loaded later. Of Debian's modules kvm, kvm-intel, tcrypt, intel_powerclamp and
-//! jitterentropy_rng hold an RDTSC.
+//! Not covered: code loaded later. docs/determinism.md lists the modules that read the TSC; about ext4, which is the one
+//! that guests load without being asked to, [`super::ext4`] warns.
 
 use iced_x86::Mnemonic;
 
@@ -49,19 +49,29 @@ pub(super) struct RdtscReport {
 pub(super) struct RdtscSites {
     /// File offset, length in bytes and port of each.
     sites: Vec<(usize, usize, u8)>,
+    /// The address that each is linked to.
+    addresses: Vec<u64>,
     masked_by_cpuid: usize,
 }
 
 impl RdtscSites {
     /// Takes note of an instruction.
     pub fn visit(&mut self, site: &Site<'_, '_>) {
-        let mut note = |port| self.sites.push((site.offset, site.instruction.len(), port));
+        let mut note = |port| {
+            self.sites.push((site.offset, site.instruction.len(), port));
+            self.addresses.push(site.instruction.ip());
+        };
         match site.instruction.mnemonic() {
             Mnemonic::Rdtsc => note(RDTSC_PORT),
             Mnemonic::Rdtscp => note(RDTSCP_PORT),
             Mnemonic::Rdrand | Mnemonic::Rdseed | Mnemonic::Rdpid => self.masked_by_cpuid += 1,
             _ => {}
         }
+    }
+
+    /// The addresses that they are linked to, in the order of the sections.
+    pub fn addresses(&self) -> Vec<u64> {
+        self.addresses.clone()
     }
 
     /// Rewrites them in the file that they were found in.

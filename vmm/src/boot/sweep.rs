@@ -3,6 +3,8 @@
 //! Owns: [`sweep`], the one linear pass that all rewriting shares, and [`decode_at`] for following jumps. Must never:
 //! change a byte.
 
+use std::ops::Range;
+
 use iced_x86::{ConstantOffsets, Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 use super::image::{KernelImage, Span};
@@ -51,8 +53,9 @@ fn sweep_span(bytes: &[u8], span: &Span, visit: &mut impl FnMut(&Site<'_, '_>)) 
 /// The instruction linked to `address`, the file offset of its first byte, and where its constants are.
 pub(super) fn decode_at(image: &KernelImage, address: u64) -> Option<(Instruction, usize, ConstantOffsets)> {
     const INSTRUCTION_BYTES_MAX: usize = 15;
-    let offset = image.file_offset(address)?;
-    let end = (offset + INSTRUCTION_BYTES_MAX).min(image.bytes.len());
+    let Range { start: offset, end } = image.code_from(address)?;
+    // Not beyond the span: a constant that is changed there would be data.
+    let end = end.min(offset + INSTRUCTION_BYTES_MAX);
     let mut decoder = Decoder::with_ip(64, &image.bytes[offset..end], address, DecoderOptions::NONE);
     let instruction = decoder.decode();
     let constants = decoder.get_constant_offsets(&instruction);

@@ -6,6 +6,7 @@
 mod again;
 mod alone;
 mod backup;
+mod check_kernel;
 mod doctor;
 mod heal;
 mod keygen;
@@ -156,6 +157,7 @@ pub fn execute(cli: Cli) -> Result<Ending, CommandError> {
         Command::Primary(args) => pair::primary(&args),
         Command::Backup(args) => backup::backup(&args),
         Command::Keygen { file } => keygen::keygen(&file),
+        Command::CheckKernel { file, addresses } => check_kernel::check_kernel(&file, addresses),
         Command::Standby(args) => standby::standby(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Status(args) => operate::status(&args),
