@@ -7,6 +7,13 @@
 #   build.sh debian SUITE DISK
 #                          DISK becomes a root disk with Debian's SUITE (bookworm, trixie, ...), as root; prints the
 #                          paths of its kernel, its initramfs and DISK, each on a line
+#   build.sh kernels       lists Debian's kernels, the newest of each series: SERIES FLAVOUR VERSION PACKAGE SUITE
+#   build.sh kernel PACKAGE VERSION
+#                          one of these; prints the path of its vmlinuz
+#   build.sh guest WHICH FLAVOUR
+#                          a kernel and an initramfs for it: `newest`, or the newest of a suite (trixie-backports,
+#                          sid, ...) or of a series (6.18, ...), of the flavour cloud, default or rt; or a PACKAGE
+#                          and its VERSION; prints the directory: vmlinuz, guest.cpio.gz
 #
 # Everything goes to ${VMFT_CACHE:-$HOME/.cache/vmft}: each output is made in a temporary directory and then
 # renamed to a name that contains a digest of its inputs, so an output is complete and never out of date. Only a Debian
@@ -18,7 +25,11 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(dirname "$here")
 cache=${VMFT_CACHE:-$HOME/.cache/vmft}
 work=
+# What apt is told: nothing, or to use other lists than this machine's (kernels.sh).
+apt_options=()
 
+# Status 3: something could not be fetched.
+out_of_reach() { echo "build.sh: $*" >&2; exit 3; }
 die() { echo "build.sh: $*" >&2; exit 1; }
 say() { echo "build.sh: $*" >&2; }
 cleanup() { [ -z "$work" ] || rm -rf "$work"; }
@@ -43,10 +54,11 @@ publish() {
     cleanup; work=
 }
 
-# package_file PACKAGE: downloads PACKAGE once, prints the path of its .deb.
+# package_file PACKAGE [VERSION]: downloads PACKAGE once (the newest if no version is given), prints the path of its .deb.
 package_file() {
-    local version file
-    version=$(apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n 's/^Version: //p' | head -n 1)
+    local version=${2:-} file
+    [ -n "$version" ] || version=$(apt-cache "${apt_options[@]}" show --no-all-versions "$1" 2>/dev/null |
+        sed -n 's/^Version: //p' | head -n 1)
     [ -n "$version" ] || die "apt knows no package '$1': run 'apt-get update'"
     # apt writes an epoch's colon as %3a.
     for file in "$cache/debs/$1_${version//:/%3a}"_*.deb; do
@@ -54,7 +66,8 @@ package_file() {
     done
     begin
     say "downloading $1 $version"
-    (cd "$work" && apt-get -q download "$1=$version" >&2) || die "apt-get cannot download $1=$version"
+    (cd "$work" && apt-get "${apt_options[@]}" -q download "$1=$version" >&2) ||
+        out_of_reach "apt-get cannot download $1=$version"
     mkdir -p "$cache/debs"
     file=$(basename "$work"/*.deb)
     mv "$work/$file" "$cache/debs/$file"
@@ -62,41 +75,37 @@ package_file() {
     echo "$cache/debs/$file"
 }
 
-# kernel_dir: unpacks Debian's kernel once, prints the directory: vmlinuz, release, lib/modules/RELEASE.
+# kernel_dir: the directory of the kernel of hosts and default guests, see unpack_kernel.
 kernel_dir() {
-    local meta package deb name release
+    local meta package
     meta=$(setting kernel)
     package=$(apt-cache depends --important "$meta" 2>/dev/null | sed -n 's/^ *Depends: //p' | head -n 1)
     [ -n "$package" ] || die "apt knows no package '$meta': run 'apt-get update'"
-    deb=$(package_file "$package")
-    name=kernel-$(basename "$deb" .deb)
-    if [ ! -d "$cache/$name" ]; then
-        begin
-        say "unpacking $(basename "$deb")"
-        dpkg -x "$deb" "$work/x"
-        release=$(basename "$work"/x/lib/modules/*)
-        mkdir -p "$work/lib"
-        mv "$work/x/boot/vmlinuz-$release" "$work/vmlinuz"
-        mv "$work/x/boot/config-$release" "$work/config"
-        mv "$work/x/lib/modules" "$work/lib/modules"
-        rm -r "$work/x"
-        echo "$release" >"$work/release"
-        depmod -b "$work" "$release"
-        publish "$name"
-    fi
-    echo "$cache/$name"
+    unpack_kernel "${package#linux-image-}" "$(package_file "$package")"
 }
 
-# add_modules TREE KERNEL MODULE...: copies modules with their dependencies; TREE/modules.list is the load order.
+# copy_module FILE DIRECTORY: busybox loads no compressed modules.
+copy_module() {
+    case $1 in
+        *.xz) xz -dc "$1" >"$2/$(basename "$1" .xz)" ;;
+        *.zst) zstd -qdc "$1" >"$2/$(basename "$1" .zst)" ;;
+        *.gz) gzip -dc "$1" >"$2/$(basename "$1" .gz)" ;;
+        *) cp "$1" "$2/" ;;
+    esac
+}
+
+# add_modules TREE KERNEL MODULE...: copies modules with their dependencies, but those that are built in;
+# TREE/modules.list is the load order.
 add_modules() {
-    local tree=$1 kernel=$2 path
+    local tree=$1 kernel=$2 path file
     shift 2
     mkdir -p "$tree/modules"
     modprobe -d "$kernel" -S "$(cat "$kernel/release")" --show-depends -a "$@" |
         sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' |
         while read -r path; do
-            cp "$path" "$tree/modules/"
-            basename "$path" >>"$tree/modules.list"
+            copy_module "$path" "$tree/modules"
+            file=$(basename "$path")
+            echo "${file%.ko*}.ko" >>"$tree/modules.list"
         done
     [ -s "$tree/modules.list" ] || die "no modules found for: $*"
 }
@@ -115,38 +124,55 @@ pack() {
     (cd "$1" && find . | LC_ALL=C sort | cpio -o -H newc --reproducible -R 0:0 --quiet | gzip -n -6) >"$2"
 }
 
+# build_programs: prints the directory of the programs that go into the images.
+build_programs() {
+    (cd "$root" && cargo build -q --release -p vmft-demo -p vmft-tests --bin vmft-demo --bin vmft-compute --bin vmft-agent) >&2 ||
+        die "cargo cannot build the programs of the images"
+    echo "${CARGO_TARGET_DIR:-$root/target}/x86_64-unknown-linux-gnu/release"
+}
+
+# pack_guest DIRECTORY KERNEL PROGRAMS MODULE...: makes DIRECTORY/guest.cpio.gz.
+pack_guest() {
+    local tree=$1/guest out=$1 kernel=$2 bin=$3 module
+    shift 3
+    tree_with_busybox "$tree" "$here/init/guest"
+    strip -o "$tree/bin/vmft-demo" "$bin/vmft-demo"
+    strip -o "$tree/bin/vmft-compute" "$bin/vmft-compute"
+    add_modules "$tree" "$kernel" "$@"
+    for module in "$tree"/modules/ext4.ko; do
+        [ ! -f "$module" ] || rewrite_rdtsc "$module"
+    done
+    cp "$kernel/release" "$tree/release"
+    pack "$tree" "$out/guest.cpio.gz"
+    rm -r "$tree"
+}
+
 build_images() {
     local kernel bin key name
     need cargo apt-get apt-cache dpkg depmod modprobe busybox cpio gzip strip
     kernel=$(kernel_dir)
-    (cd "$root" && cargo build -q --release -p vmft-demo -p vmft-tests --bin vmft-demo --bin vmft-compute --bin vmft-agent) >&2 ||
-        die "cargo cannot build the programs of the images"
-    bin=${CARGO_TARGET_DIR:-$root/target}/x86_64-unknown-linux-gnu/release
-    key=$( (basename "$kernel"; cat "$here/build.sh" "$here/manifest.toml" "$here"/init/* \
+    bin=$(build_programs)
+    key=$( (basename "$kernel"; cat "$here/build.sh" "$here/kernels.sh" "$here/manifest.toml" "$here"/init/* \
         "$(command -v busybox)" "$bin/vmft-agent" "$bin/vmft-demo" "$bin/vmft-compute") | sha256sum | cut -c1-16)
     name=images-$key
     if [ ! -d "$cache/$name" ]; then
         begin
         say "packing $name"
         tree_with_busybox "$work/host" "$here/init/host"
-        tree_with_busybox "$work/guest" "$here/init/guest"
         strip -o "$work/host/bin/vmft-agent" "$bin/vmft-agent"
-        strip -o "$work/guest/bin/vmft-demo" "$bin/vmft-demo"
-        strip -o "$work/guest/bin/vmft-compute" "$bin/vmft-compute"
-        cp "$work/host/bin/vmft-agent" "$work/guest/bin/vmft-demo" "$work/"
+        strip -o "$work/vmft-demo" "$bin/vmft-demo"
+        cp "$work/host/bin/vmft-agent" "$work/"
         # shellcheck disable=SC2046 # the manifest's lists are words
         add_modules "$work/host" "$kernel" $(setting host)
-        # shellcheck disable=SC2046
-        add_modules "$work/guest" "$kernel" $(setting guest)
-        cp "$kernel/release" "$work/guest/release"
         pack "$work/host" "$work/host.cpio.gz"
-        pack "$work/guest" "$work/guest.cpio.gz"
-        rm -r "$work/host" "$work/guest"
+        rm -r "$work/host"
+        # shellcheck disable=SC2046
+        pack_guest "$work" "$kernel" "$bin" $(setting guest)
         cp "$kernel/vmlinuz" "$work/"
         basename "$kernel" >"$work/versions"
         publish "$name"
         # Yesterday's images: nothing that runs now uses them.
-        find "$cache" -maxdepth 1 \( -name 'images-*' -o -name 'tmp.*' \) -mtime +1 -exec rm -rf {} +
+        find "$cache" -maxdepth 1 \( -name 'images-*' -o -name 'guest-*' -o -name 'tmp.*' \) -mtime +1 -exec rm -rf {} +
     fi
     # A fixed name for people; tests use the printed path, which cannot change under them.
     ln -sfn "$name" "$cache/images.$$" && mv -T "$cache/images.$$" "$cache/images"
@@ -254,13 +280,18 @@ build_debian() {
     printf '%s\n' "$cache/$name/vmlinuz" "$cache/$name/initrd.img" "$file"
 }
 
+. "$here/kernels.sh"
+
 main() {
     case "${1:-} $#" in
         "images 1") build_images ;;
         "small-kernel 1") build_small_kernel ;;
         "disk 3") make_disk "$2" "$3" ;;
         "debian 3") build_debian "$2" "$3" ;;
-        *) sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        "kernels 1") open_archive && list_kernels | newest_kernels ;;
+        "kernel 3") open_archive && kernel_file "$2" "$3" ;;
+        "guest 3") build_guest "$2" "$3" ;;
+        *) sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 }
 

@@ -11,6 +11,8 @@ use std::time::Instant;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
+use crate::hosts;
+
 /// What a test returns: any error fails it.
 pub type TestResult = Result<(), Box<dyn Error>>;
 
@@ -25,6 +27,8 @@ pub enum Need {
     Etcd,
     /// debootstrap, and the keys of Debian's archive.
     Debootstrap,
+    /// Debian's archive, or what was fetched from it before.
+    DebianArchive,
     /// QEMU, its virtiofsd and what `guest-images/build.sh` uses.
     Qemu,
 }
@@ -41,6 +45,7 @@ impl Need {
             Need::Etcd => ["etcd", "etcdctl"].into_iter().find_map(missing_program),
             Need::Debootstrap => missing_program("debootstrap")
                 .or_else(|| missing_file("/usr/share/keyrings/debian-archive-keyring.gpg")),
+            Need::DebianArchive => hosts::archive_missing(),
             Need::Qemu => ["ip", "tc", "qemu-system-x86_64", "busybox", "cpio", "modprobe", "mke2fs"]
                 .into_iter()
                 .find_map(missing_program)

@@ -5,6 +5,7 @@
 //! - [`demo`]: what `run-ft.sh` shows.
 //! - [`harness`]: runs end-to-end tests, and says which a machine cannot run.
 //! - [`pair`]: monitors on test hosts, one or two at a time, and what a test needs around them.
+//! - [`recordings`]: a guest recorded on one test host and replayed on another.
 //!
 //! Nothing here is part of the product, and the product depends on nothing here.
 
@@ -16,6 +17,7 @@ pub mod demo;
 pub mod harness;
 pub mod hosts;
 pub mod pair;
+pub mod recordings;
 
 /// Takes a lock whose holder may have panicked: that fails its test by itself.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

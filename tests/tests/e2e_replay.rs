@@ -6,13 +6,13 @@
 use std::fs;
 use std::process::ExitCode;
 
-use nix::sys::signal::Signal;
 use vmft_tests::client::Config;
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Ending, HostError, Output, archive_with_init};
 use vmft_tests::pair::{
     Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, count_from_environment,
 };
+use vmft_tests::recordings::{assert_equal, record, recording, replay, replay_on, stop};
 
 static SITE: SharedSite = SharedSite::new(2);
 
@@ -25,47 +25,6 @@ fn main() -> ExitCode {
     ]);
     SITE.close();
     status
-}
-
-/// Starts to record the default guest on host 1.
-fn record(site: &mut Site, guest: &Guest, volume: &Volume) -> Result<Monitor, HostError> {
-    let mut arguments = vec!["record".to_owned(), recording(volume)];
-    arguments.extend(site.guest_options(guest, volume));
-    site.start(1, &arguments)
-}
-
-fn recording(volume: &Volume) -> String {
-    format!("{}/recording", volume.path)
-}
-
-/// Starts to replay on host 2.
-fn replay(site: &mut Site, volume: &Volume) -> Result<Monitor, HostError> {
-    replay_on(2, site, volume)
-}
-
-fn replay_on(host: u8, site: &mut Site, volume: &Volume) -> Result<Monitor, HostError> {
-    site.start(host, &["replay".to_owned(), "--console".to_owned(), recording(volume)])
-}
-
-/// Stops a recording, which must then be whole.
-fn stop(recorder: &Monitor) -> Result<Output, HostError> {
-    recorder.kill(Signal::SIGTERM)?;
-    let recorded = recorder.wait(SHORT)?;
-    assert_eq!(recorded.ending, Ending::Exited(0), "{:?}", recorded.stderr);
-    Ok(recorded)
-}
-
-/// Waits for a replay; it must have found the recording's digests and written the same to the console.
-fn assert_equal(replayer: &Monitor, recorded: &Output, anchors_min: u64) -> TestResult {
-    let replayed = replayer.wait(LONG)?;
-    assert_eq!(replayed.ending, Ending::Exited(0), "{:?}", replayed.stderr);
-    let text = replayed.stdout.join("\n");
-    let (console, verdict) = text.split_once("replay equal: ").ok_or("there is no verdict")?;
-    println!("replay equal: {verdict}");
-    assert_eq!(console.trim_end(), recorded.stdout.join("\n").trim_end(), "the console differs");
-    let anchors: u64 = verdict.split(' ').next().unwrap_or_default().parse()?;
-    assert!(anchors >= anchors_min, "only {anchors} anchors");
-    Ok(())
 }
 
 fn boots_to_service_replay_equal() -> TestResult {

@@ -141,6 +141,26 @@ pub fn make_debian_disk(suite: &str, file: &Path) -> Result<RootDisk, HostError>
     Ok(RootDisk { kernel, initrd, disk })
 }
 
+/// Debian's newest kernel, of whatever suite, as `guest-images/build.sh guest newest cloud` makes it: a directory with
+/// `vmlinuz` and `guest.cpio.gz`. Made once per process.
+pub fn newest_kernel() -> Result<PathBuf, HostError> {
+    static MADE: OnceLock<PathBuf> = OnceLock::new();
+    if let Some(dir) = MADE.get() {
+        return Ok(dir.clone());
+    }
+    let mut build = Command::new(build_script());
+    let dir = tool::output(build.args(["guest", "newest", "cloud"]))?;
+    Ok(MADE.get_or_init(|| dir.trim().into()).clone())
+}
+
+/// Why [`newest_kernel`] cannot be had: the archive is out of reach, and nothing of it was fetched before.
+pub fn archive_missing() -> Option<String> {
+    const OUT_OF_REACH: i32 = 3;
+    let output = Command::new(build_script()).args(["guest", "newest", "cloud"]).output().ok()?;
+    (output.status.code() == Some(OUT_OF_REACH))
+        .then(|| String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default().to_owned())
+}
+
 fn build_script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/build.sh")
 }

@@ -191,24 +191,33 @@ pub(super) struct DebianKernel {
     pub release: String,
 }
 
-/// Every kernel of which a package is in the cache, of this flavour (`cloud-`, `rt-` or none); says so loudly if there
-/// is none.
+/// The oldest and the newest kernel of which a package is in the cache, of this flavour (`cloud-`, `rt-` or none); says so
+/// loudly if there is none. All of Debian's kernels are tried by scripts/kernels.sh.
 pub(super) fn debian_kernels(test: &str, flavour: &str) -> Vec<DebianKernel> {
     let cache = std::env::var_os("VMFT_CACHE")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/vmft")));
     let files = cache.and_then(|cache| std::fs::read_dir(cache.join("debs")).ok());
-    let kernels: Vec<_> = files
+    let mut packages: Vec<(Vec<u64>, PathBuf)> = files
         .into_iter()
         .flatten()
         .map(|file| file.unwrap().path())
-        .filter(|path| is_package_of(&path.file_name().unwrap_or_default().to_string_lossy(), flavour))
-        .map(|package| unpack(&package))
+        .filter_map(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            is_package_of(&name, flavour).then(|| (numbers(&name), path))
+        })
         .collect();
-    if kernels.is_empty() {
+    packages.sort();
+    if packages.is_empty() {
         eprintln!("SKIPPED: {test}: no package of a kernel in the cache (VMFT_CACHE or ~/.cache/vmft)");
     }
-    kernels
+    let newest = packages.len().saturating_sub(1);
+    let ends = packages.iter().enumerate().filter(|(i, _)| *i == 0 || *i == newest);
+    ends.map(|(_, (_, package))| unpack(package)).collect()
+}
+
+fn numbers(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect()
 }
 
 /// Whether a package of this name holds a kernel: `linux-image-*`, or from 6.19 on `linux-binary-*`.

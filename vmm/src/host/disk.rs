@@ -14,7 +14,7 @@
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -31,6 +31,7 @@ use super::deferral::Inbox;
 use super::image::{Image, ImageError};
 use super::owner::{Owned, Ownership};
 use super::{StopToken, Worker};
+use crate::file_kind::FileKind;
 
 /// Bytes per sector; an image is a whole number of them.
 const SECTOR_BYTES: u64 = 512;
@@ -71,6 +72,14 @@ pub enum DiskError {
     NotAnImage {
         /// The image.
         path: PathBuf,
+    },
+    /// A format of its own, which the guest would see as the content of its disk.
+    #[error("Disk image '{path}' is {kind}; make a raw one of it: `qemu-img convert -O raw {path} disk.img`")]
+    NotRaw {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        kind: FileKind,
     },
     /// The size is not that of a disk.
     #[error("Disk image '{path}' has {len_bytes} bytes; it needs a multiple of 512, and more than none")]
@@ -128,6 +137,7 @@ pub struct Disk {
 impl Disk {
     /// Opens the image at `path` and locks it: exclusively, or shared with other readers if `read_only`.
     pub fn open(path: &Path, read_only: bool, caching: Caching) -> Result<Self, DiskError> {
+        check_format(path)?;
         let disk = Self::open_unlocked(path, read_only, caching)?;
         disk.try_lock()?;
         Ok(disk)
@@ -391,6 +401,20 @@ fn deliver(
     }
 }
 
+/// Refuses the formats of virtual disks. Only where a guest starts: later the content is the guest's affair.
+fn check_format(path: &Path) -> Result<(), DiskError> {
+    let mut start = Vec::new();
+    // What cannot be read is refused for that reason, soon.
+    if path.is_file()
+        && let Ok(file) = File::open(path)
+        && file.take(SECTOR_BYTES).read_to_end(&mut start).is_ok()
+        && let kind @ FileKind::VirtualDisk(_) = FileKind::of(&start)
+    {
+        return Err(DiskError::NotRaw { path: path.to_owned(), kind });
+    }
+    Ok(())
+}
+
 fn locks_unsupported(error: &io::Error) -> bool {
     let unsupported = [Errno::ENOLCK, Errno::EOPNOTSUPP, Errno::ENOSYS];
     unsupported.iter().any(|errno| error.raw_os_error() == Some(*errno as i32))
@@ -624,6 +648,24 @@ mod tests {
         backup.lock().unwrap();
         assert_eq!(backup.read(0, 512).unwrap(), [1; 512]);
         assert!(matches!(backup.image(), Err(ImageError::Replaced { .. })));
+    }
+
+    #[test]
+    fn virtual_disks_are_refused_unless_the_guest_wrote_one_itself() {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("disk.qcow2");
+        for (start, size_bytes) in
+            [(&b"QFI\xfb"[..], 1024), (b"# Disk DescriptorFile", 700), (b"vhdxfile", 0x200)]
+        {
+            fs::write(&path, [start, &vec![0; size_bytes - start.len()]].concat()).unwrap();
+            let error = Disk::open(&path, false, Caching::Host).unwrap_err();
+            assert!(matches!(error, DiskError::NotRaw { .. }), "{error}");
+            assert!(error.to_string().contains("qemu-img convert -O raw"), "{error}");
+        }
+        fs::write(&path, [0; 1024]).unwrap();
+        let mut disk = Disk::open_unlocked(&path, false, Caching::WriteThrough).unwrap();
+        fs::write(&path, [&b"QFI\xfb"[..], &[0; 1020]].concat()).unwrap();
+        disk.lock().unwrap();
     }
 
     #[test]
