@@ -583,8 +583,10 @@ mod tests {
         for kernel in debian_kernels("truncations_of_debians_cloud_kernels_are_errors", "cloud-") {
             let packed = std::fs::read(&kernel.path).unwrap();
             let parse = |bytes: &[u8]| parse_kernel(bytes.to_vec(), &kernel.path);
-            // What lies behind the packed kernel (the decompressor) is not needed, so only shorter files are errors.
-            for len in (0..0x600).chain((0..64).map(|i| i * (packed.len() - 200_000) / 64)) {
+            let field = |at: usize| u32::from_le_bytes(packed[at..at + 4].try_into().unwrap()) as usize;
+            // What follows the packed kernel (the decompressor) is not needed, so only shorter files are errors.
+            let end = (usize::from(packed[0x1f1]) + 1) * 512 + field(0x248) + field(0x24c);
+            for len in (0..0x600).chain((0..64).map(|i| i * end / 64)).chain([end - 1]) {
                 assert!(parse(&packed[..len]).is_err(), "{len}");
             }
             let (elf, _) = parse(&packed).unwrap();
