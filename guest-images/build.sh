@@ -223,14 +223,6 @@ make_disk() {
     mv "$file.tmp" "$file"
 }
 
-# debian_mirror: where apt of this machine has Debian's packages from.
-debian_mirror() {
-    local found
-    found=$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 'Created-By: Packages' 2>/dev/null |
-        sed -n 's|^Debian Debian \(https\{0,1\}://.*\)|\1|p' | sort -u | head -n 1) || true
-    echo "${found:-http://deb.debian.org/debian}"
-}
-
 # debootstrap_tree SUITE DIR PACKAGES: installs Debian, with nothing of this machine left in it.
 debootstrap_tree() {
     local suite=$1 tree=$2 http_proxy=${http_proxy:-} keyring=/usr/share/keyrings/debian-archive-keyring.gpg
@@ -239,7 +231,7 @@ debootstrap_tree() {
     [ -z "$http_proxy" ] || export http_proxy
     # Its mounts end with the namespace, however it ends: nothing of this machine is below $tree when that is removed.
     unshare --mount debootstrap --variant=minbase --include="$3" --keyring="$keyring" "$suite" "$tree" \
-        "$(debian_mirror)" >"$work/log" 2>&1 ||
+        "$(mirror_of Debian http://deb.debian.org/debian)" >"$work/log" 2>&1 ||
         { tail -n 20 "$work/log" >&2; die "debootstrap cannot install Debian's suite '$suite'"; }
     rm -rf "$tree"/var/cache/apt/*.bin "$tree"/var/cache/apt/archives/*.deb "$tree"/var/lib/apt/lists/*
     # systemd makes a machine's own id at the first boot.

@@ -2,7 +2,7 @@
 # Installs what is missing to build vmft and run it on test hosts, on Debian 12. Installs nothing if nothing is missing.
 #
 #   setup.sh run    to build and run
-#   setup.sh test   to run `make test` too: formatter and linter, an etcd, and what installs a Debian into an image
+#   setup.sh test   to run `make test` too: formatter and linter, an etcd, and what makes guests of other Debian kernels and disks
 #
 # Packages are installed as root only; else it says what is missing. A Rust that is there but too old is left alone.
 set -euo pipefail
@@ -34,6 +34,9 @@ etcd                                    etcd-server
 etcdctl                                 etcd-client
 debootstrap                             debootstrap
 /usr/share/keyrings/debian-archive-keyring.gpg  debian-archive-keyring
+xz                                      xz-utils
+zstd                                    zstd
+xxd                                     xxd
 rustfmt                                 rustfmt-web
 clippy-driver                           rust-web-clippy
 "
