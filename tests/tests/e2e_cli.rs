@@ -472,9 +472,10 @@ fn other_guest(site: &mut Site, volume: &Volume) -> Result<Monitor, Box<dyn std:
     fs::copy(volume.local.join("disk.img"), volume.local.join("other.img"))?;
     let path = &volume.path;
     let line = format!(
-        "primary --name other --kernel {} --memory-mib 64 {} --arbiter dir:{path} --listen 10.78.0.102:7001 --disk \
-         {path}/other.img",
+        "primary --name other --kernel {} --initrd {} --memory-mib 128 {} --arbiter dir:{path} --listen 10.78.0.102:7001 \
+         --disk {path}/other.img",
         site.kernel(),
+        site.image("guest.cpio.gz"),
         volume.security().join(" ")
     );
     let other = site.start(2, &words(&line))?;
