@@ -121,13 +121,11 @@ kernel_file() {
         begin
         dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$work" --wildcards --no-anchored "vmlinuz*" "config-$release" \
             2>/dev/null || true
-        mkdir "$work/boot.new"
-        find "$work" -name "config-$release" -exec mv {} "$work/boot.new/" \;
-        find "$work" -name 'vmlinuz*' -exec mv {} "$work/boot.new/vmlinuz-$release" \;
-        [ -f "$work/boot.new/vmlinuz-$release" ] || die "$package $2 holds no kernel"
+        # They lie below boot, lib or usr.
+        find "$work" -mindepth 2 -name "config-$release" -exec mv {} "$work/" \;
+        find "$work" -mindepth 2 -name 'vmlinuz*' -exec mv {} "$work/vmlinuz-$release" \;
+        [ -f "$work/vmlinuz-$release" ] || die "$package $2 holds no kernel"
         rm -rf "$work/boot" "$work/usr" "$work/lib"
-        mv "$work"/boot.new/* "$work"
-        rmdir "$work/boot.new"
         publish "$name"
     fi
     echo "$cache/$name/vmlinuz-$release"

@@ -4,16 +4,17 @@
 
 use std::path::Path;
 
-use super::{CommandError, Ending};
+use super::{CommandError, Ending, say};
 use crate::boot;
 use crate::guest::GuestError;
 
 /// `vmft check-kernel`.
 pub fn check_kernel(file: &Path, addresses: bool) -> Result<Ending, CommandError> {
     let report = boot::check(file).map_err(GuestError::from)?;
-    print!("{report}");
+    let mut text = report.to_string();
     if addresses {
-        report.rewritten.iter().for_each(|address| println!("{address:#x}"));
+        text.extend(report.rewritten.iter().map(|address| format!("{address:#x}\n")));
     }
+    say(text.trim_end())?;
     Ok(Ending::Orderly)
 }
