@@ -34,7 +34,8 @@ vmft=${CARGO_TARGET_DIR:-$root/target}/x86_64-unknown-linux-gnu/release/vmft
 # check PACKAGE VERSION: "loads, packed with P | REWRITTEN | warned of", or why not.
 check() {
     local file report
-    file=$("$build" kernel "$1" "$2")
+    # The lists may name what the archive no longer has.
+    file=$("$build" kernel "$1" "$2") || { echo "not tried: it cannot be fetched | - | -"; return; }
     if report=$("$vmft" check-kernel "$file" 2>&1); then
         awk -F ': ' '$1 == "packing" { packing = $2 } $1 == "rewritten" { rewritten = $2 }
             $1 == "warning" { warned = warned (warned ? ", " : "") ($2 ~ /^ext4/ ? "ext4" : $2) }
@@ -66,8 +67,8 @@ while read -r _ flavour version package suite; do
     case $release in $only) ;; *) continue ;; esac
     result=$(check "$package" "$version")
     replays=
-    [ -z "$boot" ] || [[ $result == no:* ]] || replays=$(boot_and_replay "$package" "$version" </dev/null)
-    tried=$((tried + 1))
+    [ -z "$boot" ] || [[ $result != yes* ]] || replays=$(boot_and_replay "$package" "$version" </dev/null)
+    [[ $result == "not tried"* ]] || tried=$((tried + 1))
     [[ $result != no:* && $replays != no:* ]] || refused=$((refused + 1))
     echo "| $release | $flavour | $version | $suite | $result |${boot:+ $replays |}"
 done <<<"$list"
