@@ -10,8 +10,8 @@ use vmft::file_kind::FileKind;
 
 /// mov ecx, PGE|PAE; mov cr4, rcx; mov rax, cr4; mov gs:[0x100], rax; mov rdi, gs:[0x100]; and rdi, ~15; rdtsc; ret
 const CODE: [u8; 36] = [
-    0xb9, 0xa0, 0, 0, 0, 0x0f, 0x22, 0xe1, 0x0f, 0x20, 0xe0, 0x65, 0x48, 0x89, 0x04, 0x25, 0, 1, 0, 0, 0x65, 0x48, 0x8b,
-    0x3c, 0x25, 0, 1, 0, 0, 0x48, 0x83, 0xe7, 0xf0, 0x0f, 0x31, 0xc3,
+    0xb9, 0xa0, 0, 0, 0, 0x0f, 0x22, 0xe1, 0x0f, 0x20, 0xe0, 0x65, 0x48, 0x89, 0x04, 0x25, 0, 1, 0, 0, 0x65,
+    0x48, 0x8b, 0x3c, 0x25, 0, 1, 0, 0, 0x48, 0x83, 0xe7, 0xf0, 0x0f, 0x31, 0xc3,
 ];
 const BODY: usize = 0x400;
 
@@ -60,7 +60,8 @@ fn check(elf: Vec<u8>) {
     let count = if half(60) == 0 { word(sections + 32) } else { half(60) } as usize;
     let in_code = |at: usize| {
         (0..count).map(|i| sections + i * 64).any(|header| {
-            let (flags, start, len) = (word(header + 8), word(header + 24) as usize, word(header + 32) as usize);
+            let (flags, start, len) =
+                (word(header + 8), word(header + 24) as usize, word(header + 32) as usize);
             flags & 7 == 6 && at >= start && at - start < len
         })
     };

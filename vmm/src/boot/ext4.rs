@@ -30,8 +30,8 @@ impl Ext4 {
     /// By what the kernel in the file `path` has embedded (`CONFIG_IKCONFIG`), else by the `config-RELEASE` beside that
     /// file or, as Debian has both from 7.2 on, the `config` in a directory RELEASE, else by whether ext4's messages are in the image.
     ///
-    /// The last agrees with the configuration of Debian's kernels, 5.10 to 7.3: "EXT4-fs (" is in exactly those that have
-    /// ext4 built in.
+    /// The last agrees with the configuration of those of Debian's kernels of which the archive has it (5.10 to 6.18, 7.2,
+    /// 7.3): "EXT4-fs (" is in exactly those that have ext4 built in.
     pub(super) fn of(kernel: &KernelImage, path: &Path) -> Self {
         let config = embedded_config(kernel).or_else(|| packaged_config(kernel, path));
         match config {
