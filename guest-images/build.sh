@@ -283,7 +283,7 @@ main() {
         "kernels 1") open_archive && list_kernels | newest_kernels ;;
         "kernel 3") open_archive && kernel_file "$2" "$3" ;;
         "guest 3") build_guest "$2" "$3" ;;
-        *) sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,21s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 }
 

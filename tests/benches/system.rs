@@ -112,7 +112,7 @@ fn rounds() -> u32 {
 
 /// A guest as users have it: the monitors' own time-out.
 fn guest(work: &'static str) -> Guest {
-    Guest { memory_mib: 256, work, timeout_ms: 500 }
+    Guest { memory_mib: 256, work, timeout_ms: 500, ..Guest::default() }
 }
 
 /// Median, smallest and largest.

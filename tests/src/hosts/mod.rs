@@ -32,7 +32,10 @@ pub use capture::Capture;
 pub use error::HostError;
 pub use etcd::Etcd;
 pub use host::{HostConfig, HostKind, TestHost};
-pub use images::{Images, archive_missing, archive_with_init, build_small_guests, build_vmft, make_debian_disk, make_disk, make_key, newest_kernel};
+pub use images::{
+    Images, archive_missing, archive_with_init, build_small_guests, build_vmft, make_debian_disk, make_disk,
+    make_key, newest_kernel,
+};
 pub use net::{Link, Net};
 pub use process::{Ending, HostProcess, Output};
 pub use senders::Senders;

@@ -9,8 +9,8 @@
 pub mod console;
 pub mod deferral;
 pub mod disk;
-pub mod log;
 pub mod image;
+pub mod log;
 pub mod owner;
 mod secret;
 pub mod tap;
