@@ -58,7 +58,8 @@ fn boot_and_replay(site: &mut Site, kernel: &Path) -> TestResult {
     recorder.wait_for_line(SERVICE_READY, LONG)?;
     let recorded = stop(&recorder)?;
     let replayer = replay(site, &volume)?;
-    assert_equal(&replayer, &recorded, 5_000)?;
+    // Newer kernels boot with fewer exits: 7.3 with some 2,000.
+    assert_equal(&replayer, &recorded, 1_000)?;
     fs::remove_dir_all(&volume.local)?;
     Ok(())
 }
