@@ -112,7 +112,8 @@ fn executable_runs(ram: &GuestRam, cr3: u64) -> Vec<Run> {
         let len_bytes = left_bytes.min(AREA_END - linear);
         let mut code = Vec::new();
         if let Some(gpa) = mapped {
-            code.resize(len_bytes as usize, 0);
+            // The entry of a page of 1 GiB alone would be more than that.
+            code.resize((SEARCHED_BYTES_MAX - searched_bytes).min(len_bytes as usize), 0);
             if ram.read_slice(&mut code, GuestAddress(gpa)).is_err() {
                 code.clear();
             }
@@ -246,6 +247,18 @@ mod tests {
         assert!(search(&guest.0, 0x7_ffff_f000).is_empty());
         guest.entry(CR3, 511, 0x8_0000_0000 | 3);
         assert!(guest.found().is_empty());
+    }
+
+    #[test]
+    fn a_page_of_a_gibibyte_is_searched_within_the_limit() {
+        let guest = Guest(GuestRam::from_ranges(&[(GuestAddress(0), SEARCHED_BYTES_MAX + 4096)]).unwrap());
+        guest.entry(CR3, 511, POINTERS | 3);
+        guest.entry(POINTERS, 511, LARGE | PRESENT);
+        guest.0.write_slice(RDTSC, GuestAddress(CODE)).unwrap();
+        guest.0.write_slice(RDTSC, GuestAddress(SEARCHED_BYTES_MAX as u64)).unwrap();
+        let runs = executable_runs(&guest.0, CR3);
+        assert_eq!(runs.iter().map(|run| run.code.len()).sum::<usize>(), SEARCHED_BYTES_MAX);
+        assert_eq!(guest.found(), [AREA_WITH_KASLR + CODE]);
     }
 
     #[test]
