@@ -220,12 +220,21 @@ fn unusable_files_are_refused() -> TestResult {
         for (line, says) in [
             (format!("run --kernel {path}/none"), &["kernel", "none", "No such file"][..]),
             (format!("run --kernel {path}"), &["kernel", path]),
-            (format!("run --kernel {path}/empty"), &["empty is not a Linux kernel"]),
-            (format!("run --kernel {path}/short"), &["short is not a Linux kernel"]),
-            (format!("run --kernel {path}/text"), &["text is not a Linux kernel", "vmlinux", "bzImage"]),
-            (format!("run --kernel {path}/truncated"), &["truncated is incomplete", "Copy it again"]),
+            (format!("run --kernel {path}/empty"), &["empty is not a kernel", "an empty file"]),
+            (
+                format!("run --kernel {path}/short"),
+                &["short is not a kernel", "only the beginning", "Copy it again"],
+            ),
+            (
+                format!("run --kernel {path}/text"),
+                &["text is not a kernel", "a text file", "vmlinux", "bzImage"],
+            ),
+            (
+                format!("run --kernel {path}/truncated"),
+                &["truncated is incomplete", "ends before its packed kernel", "Copy it again"],
+            ),
             (format!("{run} --initrd {path}/none"), &["initrd", "none", "No such file"]),
-            (format!("{run} --initrd {path}/empty"), &["empty is empty"]),
+            (format!("{run} --initrd {path}/empty"), &["initrd", "empty is an empty file"]),
             (
                 format!("{run} --memory-mib 128 --initrd {path}/huge"),
                 &["initrd", "huge does not fit in 128 MiB", "--memory-mib"],

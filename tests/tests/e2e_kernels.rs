@@ -29,18 +29,17 @@ fn debians_newest_kernel_boots_and_replays_equal() -> TestResult {
         Some(list) => std::env::split_paths(&list).collect(),
         None => vec![hosts::newest_kernel()?],
     };
-    SITE.run(|site| {
-        let mut failed = 0;
-        for kernel in &kernels {
-            let result = boot_and_replay(site, kernel);
-            let said = result
-                .as_ref()
-                .map_or_else(|error| format!("FAILED: {error}"), |()| "replays equal".to_owned());
-            println!("{}: {said}", kernel.display());
-            failed += usize::from(result.is_err());
-        }
-        if failed == 0 { Ok(()) } else { Err(format!("{failed} of {} kernels failed", kernels.len()).into()) }
-    })
+    let mut failed = 0;
+    for kernel in &kernels {
+        let result = SITE.run(|site| boot_and_replay(site, kernel));
+        let said = match &result {
+            Ok(()) => "replays equal".to_owned(),
+            Err(error) => format!("FAILED: {error}"),
+        };
+        println!("{}: {said}", kernel.display());
+        failed += usize::from(result.is_err());
+    }
+    if failed == 0 { Ok(()) } else { Err(format!("{failed} of {} kernels failed", kernels.len()).into()) }
 }
 
 fn boot_and_replay(site: &mut Site, kernel: &Path) -> TestResult {

@@ -7,6 +7,8 @@ use std::fmt;
 
 /// How many bytes [`FileKind::of`] looks at. Fewer give a less exact answer.
 pub const LOOKED_AT_BYTES: usize = 36 << 10;
+/// From here on a bzImage says that it is one.
+const HEADERS_BYTES: usize = 0x206;
 
 /// What a file is, as far as its first bytes tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +33,8 @@ pub enum FileKind {
         /// It has a section `.linux`.
         unified: bool,
     },
+    /// The beginning of an EFI program or a bzImage that ends before its headers say which.
+    CutOff,
     /// A virtual disk in a format of its own.
     VirtualDisk(&'static str),
     /// The contents of a disk: partitions or a file system.
@@ -107,6 +111,9 @@ impl FileKind {
         if is_bzimage(bytes) {
             return Self::BzImage;
         }
+        if bytes.starts_with(b"MZ") && bytes.len() < HEADERS_BYTES {
+            return Self::CutOff;
+        }
         let has = |at: usize, magic: &[u8]| bytes.get(at..).is_some_and(|rest| rest.starts_with(magic));
         let other = || if is_text(bytes) { Self::Text } else { Self::Unknown };
         let by_magic = || MAGICS.iter().find(|(at, magic, _)| has(*at, magic)).map(|(_, _, kind)| *kind);
@@ -140,6 +147,7 @@ impl fmt::Display for FileKind {
             Self::Pe { machine, unified: false } => {
                 write!(f, "a PE file (an EFI or Windows program) for {machine}")
             }
+            Self::CutOff => f.write_str("only the beginning of a kernel or an EFI program"),
             Self::VirtualDisk(format) => write!(f, "a virtual disk in the format {format}"),
             Self::Cpio => f.write_str("a cpio archive (an initramfs)"),
             Self::Script => f.write_str("a script"),
@@ -151,7 +159,7 @@ impl fmt::Display for FileKind {
 
 /// Whether `bytes` begin like a bzImage. Follows: Linux `Documentation/arch/x86/boot.rst`.
 pub fn is_bzimage(bytes: &[u8]) -> bool {
-    bytes.get(0x1fe..0x200) == Some(&[0x55, 0xaa]) && bytes.get(0x202..0x206) == Some(b"HdrS")
+    bytes.get(0x1fe..0x200) == Some(&[0x55, 0xaa]) && bytes.get(0x202..HEADERS_BYTES) == Some(b"HdrS")
 }
 
 /// Follows: Microsoft's PE format, sections "MS-DOS stub", "COFF file header" and "section table".

@@ -1,5 +1,6 @@
 //! The images that hosts and guests boot: made by `guest-images/build.sh`, kept in its cache.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -22,7 +23,7 @@ impl Images {
         }
         let dir = match std::env::var_os("VMFT_IMAGES") {
             Some(dir) => PathBuf::from(dir),
-            None => PathBuf::from(tool::output(Command::new(build_script()).arg("images"))?),
+            None => PathBuf::from(tool::output(outside_cargo(build_script()).arg("images"))?),
         };
         Ok(Images { dir: BUILT.get_or_init(|| dir).clone() })
     }
@@ -73,7 +74,7 @@ pub fn build_small_guests() -> Result<PathBuf, HostError> {
 }
 
 fn build(kind: &str, name: &str) -> Result<PathBuf, HostError> {
-    let mut cargo = Command::new("cargo");
+    let mut cargo = outside_cargo("cargo");
     cargo.args(["build", "-q", "--release", "-p", "vmft", kind, name, "--message-format", "json"]);
     let messages = tool::output(cargo.current_dir(env!("CARGO_MANIFEST_DIR")))?;
     messages
@@ -94,7 +95,7 @@ pub fn make_key(program: &Path, file: &Path) -> Result<(), HostError> {
 
 /// Makes `file` a raw disk of `size_mib` MiB with a fresh ext4 file system.
 pub fn make_disk(file: &Path, size_mib: u32) -> Result<(), HostError> {
-    tool::output(Command::new(build_script()).arg("disk").arg(file).arg(size_mib.to_string()))?;
+    tool::output(outside_cargo(build_script()).arg("disk").arg(file).arg(size_mib.to_string()))?;
     Ok(())
 }
 
@@ -130,7 +131,7 @@ pub struct RootDisk {
 
 /// Makes `file` a root disk with Debian's `suite`: systemd, networkd at 10.77.0.2/24, sshd, redis.
 pub fn make_debian_disk(suite: &str, file: &Path) -> Result<RootDisk, HostError> {
-    let mut build = Command::new(build_script());
+    let mut build = outside_cargo(build_script());
     let paths = tool::output(build.arg("debian").arg(suite).arg(file))?;
     let paths: Vec<PathBuf> = paths.lines().map(PathBuf::from).collect();
     let [kernel, initrd, disk] = paths.try_into().map_err(|paths| HostError::ToolFailed {
@@ -148,7 +149,7 @@ pub fn newest_kernel() -> Result<PathBuf, HostError> {
     if let Some(dir) = MADE.get() {
         return Ok(dir.clone());
     }
-    let mut build = Command::new(build_script());
+    let mut build = outside_cargo(build_script());
     let dir = tool::output(build.args(["guest", "newest", "cloud"]))?;
     Ok(MADE.get_or_init(|| dir.trim().into()).clone())
 }
@@ -156,9 +157,24 @@ pub fn newest_kernel() -> Result<PathBuf, HostError> {
 /// Why [`newest_kernel`] cannot be had: the archive is out of reach, and nothing of it was fetched before.
 pub fn archive_missing() -> Option<String> {
     const OUT_OF_REACH: i32 = 3;
-    let output = Command::new(build_script()).args(["guest", "newest", "cloud"]).output().ok()?;
+    let output = outside_cargo(build_script()).args(["guest", "newest", "cloud"]).output().ok()?;
     (output.status.code() == Some(OUT_OF_REACH))
         .then(|| String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default().to_owned())
+}
+
+/// A command without what `cargo test` says of this package. Build scripts of dependencies depend on such variables, so
+/// that what this command builds and what a shell builds would make each other out of date.
+fn outside_cargo(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    for (name, _) in std::env::vars_os() {
+        if name
+            .to_str()
+            .is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_"))
+        {
+            command.env_remove(name);
+        }
+    }
+    command
 }
 
 fn build_script() -> PathBuf {

@@ -53,7 +53,7 @@ pub enum BootError {
         path: PathBuf,
     },
     /// The file ends before something that its headers promise.
-    #[error("the kernel {path} is incomplete: its {part} lies behind the end of the file. Copy it again", path = path.display())]
+    #[error("the kernel {path} is incomplete: the file ends before its {part}. Copy it again", path = path.display())]
     KernelTruncated {
         /// The file.
         path: PathBuf,

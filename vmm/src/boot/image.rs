@@ -109,7 +109,7 @@ impl KernelImage {
         Ok(Self { bytes, entry, entry_vaddr, segments, code, data })
     }
 
-    /// First guest-physical address behind the kernel in memory.
+    /// First guest-physical address after the kernel in memory.
     pub fn end(&self) -> u64 {
         self.segments.iter().map(|s| s.paddr + s.memory_bytes).max().unwrap_or(0)
     }
@@ -199,7 +199,7 @@ fn segment(number: usize, header: &ProgramHeader, file_bytes: usize) -> Result<S
     }
     if paddr.checked_add(memory_bytes).is_none() || vaddr.checked_add(memory_bytes).is_none() {
         return Err(Fault::Malformed(format!(
-            "its segment {number} of {memory_bytes:#x} bytes at {paddr:#x}, linked to {vaddr:#x}, ends behind the last \
+            "its segment {number} of {memory_bytes:#x} bytes at {paddr:#x}, linked to {vaddr:#x}, ends past the last \
              address"
         )));
     }

@@ -89,9 +89,9 @@ fn segments_that_contradict_themselves_are_refused() {
         elf
     };
     refused(&with(&|s| s.memory_bytes = 3), "4 bytes in the file, more than its 3 in memory");
-    refused(&with(&|s| s.memory_bytes = u64::MAX), "ends behind the last address");
-    refused(&with(&|s| s.paddr = u64::MAX - 2), "ends behind the last address");
-    refused(&with(&|s| s.vaddr = u64::MAX - 2), "ends behind the last address");
+    refused(&with(&|s| s.memory_bytes = u64::MAX), "ends past the last address");
+    refused(&with(&|s| s.paddr = u64::MAX - 2), "ends past the last address");
+    refused(&with(&|s| s.vaddr = u64::MAX - 2), "ends past the last address");
     refused(&with(&|s| s.offset = u64::MAX - 2), "incomplete");
     refused(&with(&|s| s.kind = PT_DYNAMIC), "an ordinary program");
     refused(&with(&|s| s.kind = 0), "no loadable segment");

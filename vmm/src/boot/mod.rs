@@ -414,6 +414,7 @@ mod tests {
             (b"\x28\xb5\x2f\xfd", &["compressed with zstd"]),
             (b"BZh9", &["compressed with bzip2"]),
             (&mz, &["a PE file", "x86-64", "vmlinuz"]),
+            (&mz[..0x205], &["only the beginning of a kernel", "Copy it again"]),
             (b"QFI\xfb", &["qcow2", "--disk", "qemu-img convert"]),
             (b"070701", &["initramfs", "--initrd"]),
             (b"#!/bin/sh\n", &["a script", "vmlinuz"]),

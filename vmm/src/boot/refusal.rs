@@ -23,6 +23,7 @@ pub(super) fn in_place_of_kernel(bytes: &[u8], path: &Path) -> String {
             "Give a Linux kernel (vmlinuz); a unified kernel image (UKI) holds one".into()
         }
         FileKind::Pe { .. } | FileKind::OtherKernel(_) => "Only kernels for x86-64 run here".into(),
+        FileKind::CutOff => "Copy it again".into(),
         FileKind::VirtualDisk(_) => {
             format!(
                 "Give a kernel here; the disk goes to --disk, after qemu-img convert -O raw {path} disk.img"
@@ -52,6 +53,7 @@ pub(super) fn in_place_of_initrd(bytes: &[u8]) -> Option<FileKind> {
         | FileKind::BzImage
         | FileKind::OtherKernel(_)
         | FileKind::Pe { .. }
+        | FileKind::CutOff
         | FileKind::VirtualDisk(_)
         | FileKind::Archive(_)
         | FileKind::Script

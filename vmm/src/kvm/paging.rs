@@ -53,6 +53,12 @@ struct Leaf {
     no_execute: bool,
 }
 
+/// What a walk came to, and how many bytes around the address the last entry on the way speaks for.
+struct Walk {
+    leaf: Option<Leaf>,
+    entry_bytes: u64,
+}
+
 /// Who asks for memory, and by which tables.
 #[derive(Clone, Copy)]
 pub struct AddressSpace<'a> {
@@ -87,49 +93,59 @@ impl<'a> AddressSpace<'a> {
 
     /// The guest-physical address of `linear`, if the CPU would reach it without a fault.
     pub fn translate(&self, linear: u64, access: Access) -> Option<u64> {
-        self.walk(linear).filter(|leaf| self.allows(access, leaf)).map(|leaf| leaf.gpa)
+        self.walk(linear).leaf.filter(|leaf| self.allows(access, leaf)).map(|leaf| leaf.gpa)
     }
 
     /// Does `linear` lie in a page that was accessed before, so that the CPU would change no entry?
     pub fn was_accessed(&self, linear: u64) -> bool {
-        self.walk(linear).is_some_and(|leaf| leaf.accessed)
+        self.walk(linear).leaf.is_some_and(|leaf| leaf.accessed)
     }
 
-    fn walk(&self, linear: u64) -> Option<Leaf> {
+    /// As [`AddressSpace::translate`], and how many bytes from `linear` on have the same answer.
+    pub fn translate_run(&self, linear: u64, access: Access) -> (Option<u64>, u64) {
+        let Walk { leaf, entry_bytes } = self.walk(linear);
+        let gpa = leaf.filter(|leaf| self.allows(access, leaf)).map(|leaf| leaf.gpa);
+        (gpa, entry_bytes - (linear & (entry_bytes - 1)))
+    }
+
+    fn walk(&self, linear: u64) -> Walk {
         let long_mode = self.cr0 & CR0_PG != 0 && self.efer & EFER_LMA != 0 && self.cr4 & CR4_UNKNOWN == 0;
         let canonical = (linear as i64) << 16 >> 16 == linear as i64;
         if !long_mode || !canonical {
-            return None;
+            return Walk { leaf: None, entry_bytes: PAGE_BYTES };
         }
         let mut table = self.cr3 & ADDRESS;
         let (mut all, mut any) = (WRITABLE | USER | ACCESSED, 0);
         for shift in SHIFTS {
             let index = linear >> shift & 0x1ff;
-            let entry: u64 = self.ram.read_obj(GuestAddress(table + index * 8)).ok()?;
+            let entry_bytes = 1 << shift;
+            let nothing = Walk { leaf: None, entry_bytes };
+            let Ok(entry) = self.ram.read_obj::<u64>(GuestAddress(table + index * 8)) else { return nothing };
             let large = entry & LARGE != 0 && shift != SHIFTS[3];
             let reserved =
                 (large && shift == SHIFTS[0]) || (entry & NO_EXECUTE != 0 && self.efer & EFER_NXE == 0);
             if entry & PRESENT == 0 || reserved {
-                return None;
+                return nothing;
             }
             all &= entry;
             any |= entry;
             if shift == SHIFTS[3] || large {
-                let into = (1 << shift) - 1;
+                let into = entry_bytes - 1;
                 // Bit 12 of a large page's entry belongs to its memory type.
                 let gpa = entry & ADDRESS & !into | linear & into;
-                return Some(Leaf {
+                let leaf = Leaf {
                     gpa,
                     user: all & USER != 0,
                     writable: all & WRITABLE != 0,
                     accessed: all & ACCESSED != 0,
                     dirty: entry & DIRTY != 0,
                     no_execute: any & NO_EXECUTE != 0,
-                });
+                };
+                return Walk { leaf: Some(leaf), entry_bytes };
             }
             table = entry & ADDRESS;
         }
-        None
+        Walk { leaf: None, entry_bytes: PAGE_BYTES }
     }
 
     fn allows(&self, access: Access, leaf: &Leaf) -> bool {

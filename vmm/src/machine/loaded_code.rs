@@ -8,7 +8,7 @@
 //! ```text
 //!   module area ── page tables ──> executable runs ── the opcode's bytes? ──> decode from the run's start ──> addresses
 //! ```
-//! Follows: Linux, Documentation/arch/x86/x86_64/mm.rst (the module area); AMD64 APM volume 2, 5.3 (long-mode paging).
+//! Follows: Linux, Documentation/arch/x86/x86_64/mm.rst (the module area).
 //!
 //! Not covered: code outside the module area, and code that is gone again, such as a module's init section.
 
@@ -16,11 +16,13 @@ use std::fmt;
 
 use devices::GuestRam;
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+use kvm_bindings::kvm_sregs;
 use memchr::memmem;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Machine;
 use crate::kvm::KvmError;
+use crate::kvm::paging::{Access, AddressSpace};
 
 /// The area begins here in a kernel that was built without KASLR, and 512 MiB later in others, whose image does not
 /// reach that far.
@@ -34,13 +36,8 @@ const TOLD_MAX: usize = 8;
 const RDTSC: &[u8] = &[0x0f, 0x31];
 const RDTSCP: &[u8] = &[0x0f, 0x01, 0xf9];
 
-const PRESENT: u64 = 1;
-const LARGE: u64 = 1 << 7;
-const NO_EXECUTE: u64 = 1 << 63;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// With page-table isolation a process has two top-level tables side by side; the lower one maps the whole kernel.
 const USER_TABLE: u64 = 1 << 12;
-const LEVELS: u32 = 4;
 
 /// Linear addresses of RDTSC and RDTSCP instructions that nobody has rewritten.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,14 +66,15 @@ impl Machine {
     /// # Errors
     /// KVM does not say where the guest's page tables are.
     pub fn loaded_rdtscs(&self) -> Result<LoadedRdtscs, KvmError> {
-        Ok(search(&self.ram, self.vcpu.special_registers()?.cr3))
+        Ok(search(&self.ram, self.vcpu.special_registers()?))
     }
 }
 
-fn search(ram: &GuestRam, cr3: u64) -> LoadedRdtscs {
-    let mut runs = executable_runs(ram, cr3);
-    if runs.is_empty() && cr3 & USER_TABLE != 0 {
-        runs = executable_runs(ram, cr3 & !USER_TABLE);
+fn search(ram: &GuestRam, mut sregs: kvm_sregs) -> LoadedRdtscs {
+    let mut runs = executable_runs(ram, &sregs);
+    if runs.is_empty() && sregs.cr3 & USER_TABLE != 0 {
+        sregs.cr3 &= !USER_TABLE;
+        runs = executable_runs(ram, &sregs);
     }
     LoadedRdtscs(runs.iter().flat_map(|run| run.rdtscs()).collect())
 }
@@ -103,12 +101,13 @@ impl Run {
     }
 }
 
-fn executable_runs(ram: &GuestRam, cr3: u64) -> Vec<Run> {
+fn executable_runs(ram: &GuestRam, sregs: &kvm_sregs) -> Vec<Run> {
+    let space = AddressSpace::of_delivery(ram, sregs);
     let mut runs: Vec<Run> = Vec::new();
     let mut searched_bytes = 0;
     let mut linear = AREA_START;
     while linear < AREA_END && searched_bytes < SEARCHED_BYTES_MAX {
-        let (mapped, left_bytes) = lookup(ram, cr3, linear);
+        let (mapped, left_bytes) = space.translate_run(linear, Access::Execute);
         let len_bytes = left_bytes.min(AREA_END - linear);
         let mut code = Vec::new();
         if let Some(gpa) = mapped {
@@ -129,31 +128,13 @@ fn executable_runs(ram: &GuestRam, cr3: u64) -> Vec<Run> {
     runs
 }
 
-/// Where `linear` lies in guest memory if it is executable, and how far the same entry of the page tables reaches.
-fn lookup(ram: &GuestRam, cr3: u64, linear: u64) -> (Option<u64>, u64) {
-    let mut table = cr3 & ADDRESS;
-    for level in (0..LEVELS).rev() {
-        let shift = 12 + 9 * level;
-        let entry_bytes = 1_u64 << shift;
-        let offset = linear & (entry_bytes - 1);
-        let left_bytes = entry_bytes - offset;
-        let at = GuestAddress(table + (linear >> shift & 511) * 8);
-        let entry = ram.read_obj::<u64>(at).unwrap_or(0);
-        if entry & PRESENT == 0 || entry & NO_EXECUTE != 0 {
-            return (None, left_bytes);
-        }
-        if level == 0 || (level < LEVELS - 1 && entry & LARGE != 0) {
-            return (Some((entry & ADDRESS & !(entry_bytes - 1)) + offset), left_bytes);
-        }
-        table = entry & ADDRESS;
-    }
-    (None, AREA_END - linear)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const PRESENT: u64 = 1;
+    const LARGE: u64 = 1 << 7;
+    const NO_EXECUTE: u64 = 1 << 63;
     const CR3: u64 = 0x10_0000;
     const POINTERS: u64 = 0x10_2000;
     const DIRECTORY: u64 = 0x10_3000;
@@ -161,6 +142,11 @@ mod tests {
     const CODE: u64 = 0x20_0000;
     const AREA_WITH_KASLR: u64 = 0xffff_ffff_c000_0000;
     const RET: u8 = 0xc3;
+
+    fn registers(cr3: u64) -> kvm_sregs {
+        let (paging, long_mode, no_execute) = (1 << 31, 1 << 10, 1 << 11);
+        kvm_sregs { cr0: paging | 1, cr3, cr4: 1 << 5, efer: long_mode | no_execute, ..Default::default() }
+    }
 
     struct Guest(GuestRam);
 
@@ -186,7 +172,7 @@ mod tests {
         }
 
         fn found(&self) -> Vec<u64> {
-            search(&self.0, CR3).0
+            search(&self.0, registers(CR3)).0
         }
     }
 
@@ -234,7 +220,7 @@ mod tests {
     fn the_kernels_table_is_searched_where_a_process_has_its_own() {
         let guest = Guest::new();
         guest.page(0, RDTSC, PRESENT);
-        assert_eq!(search(&guest.0, CR3 | USER_TABLE).0, [AREA_WITH_KASLR]);
+        assert_eq!(search(&guest.0, registers(CR3 | USER_TABLE)).0, [AREA_WITH_KASLR]);
     }
 
     #[test]
@@ -244,7 +230,7 @@ mod tests {
             guest.entry(CR3, index, CR3 | 3);
         }
         assert!(guest.found().len() < SEARCHED_BYTES_MAX);
-        assert!(search(&guest.0, 0x7_ffff_f000).is_empty());
+        assert!(search(&guest.0, registers(0x7_ffff_f000)).is_empty());
         guest.entry(CR3, 511, 0x8_0000_0000 | 3);
         assert!(guest.found().is_empty());
     }
@@ -256,7 +242,7 @@ mod tests {
         guest.entry(POINTERS, 511, LARGE | PRESENT);
         guest.0.write_slice(RDTSC, GuestAddress(CODE)).unwrap();
         guest.0.write_slice(RDTSC, GuestAddress(SEARCHED_BYTES_MAX as u64)).unwrap();
-        let runs = executable_runs(&guest.0, CR3);
+        let runs = executable_runs(&guest.0, &registers(CR3));
         assert_eq!(runs.iter().map(|run| run.code.len()).sum::<usize>(), SEARCHED_BYTES_MAX);
         assert_eq!(guest.found(), [AREA_WITH_KASLR + CODE]);
     }
