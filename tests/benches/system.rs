@@ -14,11 +14,9 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use vmft_tests::campaign;
 use vmft_tests::client::{Client, Config, Gaps, Report};
+use vmft_tests::events::{FIGURES, PROTECTED, TAKEOVER, TRANSFER_FINAL, UNPROTECTED};
 use vmft_tests::harness::{TEST_HOSTS, first_missing};
-use vmft_tests::pair::{
-    Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, SERVICE_READY, SHORT, Site, TAKEOVER, UNPROTECTED,
-    count_from_environment, field,
-};
+use vmft_tests::pair::{Guest, LONG, Monitor, SERVICE_READY, SHORT, Site, count_from_environment, field};
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
@@ -49,9 +47,6 @@ const IDLE_TIME: Duration = Duration::from_secs(60);
 const SETTLE_TIME: Duration = Duration::from_secs(5);
 /// More than the interval between two lines of figures.
 const FIGURES_INTERVAL: Duration = Duration::from_millis(1_500);
-
-/// What a primary says when it stops its guest to send the rest of it.
-const SENT: &str = "the backup gets the rest of the guest";
 
 fn main() -> ExitCode {
     // Cargo adds `--bench`.
@@ -228,7 +223,7 @@ fn requests(site: &mut Site) -> Outcome {
 /// What the primary itself says of the pair.
 fn pair_rows(when: &str, primary: &Monitor) -> Outcome {
     let output = primary.output();
-    let line = output.iter().rev().find(|line| line.contains(PAIR_FIGURES)).ok_or("no figures")?;
+    let line = output.iter().rev().find(|line| line.contains(FIGURES)).ok_or("no figures")?;
     let number = |name| field(line, name).ok_or(format!("no {name} in: {line}"));
     let ms = |name| number(name).map(|us| us as f64 / 1e3);
     for (what, words, first, second) in [
@@ -245,7 +240,7 @@ fn pair_rows(when: &str, primary: &Monitor) -> Outcome {
 }
 
 fn snapshot_row(primary: &Monitor, backup: &Monitor) -> Outcome {
-    let sent = primary.wait_for_line(SENT, SHORT)?;
+    let sent = primary.wait_for_line(TRANSFER_FINAL, SHORT)?;
     let following = backup.wait_for_line("following view=", SHORT)?;
     let ms = |line: &str, name| field(line, name).ok_or(format!("no {name} in: {line}"));
     row(
@@ -272,8 +267,11 @@ fn transfer(site: &mut Site) -> Outcome {
             let view = 2 * round;
             let backup = site.start_backup(2, 1, &guest, &volume)?;
             let loaded = primary.wait_for_line(&format!("{PROTECTED} view={view}"), LONG)?;
-            let sent =
-                primary.output().into_iter().rfind(|line| line.contains(SENT)).ok_or("nothing was sent")?;
+            let sent = primary
+                .output()
+                .into_iter()
+                .rfind(|line| line.contains(TRANSFER_FINAL))
+                .ok_or("nothing was sent")?;
             let figure = |name| field(&sent, name).ok_or(format!("no {name} in: {sent}"));
             pause_ms.push(figure("first_pause_ms")?.max(figure("pause_ms")?) as f64);
             took_ms.push(figure("took_ms")? as f64);
@@ -319,7 +317,7 @@ fn counted(primary: &Monitor, count: &str, from: Instant, to: Instant) -> Outcom
     let points: Vec<(Instant, f64)> = primary
         .timed_output()
         .into_iter()
-        .filter(|(_, line)| line.contains(PAIR_FIGURES))
+        .filter(|(_, line)| line.contains(FIGURES))
         .filter_map(|(at, line)| Some((at, field(&line, count)? as f64)))
         .collect();
     let at = |moment: Instant| -> Outcome<f64> {

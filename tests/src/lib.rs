@@ -14,6 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 pub mod campaign;
 pub mod client;
 pub mod demo;
+pub mod events;
 pub mod harness;
 pub mod hosts;
 pub mod pair;

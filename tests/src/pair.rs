@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::client::{Client, Config, Report, dump};
+use crate::events::{PROTECTED, TRANSFER_FINAL};
 use crate::harness::TestResult;
 use crate::hosts::{
     HostConfig, HostError, HostKind, HostProcess, Images, Link, Net, TestHost, build_vmft, make_disk,
@@ -35,16 +36,6 @@ pub const SHORT: Duration = Duration::from_secs(20);
 pub const LONG: Duration = Duration::from_secs(90);
 /// What the guest writes to its console once its service listens.
 pub const SERVICE_READY: &str = "vmft-demo: ready";
-/// What a primary says once its backup follows; the view's number comes behind it.
-pub const PROTECTED: &str = "protected: the backup follows";
-/// What a former backup says once the guest is its own.
-pub const TAKEOVER: &str = "takeover: this host now runs the guest";
-/// What a primary says when it goes on without its backup.
-pub const UNPROTECTED: &str = "unprotected: the guest goes on without a backup";
-/// What a backup says whose guest has diverged or missed a stop.
-pub const USELESS: &str = "this backup is out of the running";
-/// What a monitor with `-v` says of a pair every second.
-pub const PAIR_FIGURES: &str = " pair so far ";
 /// The guest's address and its demo service.
 pub const SERVICE: ([u8; 4], u16) = ([10, 77, 0, 2], 7777);
 /// Port of the primaries' log and heartbeats.
@@ -642,6 +633,26 @@ impl Monitor {
         self.output().iter().filter(|line| line.contains(text)).count()
     }
 
+    /// Waits until it has written a line about `event` that has `words` in it: the line.
+    pub fn wait_for_event(
+        &self,
+        event: &str,
+        words: &str,
+        timeout: Duration,
+    ) -> Result<String, Box<dyn std::error::Error>> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let is_it = |line: &String| line.contains(event) && line.contains(words);
+            if let Some(line) = self.output().into_iter().find(is_it) {
+                return Ok(line);
+            }
+            if Instant::now() > deadline {
+                return Err(format!("host {} did not say {event} with '{words}'", self.host).into());
+            }
+            thread::sleep(LOOK);
+        }
+    }
+
     /// Waits until it has written `count` lines with `text`, for `timeout` at most.
     pub fn wait_for_lines(&self, text: &str, count: usize, timeout: Duration) -> TestResult {
         let deadline = Instant::now() + timeout;
@@ -666,7 +677,7 @@ impl Monitor {
         self.wait_for_line(&protected, LONG)?;
         let mut backup = None;
         for (at, line) in self.timed_output() {
-            if line.contains("the backup gets the rest of the guest") {
+            if line.contains(TRANSFER_FINAL) {
                 let name = text_field(&line, "backup").ok_or("the backup has no name")?;
                 backup = Some(name.trim_start_matches("host").parse()?);
             } else if line.contains(&protected) {

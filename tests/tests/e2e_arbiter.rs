@@ -9,19 +9,18 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use vmft_tests::client::Client;
+use vmft_tests::events::{
+    CLAIM_UNDECIDED, IMAGE_LOST, NOT_FENCED, PROTECTED, RECEIVING, TAKEOVER, TRANSFER_FAILED, UNPROTECTED,
+};
 use vmft_tests::harness::{self, Case, Need, TestResult};
 use vmft_tests::hosts::{Ending, Etcd, Link};
 use vmft_tests::pair::{
-    Guest, LONG, Monitor, PROTECTED, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume,
-    field, load, more_replies,
+    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, field, load, more_replies,
 };
 
 static SITE: SharedSite = SharedSite::new(2);
 
 const NEEDS: &[Need] = &[Need::Root, Need::Tun, Need::Qemu, Need::Etcd];
-/// What a monitor says once, when a claim gets no answer.
-const UNDECIDED: &str = "the claim is undecided";
-const NOT_FENCED: &str = "not fenced, so the guest waits; trying again";
 /// The record of the disk's owner.
 const OWNER: &str = "disk.img.vmft-owner";
 /// For how long nothing may happen while the arbiter or a fence is awaited.
@@ -100,19 +99,19 @@ fn etcd_decides() -> TestResult {
         second_is_refused(site, &guest, &volume, &primary)?;
         etcd.freeze(0..3, true);
         more_replies(&client, 20)?;
-        assert_eq!(primary.count(UNDECIDED), 0, "as long as both live, nobody asks the arbiter");
+        assert_eq!(primary.count(CLAIM_UNDECIDED), 0, "as long as both live, nobody asks the arbiter");
         // Two of three go on without it.
         etcd.kill(0);
 
         // Both want the next view, and neither is told.
         site.host(1).cut(Link::Log)?;
         // The arbiter is on the log link as well: host 1 reaches it again once that is whole.
-        primary.wait_for_line(UNDECIDED, SHORT)?;
-        backup.wait_for_line(UNDECIDED, SHORT)?;
+        primary.wait_for_line(CLAIM_UNDECIDED, SHORT)?;
+        backup.wait_for_line(CLAIM_UNDECIDED, SHORT)?;
         site.host(1).restore(Link::Log)?;
         assert_all_wait(&client, &[&primary, &backup], &[TAKEOVER, UNPROTECTED])?;
         for monitor in [&primary, &backup] {
-            assert_eq!(monitor.count(UNDECIDED), 1, "it is said once");
+            assert_eq!(monitor.count(CLAIM_UNDECIDED), 1, "it is said once");
         }
         etcd.freeze(0..3, false);
         let deadline = Instant::now() + SHORT;
@@ -135,7 +134,7 @@ fn etcd_decides() -> TestResult {
         more_replies(&client, 20)?;
         etcd.freeze(1..2, true);
         goes_on.kill(Signal::SIGKILL)?;
-        next.wait_for_line(UNDECIDED, SHORT)?;
+        next.wait_for_line(CLAIM_UNDECIDED, SHORT)?;
         assert_all_wait(&client, &[&next], &[TAKEOVER])?;
         etcd.freeze(1..2, false);
         println!("{}", next.wait_for_line(&format!("{TAKEOVER} view={}", view + 2), SHORT)?);
@@ -162,9 +161,10 @@ fn join_without_arbiter(
     let (alone, protected) = (goes_on.count(UNPROTECTED), goes_on.count(PROTECTED));
     let early = site.start_backup(on, goes_on.host, guest, volume)?;
     // By then it has asked the arbiter who that is, and nobody has asked yet for its record.
-    early.wait_for_line("receiving the guest", LONG)?;
+    early.wait_for_line(RECEIVING, LONG)?;
     etcd.freeze(1..2, true);
-    let line = goes_on.wait_for_line("the arbiter has not recorded it as the backup", LONG)?;
+    let line =
+        goes_on.wait_for_event(TRANSFER_FAILED, "the arbiter has not recorded it as the backup", LONG)?;
     println!("{line}");
     more_replies(client, 20)?;
     assert_eq!(early.wait(SHORT)?.ending, Ending::Exited(1));
@@ -189,7 +189,7 @@ fn take_disk(primary: &Monitor, view: u64, volume: &Volume) -> TestResult {
     assert!(record.contains(&expected), "{record}");
     fs::write(&new, record.replace(&format!("host{}", primary.host), "host9"))?;
     fs::rename(&new, &owner)?;
-    println!("{}", primary.wait_for_line("Another monitor has taken the disk image", SHORT)?);
+    println!("{}", primary.wait_for_line(IMAGE_LOST, SHORT)?);
     let image = fs::read(volume.local.join("disk.img"))?;
     // Not a condition to wait for: nothing is to happen.
     thread::sleep(WAITING);

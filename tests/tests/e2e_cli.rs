@@ -11,10 +11,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmft_tests::client::{Config, Sample};
+use vmft_tests::events::{PROTECTED, STARTED};
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Capture, Ending, Link, Output, build_vmft, make_disk};
 use vmft_tests::pair::{
-    Guest, LOG_PORT, LONG, Monitor, PROTECTED, Random, SERVICE_READY, SHORT, SharedSite, Site, Volume,
+    Guest, LOG_PORT, LONG, Monitor, Random, SERVICE_READY, SHORT, SharedSite, Site, Volume,
 };
 
 static SITE: SharedSite = SharedSite::new(2);
@@ -473,9 +474,6 @@ fn what_another_monitor_has_is_refused() -> TestResult {
     })
 }
 
-/// What a primary says once its image has an owner.
-const RUNS_HERE: &str = "the guest runs here";
-
 /// A guest called "other" on host 2, with `other.img` of `volume`.
 fn other_guest(site: &mut Site, volume: &Volume) -> Result<Monitor, Box<dyn std::error::Error>> {
     fs::copy(volume.local.join("disk.img"), volume.local.join("other.img"))?;
@@ -488,7 +486,7 @@ fn other_guest(site: &mut Site, volume: &Volume) -> Result<Monitor, Box<dyn std:
         volume.security().join(" ")
     );
     let other = site.start(2, &words(&line))?;
-    other.wait_for_line(RUNS_HERE, LONG)?;
+    other.wait_for_line(STARTED, LONG)?;
     Ok(other)
 }
 
@@ -507,7 +505,7 @@ fn other_images_are_refused() -> TestResult {
         let volume = site.volume()?;
         let (path, local) = (volume.path.clone(), volume.local.clone());
         let primary = site.start_primary(1, &Guest::default(), &volume)?;
-        primary.wait_for_line(RUNS_HERE, LONG)?;
+        primary.wait_for_line(STARTED, LONG)?;
         let other = other_guest(site, &volume)?;
         let owner = local.join("other.img.vmft-owner");
         let record = fs::read(&owner)?;

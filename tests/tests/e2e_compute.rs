@@ -14,11 +14,15 @@ use std::{fs, io};
 use ft_log::{CheckpointDecoder, LogPart, RecordingReader};
 use nix::sys::signal::Signal;
 use vmft_tests::client::{Client, Config};
+use vmft_tests::events::{
+    BACKUP_LOST, DESYNCHRONISED, FIGURES, PROTECTED, RECEIVING, TAKEOVER, THROTTLED, TRANSFER_FAILED,
+    TRANSFER_FINAL, UNPROTECTED,
+};
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Ending, Link, build_small_guests};
 use vmft_tests::pair::{
-    Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, Random, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
-    UNPROTECTED, Volume, count_from_environment, field, more_replies,
+    Guest, LONG, Monitor, Random, SERVICE_READY, SHORT, SharedSite, Site, Volume, count_from_environment,
+    field, more_replies,
 };
 
 #[path = "../../vmm/examples/small_guests/behaviours.rs"]
@@ -31,9 +35,7 @@ static SITE: SharedSite = SharedSite::new(2);
 /// A guest that fills its memory with noise writes several times as much, on a slow machine too.
 const NARROW_MBIT_PER_S: u32 = 20;
 /// What a primary says while it sends its guest: first when all of it was sent, with what was written meanwhile left.
-const ALL_SENT_ONCE: &str = "percent=100";
-const SLOWED: &str = "the guest writes as fast as it can be sent";
-const REST: &str = "the backup gets the rest of the guest";
+const ALL_SENT_ONCE: &str = "event=sending percent=100";
 
 /// Two endless loops in user space, and beside them fork and exec, disk writes with fsync, and frames.
 const WORK: &str = "loops,busy";
@@ -340,8 +342,8 @@ fn backup_that_misses_a_stop() -> TestResult {
         let guest = guest();
         let (primary, client) = start_alone(site, &guest, &volume)?;
         let backup = site.start_backup_with(2, 1, &guest, &volume, &["--inject-missed-stop", "20"])?;
-        println!("{}", backup.wait_for_line("asks for the guest anew", LONG)?);
-        println!("{}", primary.wait_for_line("the backup left: Missed", SHORT)?);
+        println!("{}", backup.wait_for_line(DESYNCHRONISED, LONG)?);
+        println!("{}", primary.wait_for_event(BACKUP_LOST, "Missed", SHORT)?);
         primary.wait_for_line(UNPROTECTED, SHORT)?;
         primary.wait_for_lines(PROTECTED, 2, LONG)?;
         more_replies(&client, 20)?;
@@ -363,16 +365,16 @@ fn backup_joins_while_the_guest_runs() -> TestResult {
         more_replies(&client, 10)?;
 
         let first = site.start_backup(2, 1, &guest, &volume)?;
-        primary.wait_for_line("percent=25", LONG)?;
+        primary.wait_for_line("event=sending percent=25", LONG)?;
         first.kill(Signal::SIGKILL)?;
-        println!("{}", primary.wait_for_line("it could not be given the guest", LONG)?);
+        println!("{}", primary.wait_for_line(TRANSFER_FAILED, LONG)?);
         more_replies(&client, 10)?;
         assert_eq!(volume.claims()?, ["guest.view-1"], "nobody was lost, so nobody has to claim anything");
 
         let second = site.start_backup(2, 1, &guest, &volume)?;
-        second.wait_for_line("receiving the guest", LONG)?;
+        second.wait_for_line(RECEIVING, LONG)?;
         let before = client.answered();
-        println!("{}", primary.wait_for_line(REST, LONG)?);
+        println!("{}", primary.wait_for_line(TRANSFER_FINAL, LONG)?);
         let meanwhile = client.answered() - before;
         assert!(meanwhile > 0, "no request was answered while the guest was sent");
         println!("{meanwhile} requests answered while the guest was sent");
@@ -399,10 +401,10 @@ fn guest_that_outruns_its_transfer() -> TestResult {
         primary.wait_for_line(ALL_SENT_ONCE, LONG)?;
         let before = client.answered();
         site.net().narrow(2, Link::Log, NARROW_MBIT_PER_S)?;
-        println!("{}", primary.wait_for_line(REST, LONG)?);
+        println!("{}", primary.wait_for_line(TRANSFER_FINAL, LONG)?);
         site.net().widen(2, Link::Log)?;
         assert!(client.answered() > before, "no request was answered while the guest was sent");
-        println!("{} times slowed: {}", primary.count(SLOWED), primary.wait_for_line(SLOWED, SHORT)?);
+        println!("{} times slowed: {}", primary.count(THROTTLED), primary.wait_for_line(THROTTLED, SHORT)?);
         println!("{}", primary.wait_for_line(PROTECTED, LONG)?);
         more_replies(&client, 10)?;
         primary.kill(Signal::SIGKILL)?;
@@ -443,7 +445,7 @@ fn wait_for_stops(primary: &Monitor) -> Result<String, Box<dyn Error>> {
     let deadline = Instant::now() + LONG;
     loop {
         let output = primary.output();
-        let figures = output.iter().rev().find(|line| line.contains(PAIR_FIGURES));
+        let figures = output.iter().rev().find(|line| line.contains(FIGURES));
         match figures.filter(|line| field(line, "checkpoints").is_some_and(|stops| stops >= STOPS_MIN)) {
             Some(figures) => return Ok(figures.clone()),
             None if Instant::now() > deadline => return Err("the guest is not stopped".into()),

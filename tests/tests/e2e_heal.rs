@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use vmft_tests::client::{Client, Config};
+use vmft_tests::events::{
+    BACKUP_LOST, DESYNCHRONISED, DIVERGED, FIGURES, PROTECTED, REPORT_WRITTEN, TAKEOVER, UNPROTECTED,
+};
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Ending, Images, archive_with_init};
 use vmft_tests::pair::{
-    Guest, LONG, Monitor, PAIR_FIGURES, PROTECTED, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
-    UNPROTECTED, USELESS, Volume, field, more_replies,
+    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, field, more_replies,
 };
 
 static SITE: SharedSite = SharedSite::new(2);
@@ -135,11 +137,11 @@ fn heals(
     let protected = primary.count(PROTECTED);
     primary.wait_for_lines(PROTECTED, protected + 1, LONG)?;
     provoke()?;
-    println!("{}", backup.wait_for_line("the guest diverged from the log", LONG)?);
-    backup.wait_for_line(USELESS, SHORT)?;
-    println!("{}", primary.wait_for_line("the backup left: Diverged at anchor", SHORT)?);
-    println!("{}", backup.wait_for_line("report written", SHORT)?);
-    println!("{}", primary.wait_for_line("report written", SHORT)?);
+    println!("{}", backup.wait_for_line(DIVERGED, LONG)?);
+    backup.wait_for_line(DESYNCHRONISED, SHORT)?;
+    println!("{}", primary.wait_for_event(BACKUP_LOST, "Diverged", SHORT)?);
+    println!("{}", backup.wait_for_line(REPORT_WRITTEN, SHORT)?);
+    println!("{}", primary.wait_for_line(REPORT_WRITTEN, SHORT)?);
     let before = client.answered();
     primary.wait_for_lines(PROTECTED, protected + 2, LONG)?;
     println!("{} replies from the report until protected again", client.answered() - before);
@@ -174,7 +176,7 @@ fn backup_that_keeps_diverging_never_goes_live() -> TestResult {
         assert_eq!(output.ending, Ending::Exited(4), "{:?}", output.stderr);
         println!("{}", output.stderr.last().map_or("", String::as_str));
         assert!(output.stderr.iter().any(|line| line.contains("3 times within 10 minutes")));
-        assert_eq!(output.stderr.iter().filter(|line| line.contains(USELESS)).count(), 3);
+        assert_eq!(output.stderr.iter().filter(|line| line.contains(DESYNCHRONISED)).count(), 3);
         primary.wait_for_line(&format!("{UNPROTECTED} view=7"), SHORT)?;
         more_replies(&client, 10)?;
         let report = client.stop(SHORT);
@@ -182,7 +184,7 @@ fn backup_that_keeps_diverging_never_goes_live() -> TestResult {
         site.check(&report)?;
 
         let backup = site.start_backup_with(2, 1, &guest, &volume, &again[..2])?;
-        backup.wait_for_line(USELESS, LONG)?;
+        backup.wait_for_line(DESYNCHRONISED, LONG)?;
         primary.kill(Signal::SIGKILL)?;
         let output = backup.wait(LONG)?;
         assert_eq!(output.ending, Ending::Exited(4), "{:?}", output.stderr);
@@ -207,7 +209,7 @@ fn slow_backup_is_borne_up_to_the_limit() -> TestResult {
         primary.wait_for_line(PROTECTED, LONG)?;
         wait_for_figures(&primary, "lag_p99_us", LAG_LIMIT_MS * 1_000 / 4)?;
         more_replies(&client, 20)?;
-        assert!(!said(&primary, "backup lost"), "a backup that catches up in time is not given up");
+        assert!(!said(&primary, BACKUP_LOST), "a backup that catches up in time is not given up");
         backup.kill(Signal::SIGTERM)?;
         assert_eq!(backup.wait(SHORT)?.ending, Ending::Exited(0));
         primary.wait_for_line(UNPROTECTED, SHORT)?;
@@ -215,7 +217,7 @@ fn slow_backup_is_borne_up_to_the_limit() -> TestResult {
         let slow = site.start_backup_with(2, 1, &guest, &volume, &["--inject-slowness", "20:200:1000000"])?;
         primary.wait_for_lines(PROTECTED, 2, LONG)?;
         let (before, started) = (client.answered(), Instant::now());
-        let lost = primary.wait_for_line("it answers, but its guest is", LONG)?;
+        let lost = primary.wait_for_event(BACKUP_LOST, "it answers, but its guest is", LONG)?;
         let (slowly, took) = (client.answered() - before, started.elapsed());
         println!("{lost}");
         println!("{slowly} replies in {:.1} s with a backup at a crawl", took.as_secs_f64());
@@ -246,7 +248,7 @@ fn wait_for_figures(monitor: &Monitor, name: &str, least: u64) -> TestResult {
     let deadline = Instant::now() + LONG;
     loop {
         let output = monitor.output();
-        let mut figures = output.iter().filter(|line| line.contains(PAIR_FIGURES));
+        let mut figures = output.iter().filter(|line| line.contains(FIGURES));
         if figures.any(|line| field(line, name).is_some_and(|value| value >= least)) {
             return Ok(());
         }

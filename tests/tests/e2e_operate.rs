@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use vmft_tests::client::Client;
+use vmft_tests::events::{DISMISSED, GUEST_ENDED, PROTECTED, TAKEOVER, UNPROTECTED};
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Ending, Link, Output};
 use vmft_tests::pair::{
-    Guest, LONG, Monitor, PROTECTED, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume,
-    load, more_replies,
+    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, load, more_replies,
 };
 
 static SITE: SharedSite = SharedSite::new(3);
@@ -300,7 +300,8 @@ fn switches_pauses_and_a_shutdown_lose_nothing() -> TestResult {
         for monitor in [&first, &second] {
             let output = monitor.wait(LONG)?;
             assert_eq!(output.ending, Ending::Exited(0), "host {}: {:?}", monitor.host, output.stderr);
-            let powered_off = output.stderr.iter().any(|line| line.contains("the guest powered itself off"));
+            let powered_off =
+                output.stderr.iter().any(|line| line.contains(&format!("{GUEST_ENDED} how=\"power-off\"")));
             assert!(powered_off, "host {}: {:?}", monitor.host, output.stderr);
         }
         let pressed = first.output().iter().any(|line| line.contains("the power button was pressed"));
@@ -393,11 +394,7 @@ fn a_backup_that_is_let_go_makes_room_for_another() -> TestResult {
         succeed(site, 1, &["drop-backup"])?;
         let output = backup.wait(SHORT)?;
         assert_eq!(output.ending, Ending::Exited(0), "{:?}", output.stderr);
-        assert!(
-            output.stderr.iter().any(|line| line.contains("dismissed: the primary goes on")),
-            "{:?}",
-            output.stderr
-        );
+        assert!(output.stderr.iter().any(|line| line.contains(DISMISSED)), "{:?}", output.stderr);
         primary.wait_for_line(&format!("{UNPROTECTED} view=3"), SHORT)?;
         assert_refused(site, 1, &["drop-backup"], "no backup that follows")?;
         assert_refused(site, 1, &["switch"], "no backup that follows")?;

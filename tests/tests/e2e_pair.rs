@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use vmft_tests::client::Client;
+use vmft_tests::events::{GUEST_ENDED, PROTECTED, RECEIVING, SENDING, TAKEOVER, UNPROTECTED};
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Capture, Ending, HostError, Link};
 use vmft_tests::pair::{
-    GUEST_MAC, Guest, LONG, Monitor, PROTECTED, Random, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER,
-    UNPROTECTED, Volume, count_from_environment, field, file_hash, load, more_replies,
+    GUEST_MAC, Guest, LONG, Monitor, Random, SERVICE_READY, SHORT, SharedSite, Site, Volume,
+    count_from_environment, field, file_hash, load, more_replies,
 };
 
 static SITE: SharedSite = SharedSite::new(2);
@@ -102,8 +103,8 @@ fn kill_during_transfer(site: &mut Site, percent: u64) -> TestResult {
     primary.wait_for_line(SERVICE_READY, LONG)?;
     let backup = site.start_backup(2, 1, &guest, &volume)?;
     match percent {
-        0 => backup.wait_for_line("receiving the guest primary=", SHORT)?,
-        _ => primary.wait_for_line(&format!("sending the guest to host2 percent={percent}"), SHORT)?,
+        0 => backup.wait_for_line(RECEIVING, SHORT)?,
+        _ => primary.wait_for_line(&format!("{SENDING} percent={percent}"), SHORT)?,
     };
     primary.kill(Signal::SIGKILL)?;
     let output = backup.wait(SHORT)?;
@@ -365,7 +366,7 @@ fn assert_both_end(
     site: &mut Site,
     work: &'static str,
     status: i32,
-    why: &str,
+    how: &str,
 ) -> Result<Volume, Box<dyn Error>> {
     let (guest, volume) = (Guest { work, ..Guest::default() }, site.volume()?);
     let primary = site.start_primary(1, &guest, &volume)?;
@@ -374,7 +375,8 @@ fn assert_both_end(
     for monitor in [&primary, &backup] {
         let output = monitor.wait(LONG)?;
         assert_eq!(output.ending, Ending::Exited(status), "host {}: {:?}", monitor.host, output.stderr);
-        let said = output.stderr.iter().any(|line| line.contains(why));
+        let ended = format!("{GUEST_ENDED} how=\"{how}\"");
+        let said = output.stderr.iter().any(|line| line.contains(&ended));
         assert!(said, "host {}: {:?}", monitor.host, output.stderr);
     }
     assert_eq!(backup.count(TAKEOVER), 0);
@@ -385,7 +387,7 @@ fn assert_both_end(
 fn guest_that_powers_off_ends_both() -> TestResult {
     SITE.run(|site| {
         let work = "poweroff-after-ready";
-        let volume = assert_both_end(site, work, 0, "the guest powered itself off")?;
+        let volume = assert_both_end(site, work, 0, "power-off")?;
         // So the guest may be started anew, and nobody that was frozen meanwhile can take it over.
         let again = site.start_primary(2, &Guest { work, ..Guest::default() }, &volume)?;
         assert_eq!(again.wait(LONG)?.ending, Ending::Exited(0));
@@ -394,7 +396,7 @@ fn guest_that_powers_off_ends_both() -> TestResult {
 }
 
 fn guest_that_crashes_ends_both() -> TestResult {
-    SITE.run(|site| assert_both_end(site, "halt-after-ready", 5, "the guest halted for good").map(drop))
+    SITE.run(|site| assert_both_end(site, "halt-after-ready", 5, "halted").map(drop))
 }
 
 fn guest_that_crashes_on_the_primary_only_goes_on() -> TestResult {

@@ -7,17 +7,13 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use vmft_tests::client::Config;
+use vmft_tests::events::{RESTART, STANDBY, TAKEOVER, UNPROTECTED};
 use vmft_tests::harness::{self, Case, TestResult};
 use vmft_tests::hosts::{Ending, Link, build_vmft, make_disk, make_key};
-use vmft_tests::pair::{
-    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, TAKEOVER, UNPROTECTED, Volume, more_replies,
-};
+use vmft_tests::pair::{Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, more_replies};
 
 static SITE: SharedSite = SharedSite::new(3);
 
-/// What a standby says when it waits, and what becomes one that lost its claim.
-const WAITS: &str = "standby: waiting for a primary without a backup";
-const STARTS_OVER: &str = "this monitor starts over as a standby";
 /// Not that of the other hosts' processors.
 const OTHER_STEPPING: u8 = 2;
 
@@ -72,7 +68,7 @@ fn protection_returns_by_itself() -> TestResult {
         backup.wait_ending(SHORT)?;
         // As a service manager would.
         let again = site.start_standby(backup.host, &guest, &volume)?;
-        again.wait_for_line(WAITS, SHORT)?;
+        again.wait_for_line(STANDBY, SHORT)?;
         more_replies(&client, 5)?;
 
         let killed = ("the primary was killed", Instant::now());
@@ -81,7 +77,7 @@ fn protection_returns_by_itself() -> TestResult {
         assert_protected(&spare, 6, again.host, killed)?;
         first.wait_ending(SHORT)?;
         let first = site.start_standby(1, &guest, &volume)?;
-        first.wait_for_line(WAITS, SHORT)?;
+        first.wait_for_line(STANDBY, SHORT)?;
         more_replies(&client, 5)?;
 
         let frozen = ("the primary's host was frozen", Instant::now());
@@ -89,7 +85,7 @@ fn protection_returns_by_itself() -> TestResult {
         again.wait_for_line(&format!("{TAKEOVER} view=7"), SHORT)?;
         assert_protected(&again, 8, 1, frozen)?;
         more_replies(&client, 5)?;
-        assert_eq!(spare.count(WAITS), 1);
+        assert_eq!(spare.count(STANDBY), 1);
         site.host(spare.host).cont();
         zombie_stands_by(&spare)?;
 
@@ -134,7 +130,7 @@ fn cut_off_host_goes_last() -> TestResult {
         assert_protected(&spare, 6, backup.host, cut)?;
         assert_eq!(first.count(UNPROTECTED), 1);
         site.host(first.host).restore(Link::Log)?;
-        first.wait_for_lines(WAITS, 1, SHORT)?;
+        first.wait_for_lines(STANDBY, 1, SHORT)?;
         more_replies(&client, 5)?;
         let report = client.stop(SHORT);
         println!("{}", report.summary());
@@ -144,8 +140,8 @@ fn cut_off_host_goes_last() -> TestResult {
 
 /// Waits until a monitor that has lost its claim waits as a standby, in the same process.
 fn zombie_stands_by(monitor: &Monitor) -> TestResult {
-    println!("{}", monitor.wait_for_line(STARTS_OVER, SHORT)?);
-    monitor.wait_for_lines(WAITS, 2, SHORT)
+    println!("{}", monitor.wait_for_line(RESTART, SHORT)?);
+    monitor.wait_for_lines(STANDBY, 2, SHORT)
 }
 
 /// Waits until `primary` and `standby` have said why that one is refused, in words that begin as given.

@@ -6,8 +6,9 @@
 use std::time::{Duration, Instant};
 
 use super::standing::{Change, Standing, Statement};
+use crate::events::DESYNCHRONISED;
 use crate::hosts::HostError;
-use crate::pair::{Guest, LONG, Monitor, SERVICE_READY, Site, USELESS, Volume};
+use crate::pair::{Guest, LONG, Monitor, SERVICE_READY, Site, Volume};
 
 /// From an end to the next start, as in `packaging/vmft-standby@.service`.
 const RESTART_DELAY: Duration = Duration::from_secs(1);
@@ -66,7 +67,7 @@ impl Services {
     /// What backups said whose guests were not their primaries' any more. No fault of a campaign may lead to that.
     pub fn useless_backups(&self) -> Vec<String> {
         let of = |monitor: &Monitor| {
-            let said = monitor.output().into_iter().filter(|line| line.contains(USELESS));
+            let said = monitor.output().into_iter().filter(|line| line.contains(DESYNCHRONISED));
             said.map(|line| format!("host {}: {line}", monitor.host)).collect::<Vec<_>>()
         };
         self.monitors.iter().flat_map(of).collect()

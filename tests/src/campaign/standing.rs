@@ -5,10 +5,8 @@
 
 use std::time::Duration;
 
-use crate::pair::{PROTECTED, TAKEOVER, UNPROTECTED, field, text_field};
-
-/// What a primary says of the backup that is about to follow.
-const JOINS: &str = "the backup gets the rest of the guest";
+use crate::events::{PROTECTED, TAKEOVER, TRANSFER_FINAL, UNPROTECTED};
+use crate::pair::{field, text_field};
 
 /// A change that a monitor has stated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +38,7 @@ impl Statement {
     /// What a line of the monitor on `host` states, if anything. `backup` is the host that the lines before have named
     /// as its backup's.
     pub fn of_line(line: &str, host: u8, at: Duration, backup: &mut Option<u8>) -> Option<Statement> {
-        if line.contains(JOINS) {
+        if line.contains(TRANSFER_FINAL) {
             *backup = text_field(line, "backup").and_then(|name| name.strip_prefix("host")?.parse().ok());
         }
         let signs = [
@@ -126,7 +124,7 @@ mod tests {
         let mut backup = None;
         let mut of = |line: &str| Statement::of_line(line, 2, at, &mut backup);
         assert_eq!(of(&format!("WARN {UNPROTECTED} view=4")), Some(said(3, 2, 4, Change::Alone)));
-        assert_eq!(of(&format!("INFO {JOINS} backup=host3 bytes=7")), None);
+        assert_eq!(of(&format!("INFO {TRANSFER_FINAL} backup=host3 bytes=7")), None);
         assert_eq!(of(&format!("INFO {PROTECTED} view=5")), Some(said(3, 2, 5, Change::Protected(3))));
         assert_eq!(of(&format!("WARN {TAKEOVER} view=6 anchor=7")), Some(said(3, 2, 6, Change::TookOver)));
         assert_eq!(of("DEBUG pair so far view=6"), None);

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use super::DemoError;
+use crate::events::FIGURES;
 use crate::hosts::{Ending, HostProcess, TestHost};
-use crate::pair::PAIR_FIGURES;
 
 /// How often the output of a monitor is passed on.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(20);
@@ -121,7 +121,7 @@ impl Follower {
                 let last = stopped.load(Ordering::SeqCst);
                 let lines = monitor.lines_from(seen);
                 seen += lines.len();
-                for line in lines.iter().filter(|line| !line.contains(PAIR_FIGURES)) {
+                for line in lines.iter().filter(|line| !line.contains(FIGURES)) {
                     eprintln!("{name} | {line}");
                 }
                 if last {

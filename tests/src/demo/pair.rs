@@ -16,8 +16,8 @@ use super::site::Site;
 use super::ssh::quoted;
 use super::watch::ANSWER_LIMIT;
 use super::{DemoError, say};
+use crate::events::{FIGURES, PROTECTED, TAKEOVER, UNPROTECTED};
 use crate::hosts::Ending;
-use crate::pair::{PAIR_FIGURES, PROTECTED, TAKEOVER, UNPROTECTED};
 
 /// How long the backup tries to reach the primary.
 const CONNECT_TIMEOUT_MS: &str = "60000";
@@ -295,7 +295,7 @@ fn monitors_last(lines: &[String]) -> String {
 
 /// Seconds of the day and bytes sent so far, from a primary's line about what it sent.
 fn figures(line: &str) -> Option<(f64, u64)> {
-    let bytes = field(line.split_once(PAIR_FIGURES)?.1, "log_bytes")?;
+    let bytes = field(line.split_once(FIGURES)?.1, "log_bytes")?;
     let (_, time) = line.split_once('T')?;
     let mut parts = time.split_once('Z')?.0.splitn(3, ':').map(|part| part.parse::<f64>().ok());
     let (h, m, s) = (parts.next()??, parts.next()??, parts.next()??);
@@ -323,9 +323,9 @@ mod tests {
 
     #[test]
     fn figures_are_read_from_the_primarys_line() {
-        let line = "2026-01-02T10:20:30.500000Z DEBUG pair so far log_bytes=4711 batches=12 outputs=9";
+        let line = "2026-01-02T10:20:30.500000Z DEBUG pair so far event=figures log_bytes=4711 batches=12 outputs=9";
         assert_eq!(figures(line), Some((37_230.5, 4711)));
-        for other in ["2026-01-02T10:20:30.5Z  INFO protected: log_bytes=1", "pair so far log_bytes=1", ""] {
+        for other in ["2026-01-02T10:20:30.5Z  INFO protected event=protected log_bytes=1", "event=figures log_bytes=1", ""] {
             assert_eq!(figures(other), None, "{other}");
         }
     }

@@ -19,6 +19,7 @@ use clap::{ArgAction, CommandFactory};
 
 use super::{CommandError, Ending, stop};
 use crate::config::Cli;
+use crate::control::LogEvent;
 use crate::host::log;
 
 /// The subcommand of the new life.
@@ -43,7 +44,7 @@ const SUCCESSOR_TIMEOUT_MS: u64 = 30_000;
 pub(super) fn after_lost_claim() -> Result<Ending, CommandError> {
     match standby_words(std::env::args_os()) {
         Some(words) if !stop::asked() => {
-            tracing::warn!("this monitor starts over as a standby");
+            tracing::warn!(event = %LogEvent::Restart, role = "standby", "this monitor starts over as a standby");
             Err(execute(&words))
         }
         _ => Ok(Ending::LostClaim),

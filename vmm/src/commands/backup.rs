@@ -29,7 +29,7 @@ use crate::change;
 use crate::config::{BackupArgs, FollowArgs};
 use crate::control::protocol::{self as control, Direction, Peer, Transfer};
 use crate::control::state::TransferOf;
-use crate::control::{Monitor, Server, Standing};
+use crate::control::{LogEvent, Monitor, Server, Standing};
 use crate::ft::accept::Listener;
 use crate::ft::backup::{BackupError, Connection, FromPrimary, Inflow, LinkEnd, dial};
 use crate::ft::channel::Receiving;
@@ -73,7 +73,7 @@ pub fn backup(args: &BackupArgs) -> Result<Ending, CommandError> {
         cause: "vmft backup was started".into(),
         ..Standing::default()
     };
-    change!(info, follower.monitor(), standing, primary = %args.connect, "looking for the primary");
+    change!(info, follower.monitor(), Joining, standing, primary = %args.connect, "looking for the primary");
     follower.monitor().set_peer(Some(Peer { address: args.connect.to_string(), ..Peer::default() }));
     let resources = follower.open_resources()?;
     let (mut connection, image) = follower.join(args.connect, &resources, follower.connect_timeout())?;
@@ -328,7 +328,12 @@ fn receive_guest(
 ) -> Result<(GuestConfig, Machine), CommandError> {
     let started = Instant::now();
     let total_mib = connection.welcome.memory_bytes >> 20;
-    tracing::info!(primary = %connection.welcome.host_name, memory_mib = total_mib, "receiving the guest");
+    tracing::info!(
+        event = %LogEvent::Receiving,
+        primary = %connection.welcome.host_name,
+        memory_mib = total_mib,
+        "receiving the guest"
+    );
     let mut quarter = 0;
     let total_bytes = connection.welcome.memory_bytes.max(1);
     let address = connection.address;
@@ -341,7 +346,7 @@ fn receive_guest(
         let now = gpa.min(total_bytes) * 4 / total_bytes;
         if now > quarter {
             quarter = now;
-            tracing::info!(percent = now * 25, "receiving the guest");
+            tracing::info!(event = %LogEvent::Receiving, percent = now * 25, "receiving the guest");
         }
     };
     let input = connection.frames().snapshot();
@@ -366,7 +371,7 @@ fn receive_guest(
     let cause = format!("the guest of {} is loaded", welcome.host_name);
     let standing = Standing { role: control::Role::Backup, view: welcome.view, protected: true, cause };
     let took_ms = started.elapsed().as_millis() as u64;
-    change!(info, monitor, standing, anchor = machine.anchors(), took_ms, "following");
+    change!(info, monitor, Following, standing, anchor = machine.anchors(), took_ms, "following");
     Ok((config, machine))
 }
 
@@ -477,12 +482,18 @@ fn left(monitor: &Monitor, view: u64, verdict: Verdict, lost: String, unfit: Opt
     match (verdict, unfit) {
         (Verdict::Lost, _) => {
             let standing = no_role(view + 1, lost);
-            change!(error, monitor, standing, "the primary goes on alone; this backup stops");
+            change!(error, monitor, ClaimLost, standing, "the primary goes on alone; this backup stops");
             Ending::LostClaim
         }
         (Verdict::Stopped | Verdict::Won, Some(why)) => {
             let standing = no_role(view, why.clone());
-            change!(error, monitor, standing, "this backup is none by the arbiter's records; it stops");
+            change!(
+                error,
+                monitor,
+                NotRecorded,
+                standing,
+                "this backup is none by the arbiter's records; it stops"
+            );
             Ending::LostClaim
         }
         _ => Ending::Orderly,
@@ -591,12 +602,12 @@ fn receiver(
             inflow.machine(|machine| machine.next(silent_for, cut_off, stopped))
         };
         if let (LinkEnd::Lost { why, .. }, Next::Wait | Next::Claim { .. }) = (&end, next()) {
-            change!(warn, monitor, unprotected(view, why.clone()), "primary lost");
+            change!(warn, monitor, PrimaryLost, unprotected(view, why.clone()), "primary lost");
         }
         if end == LinkEnd::Dismissed {
             let cause = "the operator of the primary wants it".into();
             let standing = Standing { role: control::Role::None, view, protected: false, cause };
-            change!(info, monitor, standing, "dismissed: the primary goes on without this backup");
+            change!(info, monitor, Dismissed, standing, "dismissed: the primary goes on without this backup");
         }
         let (mut looked, mut objection) = (false, None);
         let verdict = loop {
@@ -656,6 +667,7 @@ fn go_live(
     change!(
         warn,
         side.monitor,
+        Takeover,
         standing,
         anchor = machine.anchors(),
         outputs_again = again.len(),

@@ -19,8 +19,8 @@ use thiserror::Error;
 use super::CommandError;
 use super::pair::Side;
 use crate::change;
-use crate::control::Standing;
 use crate::control::protocol::Role;
+use crate::control::{LogEvent, Standing};
 use crate::machine::{Machine, Missed};
 use crate::report::{Kept, listed};
 use crate::run::Divergence;
@@ -173,8 +173,15 @@ pub(super) fn report(why: &Useless, side: &Side, machine: &Machine, view: u64, k
         Useless::Differs(_) => why.brief(),
     };
     let standing = Standing { role: Role::Backup, view, protected: false, cause };
-    change!(error, side.monitor, standing, "this backup is out of the running; it asks for the guest anew");
+    change!(
+        error,
+        side.monitor,
+        Desynchronised,
+        standing,
+        "this backup is out of the running; it asks for the guest anew"
+    );
     let Useless::Differs(divergence) = why else { return };
+    tracing::error!(event = %LogEvent::Diverged, "{}", divergence.brief());
     tracing::error!("{divergence}");
     let Some(reports) = &side.reports else { return };
     let state = match machine.special_registers() {
@@ -188,7 +195,7 @@ pub(super) fn report(why: &Useless, side: &Side, machine: &Machine, view: u64, k
         side.version, side.owner.host, digest.registers, digest.memory, digest.devices
     );
     match reports.write(&text, &divergence.brief(), kept) {
-        Ok(files) => tracing::warn!("report written: {}", listed(&files)),
+        Ok(files) => tracing::warn!(event = %LogEvent::ReportWritten, "report written: {}", listed(&files)),
         Err(error) => tracing::warn!("{}", with_causes(&error)),
     }
 }

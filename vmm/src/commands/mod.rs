@@ -31,6 +31,7 @@ use stop::Stop;
 use thiserror::Error;
 
 use crate::config::{Cli, Command, GuestArgs};
+use crate::control::LogEvent;
 use crate::control::metrics::MetricsError;
 use crate::control::socket::SocketError;
 use crate::guest::{BootFiles, GuestConfig, GuestError};
@@ -253,13 +254,15 @@ fn watch(deferral: &Arc<Deferral>, stop: &Stop) -> Result<Watch, CommandError> {
 fn ending(stopped: Stopped, anchors: u64) -> Ending {
     match stopped {
         Stopped::GuestEnded(end) => {
-            let crashed = match end {
-                GuestEnd::PowerOff => "the guest powered itself off",
-                GuestEnd::Reset => "the guest asked for a reset",
-                GuestEnd::TripleFault => "the guest crashed with a triple fault",
-                GuestEnd::HaltedForever => "the guest halted for good, with interrupts off",
+            let (how, sentence) = match end {
+                GuestEnd::PowerOff => ("power-off", "the guest powered itself off"),
+                GuestEnd::Reset => ("reset", "the guest asked for a reset"),
+                GuestEnd::TripleFault => ("triple-fault", "the guest crashed with a triple fault"),
+                GuestEnd::HaltedForever => {
+                    ("halted", "the guest halted with interrupts off: nothing can wake it")
+                }
             };
-            tracing::info!(anchors, "{crashed}");
+            tracing::info!(event = %LogEvent::GuestEnded, how, anchors, "{sentence}");
             if end.is_crash() { Ending::GuestCrashed } else { Ending::Orderly }
         }
         Stopped::Requested | Stopped::LogEnded | Stopped::ReplayEqual => Ending::Orderly,

@@ -253,7 +253,7 @@ pub fn primary(args: &PrimaryArgs) -> Result<Ending, CommandError> {
     takeover::take_disk(&side, view, image, former.as_deref(), &mut resources)?;
     let cause = "vmft primary was started".into();
     let standing = Standing { role: control::Role::Primary, view, protected: false, cause };
-    change!(info, side.monitor, standing, "the guest runs here, without a backup so far");
+    change!(info, side.monitor, Started, standing, "the guest runs here, without a backup so far");
     let listener = Some(listener);
     let live = LiveSide { side, config, machine, resources, heartbeats, listener, hosts, view };
     live.run(Vec::new(), None, stop)

@@ -24,7 +24,7 @@ use super::pair::PairError;
 use super::{CommandError, Ending, again, stop};
 use crate::change;
 use crate::config::StandbyArgs;
-use crate::control::{Standing, protocol as control};
+use crate::control::{LogEvent, Standing, protocol as control};
 use crate::ft::backup::{BackupError, Connection};
 use crate::ft::heartbeat::{Call, Heartbeats};
 use crate::ft::hosts::Memory;
@@ -58,6 +58,7 @@ pub fn standby(args: &StandbyArgs) -> Result<Ending, CommandError> {
     change!(
         info,
         standby.follower.monitor(),
+        Standby,
         standing,
         listen = %args.listen,
         hosts = %names.join(","),
@@ -170,7 +171,7 @@ impl Standby<'_> {
                     tracing::info!("{why}; the operator stopped this standby");
                     return Ok(Ending::Orderly);
                 }
-                tracing::warn!("{why}; this monitor starts over as a standby");
+                tracing::warn!(event = %LogEvent::Restart, role = "standby", "{why}; this monitor starts over as a standby");
                 Err(again::as_standby())
             }
             other => other,

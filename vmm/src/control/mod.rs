@@ -10,6 +10,7 @@
 //! ```
 
 pub mod client;
+mod log_event;
 pub mod metrics;
 pub mod orders;
 pub mod protocol;
@@ -17,5 +18,6 @@ pub mod server;
 pub mod socket;
 pub mod state;
 
+pub use log_event::LogEvent;
 pub use server::Server;
 pub use state::{Identity, Monitor, Standing};

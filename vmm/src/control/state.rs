@@ -1,6 +1,6 @@
 //! What an operator may know of this monitor: role, view, protection, and where the figures come from.
 //!
-//! Owns: the present [`Standing`], and that each change of it is one line in the log ([`change`]). Must never: decide
+//! Owns: the present [`Standing`], and that each change of it is one line in the log ([`change`](crate::change)). Must never: decide
 //! anything, or make a thread wait for longer than a copy takes.
 //!
 //! ```text
@@ -198,26 +198,9 @@ impl fmt::Debug for Monitor {
     }
 }
 
-/// A change of role or protection: one line in the log, and the new standing. Further fields and the line's text follow
-/// the standing, as in the macros of `tracing`.
-#[macro_export]
-macro_rules! change {
-    ($level:ident, $monitor:expr, $standing:expr, $($rest:tt)*) => {{
-        let standing: $crate::control::Standing = $standing;
-        // First: who reads the line may ask at once.
-        $monitor.set_standing(standing.clone());
-        tracing::$level!(
-            view = standing.view,
-            role = standing.role.name(),
-            protected = standing.protected,
-            cause = %standing.cause,
-            $($rest)*
-        );
-    }};
-}
-
 #[cfg(test)]
 mod tests {
+    use crate::change;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
@@ -228,7 +211,7 @@ mod tests {
         let monitor = Monitor::new(Identity { name: "web".into(), ..Identity::default() });
         assert_eq!((monitor.status().role, monitor.status().view), (Role::None, 0));
         let standing = Standing { role: Role::Primary, view: 2, protected: true, cause: "a test".into() };
-        change!(info, monitor, standing, "a line");
+        change!(info, monitor, Protected, standing, "a line");
         let status = monitor.status();
         assert_eq!((status.role, status.view, status.protected), (Role::Primary, 2, true));
         assert_eq!((status.cause.as_str(), status.since_s, status.pid), ("a test", 0, std::process::id()));

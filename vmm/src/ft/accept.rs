@@ -22,6 +22,7 @@ use super::link::Link;
 use super::primary::Join;
 use super::protocol::ANOTHER_IS_JOINING;
 use super::search::Search;
+use crate::control::LogEvent;
 use crate::host::spawn;
 use crate::with_causes;
 
@@ -172,7 +173,7 @@ fn greet(
     };
     if let Some(cause) = unfit {
         if reception.search.failed(address.ip(), &cause) {
-            tracing::warn!(%address, "a backup was refused: {cause}");
+            tracing::warn!(event = %LogEvent::BackupRefused, %address, "a backup was refused: {cause}");
         }
         return refused(&mut channel, Refusal::Unfit, cause);
     }

@@ -34,6 +34,7 @@ use nix::sys::signal::{SigHandler, SigSet, Signal, killpg, signal};
 use nix::unistd::Pid;
 use thiserror::Error;
 
+use crate::control::LogEvent;
 use crate::host::spawn;
 
 /// Pause before a command that failed is run again.
@@ -155,6 +156,7 @@ impl Fence {
                     return true;
                 }
                 Err(error) => tracing::error!(
+                    event = %LogEvent::NotFenced,
                     view = occasion.view,
                     "not fenced, so the guest waits; trying again: {error}"
                 ),

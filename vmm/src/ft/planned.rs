@@ -35,6 +35,7 @@ impl Supervisor {
         change!(
             info,
             self.monitor,
+            BackupDismissed,
             standing,
             "backup dismissed: output waits for the claim of the next view"
         );
@@ -69,7 +70,13 @@ impl Supervisor {
         if taken || self.link.is_lost() {
             let cause = "the operator has switched the roles".to_owned();
             let standing = Standing { role: Role::None, view: next, protected: false, cause };
-            change!(info, self.monitor, standing, "handed over: the former backup runs the guest");
+            change!(
+                info,
+                self.monitor,
+                HandedOver,
+                standing,
+                "handed over: the former backup runs the guest"
+            );
             // The vCPU's thread waits for exactly this.
             let _ = outcome.send(true);
             return;

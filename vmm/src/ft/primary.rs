@@ -28,9 +28,9 @@ use super::protocol::{ANOTHER_IS_JOINING, Answer, Ask, Life, Phase};
 use super::search::Search;
 use super::supervise::{Claimant, LinkEvent};
 use super::transfer::{self, Copied, Transfer, TransferError};
-use crate::control::Monitor;
 use crate::control::orders::Orders;
 use crate::control::protocol::Peer;
+use crate::control::{LogEvent, Monitor};
 use crate::guest::GuestConfig;
 use crate::host::spawn;
 use crate::machine::{GuestEnd, Machine};
@@ -147,7 +147,15 @@ impl Naming {
         let answer = self.claimant.ask(ask.view, Some(&self.member));
         let named = self.link.named(ask, answer);
         match answer {
-            Answer::Won if named => self.monitor.note_view(ask.view),
+            Answer::Won if named => {
+                self.monitor.note_view(ask.view);
+                tracing::info!(
+                    event = %LogEvent::BackupRecorded,
+                    view = ask.view,
+                    backup = %self.member.host,
+                    "the arbiter has recorded the backup"
+                );
+            }
             Answer::Unknown => {}
             Answer::Lost => {
                 let why = self.claimant.why_lost();
@@ -265,7 +273,7 @@ impl PairLog {
                 naming.give_up();
                 let why = format!("it could not be given the guest: {}", with_causes(&error));
                 search.failed(failing, &why);
-                tracing::warn!(%backup, "{why}");
+                tracing::warn!(event = %LogEvent::TransferFailed, %backup, "{why}");
                 let _ = to_close.shutdown(Shutdown::Both);
                 // Of interest if the arbiter was asked to record it, or the guest's log follows already.
                 let _ = events.send(LinkEvent::Down(why));
@@ -319,6 +327,7 @@ impl PairLog {
         let _ = self.events.send(LinkEvent::Paired { stream, address, heartbeat_key, stopped });
         transfer.finish(last);
         tracing::info!(
+            event = %LogEvent::TransferFinal,
             backup = %host,
             view = self.link.view(),
             anchor = machine.anchors(),
@@ -381,6 +390,7 @@ impl PairLog {
             self.recent.lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n"),
         );
         tracing::error!(
+            event = %LogEvent::Diverged,
             anchor = machine.anchors(),
             digest = format_args!("{:016x}", machine.registers_digest()),
             "the backup's guest diverged {how}"
@@ -388,7 +398,9 @@ impl PairLog {
         let Some(reports) = self.reports.clone() else { return };
         // The guest does not wait for the report's file system.
         let write = move || match reports.write(&text, &how, None) {
-            Ok(files) => tracing::warn!("report written: {}", crate::report::listed(&files)),
+            Ok(files) => {
+                tracing::warn!(event = %LogEvent::ReportWritten, "report written: {}", crate::report::listed(&files))
+            }
             Err(error) => tracing::warn!("{}", with_causes(&error)),
         };
         if let Err(error) = spawn("report", write) {

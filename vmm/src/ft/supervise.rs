@@ -19,7 +19,7 @@ use super::output_gate::OutputGate;
 use super::protocol::{Answer, Duty, Loss, Phase, Timing};
 use super::search::Search;
 use crate::change;
-use crate::control::{Monitor, Standing, protocol as control};
+use crate::control::{LogEvent, Monitor, Standing, protocol as control};
 use crate::host::deferral::Deferral;
 use crate::host::spawn;
 use crate::outlet::Outlet;
@@ -111,7 +111,14 @@ impl Supervisor {
                     let standing = self.standing(true, format!("{backup} has loaded the guest"));
                     let stopped = connection.as_ref().map(|given| given.stopped.elapsed());
                     let loaded_after_ms = stopped.map(|stopped| stopped.as_millis() as u64);
-                    change!(info, self.monitor, standing, loaded_after_ms, "protected: the backup follows");
+                    change!(
+                        info,
+                        self.monitor,
+                        Protected,
+                        standing,
+                        loaded_after_ms,
+                        "protected: the backup follows"
+                    );
                     continue;
                 }
                 Ok(LinkEvent::Down(why)) => (Loss::Link, why),
@@ -146,7 +153,13 @@ impl Supervisor {
                 continue;
             }
             let standing = self.standing(false, why.clone());
-            change!(warn, self.monitor, standing, "backup lost: output waits for the claim of the next view");
+            change!(
+                warn,
+                self.monitor,
+                BackupLost,
+                standing,
+                "backup lost: output waits for the claim of the next view"
+            );
             self.report();
             if let Some(Given { address, .. }) = &connection {
                 self.search.failed(address.ip(), &why);
@@ -218,7 +231,7 @@ impl Supervisor {
         let cause = claimant.why_lost();
         let view = self.link.view() + 1;
         let standing = Standing { role: control::Role::None, view, protected: false, cause };
-        change!(error, self.monitor, standing, "the backup has taken over; this monitor stops");
+        change!(error, self.monitor, Superseded, standing, "the backup has taken over; this monitor stops");
         (self.stop_guest)();
         std::thread::sleep(STOP_TIMEOUT);
         // The guest's thread is stuck in a system call; nothing here may act any more.
@@ -231,6 +244,7 @@ impl Supervisor {
         change!(
             warn,
             self.monitor,
+            Unprotected,
             self.standing(false, why),
             "unprotected: the guest goes on without a backup"
         );
@@ -245,6 +259,7 @@ impl Supervisor {
         let link = self.link.figures();
         let gate = self.gate.stats();
         tracing::debug!(
+            event = %LogEvent::Figures,
             log_bytes = link.log_bytes,
             batches = link.batches,
             lag_p50_us = link.lag_p50_us,
@@ -292,7 +307,11 @@ impl Claimant {
         let Self { claims, owner, said, .. } = self;
         let mut say = |why: &str| {
             if !std::mem::replace(said, true) {
-                tracing::warn!(view, "the claim is undecided, asking again until there is an answer: {why}");
+                tracing::warn!(
+                    event = %LogEvent::ClaimUndecided,
+                    view,
+                    "the claim is undecided, asking again until there is an answer: {why}"
+                );
             }
         };
         let why = match claim_on_a_thread(claims, (view, owner, backup), &mut say) {

@@ -22,6 +22,7 @@ use ft_log::{FrameWriter, Message, Pages, SnapshotWriter, StreamError, Welcome};
 use thiserror::Error;
 
 use super::protocol::JoinError;
+use crate::control::LogEvent;
 use crate::control::protocol::{self as control, Direction};
 use crate::control::state::TransferOf;
 use crate::kvm::{DirtyLog, KvmError, page_count};
@@ -187,7 +188,12 @@ impl Copying {
         snapshot::memory(copied.ram, &mut writer, |done, total| {
             let now = done * 100 / total.max(1);
             if now / 25 > percent / 25 {
-                tracing::info!(percent = now, "sending the guest to {}", copied.backup);
+                tracing::info!(
+                    event = %LogEvent::Sending,
+                    percent = now,
+                    backup = copied.backup,
+                    "sending the guest"
+                );
             }
             percent = now;
             self.progress.percent.store(now as u32, Ordering::Relaxed);
@@ -260,6 +266,7 @@ impl Copying {
         };
         self.progress.slower_percent.store(percent, Ordering::Relaxed);
         tracing::warn!(
+            event = %LogEvent::Throttled,
             percent,
             "the guest writes as fast as it can be sent: it is kept from running for a part of its time"
         );

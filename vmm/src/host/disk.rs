@@ -31,6 +31,7 @@ use super::deferral::Inbox;
 use super::image::{Image, ImageError};
 use super::owner::{Owned, Ownership};
 use super::{StopToken, Worker};
+use crate::control::LogEvent;
 use crate::file_kind::FileKind;
 
 /// Bytes per sector; an image is a whole number of them.
@@ -304,8 +305,10 @@ impl Disk {
         let answer = owned.ask();
         match &answer {
             Owned::Yes => {}
-            Owned::No => tracing::error!(image = %self.path.display(), owner = %owned.path().display(),
-                "Another monitor has taken the disk image, or its owner's record was removed; this one writes to it no more."),
+            Owned::No => {
+                tracing::error!(event = %LogEvent::ImageLost, image = %self.path.display(), owner = %owned.path().display(),
+                "Another monitor has taken the disk image, or its owner's record was removed; this one writes to it no more.")
+            }
             Owned::Unknown(error) => tracing::warn!(image = %self.path.display(), %error,
                 "The disk waits: the storage does not say whether the image is still this monitor's."),
         }
