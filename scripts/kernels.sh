@@ -51,7 +51,7 @@ boot_and_replay() {
     guest=$("$build" guest "$1" "$2") || { echo "not tried: its modules are in no suite any more"; return; }
     said=$(cd "$root" && VMFT_KERNELS=$guest cargo test -q -p vmft-tests --test e2e_kernels -- --nocapture 2>&1) || true
     case $said in
-        *"$guest: replays equal"*) sed -n 's/^replay equal: \([0-9]* [a-z]*\).*/yes, \1/p' <<<"$said" | head -n 1 ;;
+        *"$guest: replays equal"*) sed -n 's/.*replay equal: \([0-9]* [a-z]*\).*/yes, \1/p' <<<"$said" | head -n 1 ;;
         *"$guest: FAILED: "*) sed -n "s,^$guest: FAILED: ,no: ,p" <<<"$said" | head -n 1 ;;
         *) echo "not tried: $(grep '^SKIPPED\|^error' <<<"$said" | head -n 1)" ;;
     esac

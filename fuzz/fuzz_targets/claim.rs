@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use vmft::ft::claim::{read_record, write_record};
+use vmft::pair::claims::claim::{read_record, write_record};
 
 const CLAIM: &str = "vmft-claim 2\nguest web\nview 3\nrole backup\nhost a\npid 1\nuuid 0102030405060708090a0b0c0d0e0f10\n\
                      backup 1112131415161718191a1b1c1d1e1f20 b\nend\n";

@@ -5,7 +5,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};
-use vmft::ft::arbiter::etcd::{Answer, Branch, KeyValue};
+use vmft::pair::claims::arbiter::etcd::{Answer, Branch, KeyValue};
 
 type Found = Option<(Vec<u8>, Vec<u8>)>;
 

@@ -8,11 +8,15 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::ft::arbiter::ArbiterSpec;
-use crate::ft::fence::FenceCommand;
-use crate::ft::hosts::HostList;
+use crate::launch::GuestSettings;
+use crate::pair::Settings;
+use crate::pair::backup::{BackupSettings, InjectedFaults};
+use crate::pair::claims::arbiter::ArbiterSpec;
+use crate::pair::claims::arbiter::EtcdFiles;
+use crate::pair::claims::fence::FenceCommand;
+use crate::pair::liveness::hosts::HostList;
 use crate::position::Wanted;
-use crate::run::{CorruptAt, Faults, Slowness};
+use crate::run::{CorruptAt, Slowness};
 
 /// Fault-tolerant hypervisor: a Linux guest that outlives its host.
 #[derive(Debug, Parser)]
@@ -192,7 +196,7 @@ pub struct DeliveryArgs {
 
 impl DeliveryArgs {
     /// How long an event may wait.
-    pub fn budget(self) -> Duration {
+    fn budget(self) -> Duration {
         Duration::from_millis(self.defer_ms)
     }
 }
@@ -379,23 +383,6 @@ pub struct InjectArgs {
     pub inject_slowness: Option<Slowness>,
 }
 
-impl InjectArgs {
-    /// What is to go wrong the first time.
-    pub fn faults(&self) -> Faults {
-        Faults {
-            missed_stop: self.inject_missed_stop,
-            corruption: self.inject_corruption.clone(),
-            slowness: self.inject_slowness.clone(),
-        }
-    }
-
-    /// What is to go wrong when this backup is given the guest anew.
-    pub fn faults_again(&self) -> Faults {
-        let corruption = self.inject_corruption.clone().filter(|_| self.inject_again);
-        Faults { corruption, ..Faults::default() }
-    }
-}
-
 fn parse_position(text: &str) -> Result<Wanted, String> {
     text.parse().map_err(|why| format!("{why}: choose auto, pmu, checkpoint or step"))
 }
@@ -414,13 +401,94 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
 }
 
 impl GuestArgs {
-    /// The network card's address: as given, or made from the guest's name, so that it is the same at
-    /// every start. Locally administered, unicast.
-    pub fn mac(&self) -> [u8; 6] {
-        self.mac.unwrap_or_else(|| {
-            let hash = xxhash_rust::xxh3::xxh3_64(self.name.as_bytes()).to_le_bytes();
-            [0x52, 0x54, hash[0], hash[1], hash[2], hash[3]]
-        })
+    /// What the guest is made of.
+    pub fn settings(&self) -> GuestSettings {
+        GuestSettings {
+            name: self.name.clone(),
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            cmdline: self.cmdline.clone(),
+            memory_mib: self.memory_mib,
+            disk: self.disk.clone(),
+            disk_read_only: self.disk_read_only,
+            tap: self.tap.clone(),
+            mac: self.mac,
+            defer: self.delivery.budget(),
+        }
+    }
+}
+
+impl EtcdArgs {
+    /// The files that they name.
+    pub fn files(&self) -> EtcdFiles {
+        let Self { etcd_ca, etcd_cert, etcd_cert_key, etcd_user } = self.clone();
+        EtcdFiles { ca: etcd_ca, cert: etcd_cert, cert_key: etcd_cert_key, user: etcd_user }
+    }
+}
+
+impl PairArgs {
+    fn settings(&self, name: &str, delivery: DeliveryArgs, position: PositionArgs) -> Settings {
+        let ms = Duration::from_millis;
+        Settings {
+            name: name.to_owned(),
+            arbiter: self.arbiter.clone(),
+            etcd: self.etcd.files(),
+            fence: self.fence_cmd.clone(),
+            fence_timeout: ms(self.fence_timeout_ms),
+            timeout: ms(self.timeout_ms),
+            heartbeat: ms(self.heartbeat_ms),
+            lag_limit: self.lag_limit(),
+            key_file: self.key_file.clone(),
+            insecure: self.insecure,
+            report_dir: self.report_dir.clone(),
+            report_mib: self.report_mib,
+            control: self.operator.control.clone(),
+            metrics: self.operator.metrics,
+            listen: None,
+            hosts: None,
+            defer: delivery.budget(),
+            positions: position.position,
+        }
+    }
+}
+
+impl FollowArgs {
+    fn settings(&self, listen: Option<SocketAddr>, hosts: Option<HostList>) -> BackupSettings {
+        let pair = self.pair.settings(&self.name, self.delivery, self.position);
+        BackupSettings {
+            pair: Settings { listen, hosts, ..pair },
+            disk: self.disk.clone(),
+            tap: self.tap.clone(),
+            connect_timeout: Duration::from_millis(self.connect_timeout_ms),
+            faults: InjectedFaults {
+                missed_stop: self.inject.inject_missed_stop,
+                corruption: self.inject.inject_corruption.clone(),
+                corrupt_again: self.inject.inject_again,
+                slowness: self.inject.inject_slowness.clone(),
+            },
+        }
+    }
+}
+
+impl PrimaryArgs {
+    /// What the pair and the guest are made of.
+    pub fn settings(&self) -> (Settings, GuestSettings) {
+        let pair = self.pair.settings(&self.guest.name, self.guest.delivery, self.position);
+        (Settings { listen: Some(self.listen), hosts: self.hosts.clone(), ..pair }, self.guest.settings())
+    }
+}
+
+impl BackupArgs {
+    /// What the backup is told.
+    pub fn settings(&self) -> BackupSettings {
+        self.follow.settings(self.listen, self.hosts.clone())
+    }
+}
+
+impl StandbyArgs {
+    /// What the standby is told.
+    pub fn settings(&self) -> BackupSettings {
+        self.follow.settings(Some(self.listen), Some(self.hosts.clone()))
     }
 }
 

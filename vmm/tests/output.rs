@@ -17,8 +17,9 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vmft::control::protocol::{self, Answer, Figures, PrimaryFigures};
 use vmft::control::socket::ControlSocket;
 use vmft::control::{Identity, Monitor, Server};
-use vmft::ft::fence::{Fence, Occasion};
 use vmft::host::log;
+use vmft::pair::claims::fence::{Fence, Occasion};
+use vmft::run::StopSignal;
 
 /// Limit for what takes less than a second: a process that is still there then hangs.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -150,7 +151,7 @@ impl Ordered {
         let monitor = Monitor::new(Identity { name: "web".into(), ..Identity::default() });
         let orders = Arc::new(Mutex::new(Vec::new()));
         let noted = Arc::clone(&orders);
-        monitor.set_desk(Box::new(move |command, monitor| {
+        monitor.set_order_handler(Box::new(move |command, monitor| {
             noted.lock().unwrap().push(command);
             if command == protocol::Command::DropBackup {
                 monitor.note_view(9);
@@ -267,7 +268,11 @@ fn role_of_one_that_fences() {
             peer_address: IpAddr::from([192, 0, 2, 1]),
             reason: "a test".into(),
         };
-        assert!(Fence::new(&command.parse().unwrap(), LIMIT).unwrap().until_done(&occasion, || false));
+        assert!(
+            Fence::new(&command.parse().unwrap(), LIMIT)
+                .unwrap()
+                .until_done(&occasion, &StopSignal::default())
+        );
     }
 }
 

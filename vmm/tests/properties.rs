@@ -12,8 +12,8 @@ use vmft::control::protocol::{
     Answer, CONTROL_VERSION, Command, Peer, Reason, Refusal, Request, Role, Status, Transfer, read_reply,
     read_request, write_reply,
 };
-use vmft::ft::arbiter::etcd;
-use vmft::ft::claim::{ClaimRole, Member, Owner, Record, read_record, write_record};
+use vmft::pair::claims::arbiter::etcd;
+use vmft::pair::claims::claim::{ClaimRole, Member, Owner, Record, read_record, write_record};
 
 /// Bytes with a part that is replaced: what a bad disk, an editor or another program leaves.
 fn damaged(whole: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {

@@ -36,7 +36,7 @@ const BACKUP_CONTROL: &str = "/run/vmft/demo-backup.sock";
 /// A monitor's status when another one owns the guest.
 const CLAIM_LOST: i32 = 3;
 /// The primary's lines about what it sent come with this.
-const PRIMARY_LOG: &str = "RUST_LOG=info,vmft::ft::supervise=debug";
+const PRIMARY_LOG: &str = "RUST_LOG=info,vmft::pair::primary::supervisor=debug";
 
 /// The monitors at work.
 pub(super) struct Pair<'a> {
@@ -323,9 +323,14 @@ mod tests {
 
     #[test]
     fn figures_are_read_from_the_primarys_line() {
-        let line = "2026-01-02T10:20:30.500000Z DEBUG pair so far event=figures log_bytes=4711 batches=12 outputs=9";
+        let line =
+            "2026-01-02T10:20:30.500000Z DEBUG pair so far event=figures log_bytes=4711 batches=12 outputs=9";
         assert_eq!(figures(line), Some((37_230.5, 4711)));
-        for other in ["2026-01-02T10:20:30.5Z  INFO protected event=protected log_bytes=1", "event=figures log_bytes=1", ""] {
+        for other in [
+            "2026-01-02T10:20:30.5Z  INFO protected event=protected log_bytes=1",
+            "event=figures log_bytes=1",
+            "",
+        ] {
             assert_eq!(figures(other), None, "{other}");
         }
     }

@@ -14,7 +14,7 @@ use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam_channel::bounded;
@@ -26,12 +26,13 @@ use vm_memory::{Bytes, GuestAddress};
 use vmft::commands::CommandError;
 use vmft::commands::replay::replay_with;
 use vmft::guest::GuestConfig;
-use vmft::host::deferral::{Deferral, Inbox};
+use vmft::host::backends::{Resources, always};
+use vmft::host::deferral::Deferral;
+use vmft::host::inbox::Inbox;
 use vmft::kvm::{Kvm, install_kick_handler, kick, segments};
 use vmft::machine::{Clock, Kicked, Machine, MachineError, Reached};
-use vmft::outlet::{Resources, always};
 use vmft::position::{self, Step};
-use vmft::run::{self, FileLog, HostSide, HostTime, Live, RunError};
+use vmft::run::{self, FileLog, HostSide, HostTime, Live, RunError, VcpuHandle};
 use vmft::snapshot;
 
 const PML4: u64 = 0x1000;
@@ -187,7 +188,7 @@ fn record(
     interrupts: &str,
     source: &str,
 ) -> Result<ExitCode, Box<dyn Error>> {
-    install_kick_handler()?;
+    let (vcpu, mailbox) = VcpuHandle::new()?;
     let counter = position::choose(source.parse()?)?;
     let source = position::source_of(counter.as_deref());
     // Stepping is slow; between two interrupts there shall be more branches than an alarm may be late.
@@ -208,18 +209,9 @@ fn record(
     let deferral = Deferral::new(Duration::from_millis(budget_ms));
     let inbox = Inbox::new(sender.clone(), Arc::clone(&deferral));
     let outlet = Resources { tap: None, disk: None }.start(&inbox, always())?;
-    // SAFETY: pthread_self has no preconditions.
-    let thread = unsafe { libc::pthread_self() };
-    let _watch = deferral.watch(move || kick(thread))?;
-    let (_keep_open, wake) = bounded(1);
-    let host = HostSide {
-        time: HostTime::starting_at(machine.now()),
-        inbox: (sender, receiver),
-        deferral,
-        wake,
-        stop: Arc::new(AtomicBool::new(false)),
-        orders: Arc::default(),
-    };
+    let _watch = deferral.watch(move || vcpu.kick())?;
+    let host =
+        HostSide { time: HostTime::starting_at(machine.now()), inbox: (sender, receiver), deferral, mailbox };
     let mut door = Live::new(machine, host, FileLog::new(outlet, writer, encoder));
     let stopped = run::run(machine, &mut door)?;
     println!("{stopped:?}");

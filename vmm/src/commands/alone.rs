@@ -7,30 +7,32 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::bounded;
 use ft_log::{Encoder, RecordingWriter};
 
-use super::stop::Stop;
-use super::{CommandError, Ending, Prepared, Terminal, ending, prepare, start_thread, watch};
-use crate::config::GuestArgs;
-use crate::host::deferral::{Deferral, Inbox};
+use super::CommandError;
+use crate::host::backends::{Outlet, always};
+use crate::host::deferral::Deferral;
 use crate::host::disk::Caching;
-use crate::outlet::{Outlet, always};
+use crate::host::inbox::Inbox;
+use crate::launch::{Ending, GuestSettings, Prepared, Terminal, prepare, start_thread, take_signals, watch};
 use crate::position::{self, Wanted};
-use crate::run::{self, FileLog, HostSide, HostTime, INBOX_EVENTS, Live, LogSink, NoLog};
+use crate::run::{
+    self, FileLog, HostSide, HostTime, INBOX_EVENTS, Live, LogSink, Mailbox, NoLog, StopKind, VcpuHandle,
+};
 use crate::snapshot;
 
 /// `vmft run`.
-pub fn run(args: &GuestArgs) -> Result<Ending, CommandError> {
-    let stop = Stop::install()?;
-    play(prepare(args, Caching::Host, None)?, stop, args.delivery.budget(), NoLog::new)
+pub fn run(guest: &GuestSettings) -> Result<Ending, CommandError> {
+    let vcpu = take_signals()?;
+    play(prepare(guest, Caching::Host, None)?, vcpu, guest.defer, NoLog::new)
 }
 
 /// `vmft record FILE`.
-pub fn record(file: &Path, args: &GuestArgs, positions: Wanted) -> Result<Ending, CommandError> {
-    let stop = Stop::install()?;
+pub fn record(file: &Path, guest: &GuestSettings, positions: Wanted) -> Result<Ending, CommandError> {
+    let vcpu = take_signals()?;
     let counter = position::choose(positions)?;
-    let mut prepared = prepare(args, Caching::Host, counter)?;
+    let mut prepared = prepare(guest, Caching::Host, counter)?;
     let mut writer = RecordingWriter::create(file)?;
     prepared.machine.start_checkpoints().map_err(run::RunError::from)?;
     prepared.machine.settle().map_err(run::RunError::from)?;
@@ -38,7 +40,7 @@ pub fn record(file: &Path, args: &GuestArgs, positions: Wanted) -> Result<Ending
     let sink = snapshot::save(&prepared.machine, &prepared.config, sink)?;
     finish_snapshot(sink)?;
     let encoder = Encoder::new(snapshot::cursor(&prepared.machine));
-    play(prepared, stop, args.delivery.budget(), |outlet| FileLog::new(outlet, writer, encoder))
+    play(prepared, vcpu, guest.defer, |outlet| FileLog::new(outlet, writer, encoder))
 }
 
 fn finish_snapshot<W: Write>(sink: BufWriter<ft_log::SnapshotSink<'_, W>>) -> Result<(), CommandError> {
@@ -49,7 +51,7 @@ fn finish_snapshot<W: Write>(sink: BufWriter<ft_log::SnapshotSink<'_, W>>) -> Re
 
 fn play<L: LogSink>(
     prepared: Prepared,
-    (stop, wake): (Stop, Receiver<()>),
+    (vcpu, mailbox): (VcpuHandle, Mailbox),
     defer: Duration,
     log: impl FnOnce(Outlet) -> L,
 ) -> Result<Ending, CommandError> {
@@ -59,24 +61,16 @@ fn play<L: LogSink>(
     let inbox = Inbox::new(sender.clone(), Arc::clone(&deferral));
     let outlet = resources.start(&inbox, always())?;
     let terminal = Terminal::start(&inbox)?;
-    let _watch = watch(&deferral, &stop)?;
+    let _watch = watch(&deferral, &vcpu)?;
     let quit = terminal.reader.quit().clone();
-    let on_quit = stop.clone();
     start_thread("quit", move || {
         if quit.recv().is_ok() {
-            on_quit.request();
+            vcpu.stop(StopKind::Leave);
         }
     })?;
     let time = HostTime::starting_at(machine.now());
-    let host = HostSide {
-        time,
-        inbox: (sender, receiver),
-        deferral,
-        wake,
-        stop: stop.flag(),
-        orders: Arc::default(),
-    };
+    let host = HostSide { time, inbox: (sender, receiver), deferral, mailbox };
     let mut door = Live::new(&machine, host, log(outlet));
     let stopped = run::run(&mut machine, &mut door)?;
-    Ok(ending(stopped, machine.anchors()))
+    Ok(Ending::of_run(stopped, machine.anchors()))
 }

@@ -4,9 +4,10 @@
 
 use std::path::Path;
 
-use super::{CommandError, Ending, say};
+use super::{CommandError, say};
 use crate::boot;
 use crate::guest::GuestError;
+use crate::launch::Ending;
 
 /// `vmft check-kernel`.
 pub fn check_kernel(file: &Path, addresses: bool) -> Result<Ending, CommandError> {

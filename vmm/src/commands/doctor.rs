@@ -2,14 +2,15 @@
 //!
 //! Owns: how the report is printed. Must never: measure, or change the host.
 
-use super::{CommandError, Ending, say};
+use super::{CommandError, say};
 use crate::config::DoctorArgs;
 use crate::doctor::{self, Fitness, Options, Report};
+use crate::launch::Ending;
 
 /// `vmft doctor`: a line for each thing that matters, then a verdict.
 pub fn doctor(args: &DoctorArgs) -> Result<Ending, CommandError> {
     let report =
-        doctor::examine(&Options { arbiter: args.arbiter.clone(), etcd: args.etcd.clone(), peer: args.peer });
+        doctor::examine(&Options { arbiter: args.arbiter.clone(), etcd: args.etcd.files(), peer: args.peer });
     if args.json {
         let text = serde_json::to_string_pretty(&report)
             .map_err(|error| CommandError::host("write the report")(error.into()))?;

@@ -4,13 +4,13 @@
 
 use std::path::Path;
 
-use super::pair::PairError;
-use super::{CommandError, Ending};
-use crate::ft::key_file;
+use super::CommandError;
+use crate::launch::Ending;
+use crate::pair::wire::key_file;
 
 /// `vmft keygen`.
 pub fn keygen(file: &Path) -> Result<Ending, CommandError> {
-    key_file::create(file).map_err(PairError::from)?;
+    key_file::create(file)?;
     tracing::info!("{}: a new key; copy it to the other host, as secretly as a password", file.display());
     Ok(Ending::Orderly)
 }

@@ -1,76 +1,34 @@
-//! The monitor's commands.
+//! The monitor's commands: arguments become settings, and one call.
 //!
-//! Owns: the order in which a command checks what it was given, builds a guest, runs it and cleans up.
-//! Must never: leave the terminal, a tap, a lock or a file behind, whatever fails.
+//! Owns: the exit status of each error, what is printed, and how a process starts over in another role. Must never: run a guest
+//! or a pair itself.
 
-mod again;
 mod alone;
-mod backup;
 mod check_kernel;
 mod doctor;
-mod heal;
 mod keygen;
 mod operate;
-mod orders;
-mod pair;
 pub mod replay;
-mod standby;
-mod stop;
-mod takeover;
+mod restart;
 
 use std::fmt::Display;
 use std::io::Write as _;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
-pub use again::leave_after_lost_claim;
-use devices::BoardConfig;
-use stop::Stop;
 use thiserror::Error;
 
-use crate::config::{Cli, Command, GuestArgs};
-use crate::control::LogEvent;
-use crate::control::metrics::MetricsError;
+use crate::config::{Cli, Command};
 use crate::control::socket::SocketError;
-use crate::guest::{BootFiles, GuestConfig, GuestError};
-use crate::host;
-use crate::host::console::{ConsoleReader, RawTerminal};
-use crate::host::deferral::{Deferral, Inbox, Watch};
-use crate::host::disk::{Caching, Disk, DiskError};
-use crate::host::tap::{Tap, TapError};
-use crate::kvm::{Kvm, KvmError};
-use crate::machine::{GuestEnd, Machine};
-use crate::outlet::{OutletError, Resources};
-use crate::position::{self, BranchCounter, PositionError};
-use crate::run::{RunError, Stopped};
+use crate::guest::GuestError;
+use crate::host::backends::OutletError;
+use crate::kvm::KvmError;
+use crate::launch::{Ending, LaunchError};
+use crate::pair::wire::key_file::KeyFileError;
+use crate::pair::{Leave, PairError, backup, primary};
+use crate::position::PositionError;
+use crate::run::RunError;
 use crate::snapshot::SnapshotError;
-
-/// How the monitor ended; each has its own exit status.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// The guest ended in an orderly way, or was stopped on request. Status 0.
-    Orderly,
-    /// The guest crashed. Status 5.
-    GuestCrashed,
-    /// Another monitor owns the guest now. Status 3.
-    LostClaim,
-    /// The backup runs the guest now, as the operator wanted, and takes backups at this address. No status: this
-    /// monitor goes on as its backup.
-    HandedOver(SocketAddr),
-}
-
-impl Ending {
-    /// The process's exit status. 1 is an error, 2 a wrong command line, 4 a divergence.
-    pub fn status(self) -> u8 {
-        match self {
-            Self::Orderly | Self::HandedOver(_) => 0,
-            Self::LostClaim => 3,
-            Self::GuestCrashed => 5,
-        }
-    }
-}
 
 /// What can go wrong with a command.
 #[derive(Debug, Error)]
@@ -81,9 +39,7 @@ pub enum CommandError {
     #[error(transparent)]
     Guest(#[from] GuestError),
     #[error(transparent)]
-    Disk(#[from] DiskError),
-    #[error(transparent)]
-    Tap(#[from] TapError),
+    Launch(#[from] LaunchError),
     #[error(transparent)]
     Outlet(#[from] OutletError),
     #[error(transparent)]
@@ -95,13 +51,11 @@ pub enum CommandError {
     #[error(transparent)]
     Run(#[from] RunError),
     #[error(transparent)]
-    Pair(#[from] pair::PairError),
+    Pair(#[from] PairError),
     #[error(transparent)]
-    Heal(#[from] heal::HealError),
+    KeyFile(#[from] KeyFileError),
     #[error(transparent)]
     Control(#[from] SocketError),
-    #[error(transparent)]
-    Metrics(#[from] MetricsError),
     #[error(transparent)]
     Operate(#[from] operate::OperateError),
     /// The guest at the start of a recording.
@@ -133,7 +87,7 @@ impl CommandError {
     pub fn status(&self) -> u8 {
         match self {
             Self::Run(RunError::Diverged(_)) => 4,
-            Self::Heal(error) => error.status(),
+            Self::Pair(error) => error.status(),
             _ => 1,
         }
     }
@@ -151,15 +105,21 @@ fn say(text: impl Display) -> Result<(), CommandError> {
 
 /// Does what the command line says.
 pub fn execute(cli: Cli) -> Result<Ending, CommandError> {
+    let leave: Leave = Arc::new(|| restart::leave_after_lost_claim());
     let ending = match cli.command {
-        Command::Run(guest) => alone::run(&guest),
-        Command::Record { file, guest, position } => alone::record(&file, &guest, position.position),
+        Command::Run(guest) => alone::run(&guest.settings()),
+        Command::Record { file, guest, position } => {
+            alone::record(&file, &guest.settings(), position.position)
+        }
         Command::Replay { file, console } => replay::replay(&file, console),
-        Command::Primary(args) => pair::primary(&args),
-        Command::Backup(args) => backup::backup(&args),
+        Command::Primary(args) => {
+            let (pair, guest) = args.settings();
+            Ok(primary::session::primary(&pair, &guest, args.listen, leave)?)
+        }
+        Command::Backup(args) => Ok(backup::backup(&args.settings(), args.connect, leave)?),
+        Command::Standby(args) => Ok(backup::standby(&args.settings(), args.listen, leave)?),
         Command::Keygen { file } => keygen::keygen(&file),
         Command::CheckKernel { file, addresses } => check_kernel::check_kernel(&file, addresses),
-        Command::Standby(args) => standby::standby(&args),
         Command::Doctor(args) => doctor::doctor(&args),
         Command::Status(args) => operate::status(&args),
         Command::Switch(target) => operate::switch(&target),
@@ -169,102 +129,9 @@ pub fn execute(cli: Cli) -> Result<Ending, CommandError> {
         Command::DropBackup(target) => operate::drop_backup(&target),
     }?;
     match ending {
-        Ending::LostClaim => again::after_lost_claim(),
-        Ending::HandedOver(successor) => Err(again::as_backup_of(successor)),
+        Ending::LostClaim => restart::after_lost_claim(),
+        Ending::StartsOver => Err(restart::as_standby()),
+        Ending::HandedOver(successor) => Err(restart::as_backup_of(successor)),
         ending => Ok(ending),
-    }
-}
-
-/// A guest that has not run yet, with the host's resources for it opened and checked.
-struct Prepared {
-    config: GuestConfig,
-    machine: Machine,
-    resources: Resources,
-}
-
-/// `counter` supplies the positions of forced stops.
-fn prepare(
-    args: &GuestArgs,
-    caching: Caching,
-    counter: Option<Box<dyn BranchCounter>>,
-) -> Result<Prepared, CommandError> {
-    let memory_bytes = GuestConfig::memory_bytes(args.memory_mib)?;
-    let kvm = Kvm::open()?;
-    let resources = open_resources(args.disk.as_deref(), args.disk_read_only, args.tap.as_deref(), caching)?;
-    let board = BoardConfig {
-        epoch_s: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-        ram_bytes: memory_bytes,
-        net_mac: args.tap.is_some().then(|| args.mac()),
-        disk_bytes: resources.disk.as_ref().map(Disk::capacity_bytes),
-        disk_read_only: args.disk_read_only,
-        disk_write_through: caching == Caching::WriteThrough,
-    };
-    let mut config = GuestConfig::new(&kvm, &args.name, memory_bytes, board)?;
-    config.positions = position::source_of(counter.as_deref());
-    let files =
-        BootFiles { kernel: args.kernel.clone(), initrd: args.initrd.clone(), cmdline: args.cmdline.clone() };
-    let mut seed = [0; 32];
-    crate::host::random_bytes(&mut seed).map_err(CommandError::host("give random bytes"))?;
-    let mut machine = config.boot(&kvm, &files, seed)?;
-    machine.count_branches(counter);
-    Ok(Prepared { config, machine, resources })
-}
-
-fn open_resources(
-    disk: Option<&Path>,
-    read_only: bool,
-    tap: Option<&str>,
-    caching: Caching,
-) -> Result<Resources, CommandError> {
-    Ok(Resources {
-        disk: disk.map(|path| Disk::open(path, read_only, caching)).transpose()?,
-        tap: tap.map(Tap::open).transpose()?,
-    })
-}
-
-/// This terminal as the guest's console, until dropped.
-struct Terminal {
-    reader: ConsoleReader,
-    _raw: Option<RawTerminal>,
-}
-
-impl Terminal {
-    fn start(inbox: &Inbox) -> Result<Self, CommandError> {
-        use std::os::fd::AsFd;
-        let raw = RawTerminal::enter(std::io::stdin().as_fd())
-            .map_err(CommandError::host("set the terminal to raw mode"))?;
-        let reader = ConsoleReader::start(std::io::stdin(), inbox.clone())
-            .map_err(CommandError::host("start the console's thread"))?;
-        Ok(Self { reader, _raw: raw })
-    }
-}
-
-/// Starts a thread that nobody waits for.
-fn start_thread(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), CommandError> {
-    host::spawn(name, body).map(drop).map_err(CommandError::host("start a thread"))
-}
-
-/// Lets nothing wait for the guest for longer than `deferral` says.
-fn watch(deferral: &Arc<Deferral>, stop: &Stop) -> Result<Watch, CommandError> {
-    let stop = stop.clone();
-    deferral.watch(move || stop.kick()).map_err(CommandError::host("start the deferral thread"))
-}
-
-/// Says how a guest ended.
-fn ending(stopped: Stopped, anchors: u64) -> Ending {
-    match stopped {
-        Stopped::GuestEnded(end) => {
-            let (how, sentence) = match end {
-                GuestEnd::PowerOff => ("power-off", "the guest powered itself off"),
-                GuestEnd::Reset => ("reset", "the guest asked for a reset"),
-                GuestEnd::TripleFault => ("triple-fault", "the guest crashed with a triple fault"),
-                GuestEnd::HaltedForever => {
-                    ("halted", "the guest halted with interrupts off: nothing can wake it")
-                }
-            };
-            tracing::info!(event = %LogEvent::GuestEnded, how, anchors, "{sentence}");
-            if end.is_crash() { Ending::GuestCrashed } else { Ending::Orderly }
-        }
-        Stopped::Requested | Stopped::LogEnded | Stopped::ReplayEqual => Ending::Orderly,
     }
 }

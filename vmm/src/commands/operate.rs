@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use super::{CommandError, Ending, say};
+use super::{CommandError, say};
 use crate::config::{ShutdownArgs, StatusArgs, TargetArgs};
 use crate::control::client::{ClientError, ask};
 use crate::control::protocol::{Answer, Command, Direction, Refusal, Role, Status};
 use crate::control::socket;
+use crate::launch::Ending;
 
 /// Why an operator does not get what was asked for.
 #[derive(Debug, Error)]

@@ -11,10 +11,11 @@ use std::time::Instant;
 use devices::Effect;
 use ft_log::{GuestTime, LogPart, PositionSource, RecordingReader};
 
-use super::{CommandError, Ending, say};
+use super::{CommandError, say};
 use crate::boot;
 use crate::guest::GuestError;
 use crate::kvm::Kvm;
+use crate::launch::Ending;
 use crate::position::{self, BranchCounter, PositionError, Wanted};
 use crate::run::{self, Follow, PartSource, RunError, Stopped};
 use crate::snapshot;

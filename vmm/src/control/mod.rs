@@ -5,19 +5,16 @@
 //! ```text
 //!   vmft status ── Unix socket ──┐
 //!                                ├── `control` thread ── Monitor <── change! (vCPU, supervisor, receiver)
-//!   vmft switch ...───────────── │                          └─ desk ──> Orders, inbox, supervisor
+//!   vmft switch ...───────────── │                          └─ orders ──> vCPU's mailbox, inbox, supervisor
 //!   Prometheus ─── HTTP ─────────┘                          └─ figures <── link, gate, inflow
 //! ```
 
 pub mod client;
-mod log_event;
 pub mod metrics;
-pub mod orders;
 pub mod protocol;
 pub mod server;
 pub mod socket;
 pub mod state;
 
-pub use log_event::LogEvent;
 pub use server::Server;
 pub use state::{Identity, Monitor, Standing};

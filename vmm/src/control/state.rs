@@ -47,7 +47,7 @@ pub type FiguresOf = Box<dyn Fn() -> Figures + Send>;
 pub type TransferOf = Box<dyn Fn() -> Transfer + Send>;
 
 /// Has an order carried out, without waiting for that. Called by the control thread.
-pub type Desk = Box<dyn Fn(Command, &Monitor) -> Answer + Send>;
+pub type OrderHandler = Box<dyn Fn(Command, &Monitor) -> Answer + Send>;
 
 struct Known {
     standing: Standing,
@@ -84,7 +84,7 @@ pub struct Monitor {
     identity: Identity,
     started: Instant,
     known: Mutex<Known>,
-    desk: Mutex<Option<Desk>>,
+    orders: Mutex<Option<OrderHandler>>,
 }
 
 impl Monitor {
@@ -99,7 +99,7 @@ impl Monitor {
             transfer: None,
             rate: Rate { at: now, bytes: 0, per_s: 0 },
         };
-        Arc::new(Self { identity, started: now, known: Mutex::new(known), desk: Mutex::default() })
+        Arc::new(Self { identity, started: now, known: Mutex::new(known), orders: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -139,8 +139,8 @@ impl Monitor {
     }
 
     /// Who carries orders out: whoever runs the guest here.
-    pub fn set_desk(&self, desk: Desk) {
-        *self.desk.lock().unwrap_or_else(PoisonError::into_inner) = Some(desk);
+    pub fn set_order_handler(&self, handler: OrderHandler) {
+        *self.orders.lock().unwrap_or_else(PoisonError::into_inner) = Some(handler);
     }
 
     /// Answers an operator.
@@ -148,8 +148,8 @@ impl Monitor {
         if command == Command::Status {
             return Answer::Status(Box::new(self.status()));
         }
-        match &*self.desk.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(desk) => desk(command, self),
+        match &*self.orders.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(handler) => handler(command, self),
             None => Answer::Refused(self.not_primary()),
         }
     }
@@ -198,9 +198,27 @@ impl fmt::Debug for Monitor {
     }
 }
 
+/// A change of role, view or protection: one line in the log under a [`LogEvent`](crate::host::LogEvent), and the new standing. Further fields and
+/// the line's text follow the standing, as in the macros of `tracing`.
+#[macro_export]
+macro_rules! change {
+    ($level:ident, $monitor:expr, $event:ident, $standing:expr, $($rest:tt)*) => {{
+        let standing: $crate::control::Standing = $standing;
+        // First: who reads the line may ask at once.
+        $monitor.set_standing(standing.clone());
+        tracing::$level!(
+            event = %$crate::host::LogEvent::$event,
+            view = standing.view,
+            role = standing.role.name(),
+            protected = standing.protected,
+            cause = %standing.cause,
+            $($rest)*
+        );
+    }};
+}
+
 #[cfg(test)]
 mod tests {
-    use crate::change;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
@@ -230,7 +248,7 @@ mod tests {
         monitor.set_standing(Standing { role: Role::Backup, ..Standing::default() });
         assert_eq!(refusal(&monitor).primary, Some(peer));
         assert_eq!(refusal(&monitor).text, "this monitor is a backup; the primary is alpha (192.0.2.1:7700)");
-        monitor.set_desk(Box::new(|command, _| Answer::Done(format!("{command:?}"))));
+        monitor.set_order_handler(Box::new(|command, _| Answer::Done(format!("{command:?}"))));
         assert_eq!(monitor.answer(Command::Switch), Answer::Done("Switch".into()));
         assert!(matches!(monitor.answer(Command::Status), Answer::Status(_)));
     }

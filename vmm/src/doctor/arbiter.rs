@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::Finding;
 use super::surroundings::{median, milliseconds};
-use crate::config::EtcdArgs;
-use crate::ft::arbiter::etcd::{CallError, Cluster};
-use crate::ft::arbiter::{Access, ArbiterSpec, dir, random_id};
+use crate::pair::claims::arbiter::EtcdFiles;
+use crate::pair::claims::arbiter::etcd::{CallError, Cluster};
+use crate::pair::claims::arbiter::{Access, ArbiterSpec, dir, random_id};
 use crate::with_causes;
 
 const SYNCS: usize = 5;
@@ -20,7 +20,7 @@ const TRANSACTIONS: usize = 5;
 const SYNC_MAX: Duration = Duration::from_millis(100);
 
 /// Can the right to run a guest be claimed there?
-pub fn examine(arbiter: &ArbiterSpec, etcd: &EtcdArgs) -> Finding {
+pub fn examine(arbiter: &ArbiterSpec, etcd: &EtcdFiles) -> Finding {
     match arbiter {
         ArbiterSpec::Directory(path) => directory(path),
         ArbiterSpec::Etcd(endpoints) => cluster(endpoints, etcd),
@@ -28,7 +28,7 @@ pub fn examine(arbiter: &ArbiterSpec, etcd: &EtcdArgs) -> Finding {
 }
 
 /// A transaction that changes nothing, at each endpoint.
-fn cluster(endpoints: &[String], etcd: &EtcdArgs) -> Finding {
+fn cluster(endpoints: &[String], etcd: &EtcdFiles) -> Finding {
     let access = match Access::read(etcd) {
         Ok(access) => access,
         Err(error) => return Finding::failed(error.to_string(), "correct the option"),

@@ -29,9 +29,9 @@ use serde::Serialize;
 use watchdog::Watchdog;
 
 use crate::boot::cpuid_table;
-use crate::config::EtcdArgs;
-use crate::ft::arbiter::ArbiterSpec;
 use crate::kvm::{Kvm, KvmError, Modules, Unfit, install_kick_handler};
+use crate::pair::claims::arbiter::ArbiterSpec;
+use crate::pair::claims::arbiter::EtcdFiles;
 
 /// What came of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -174,7 +174,7 @@ pub struct Options {
     /// Where claims will be made.
     pub arbiter: Option<ArbiterSpec>,
     /// How an etcd is asked.
-    pub etcd: EtcdArgs,
+    pub etcd: EtcdFiles,
     /// A primary's --listen address.
     pub peer: Option<SocketAddr>,
 }

@@ -16,7 +16,7 @@ use ft_log::{Event, MAX_CONSOLE_BYTES};
 use nix::errno::Errno;
 use nix::sys::termios::{OutputFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 
-use super::deferral::Inbox;
+use super::inbox::Inbox;
 use super::{StopToken, Wait, Worker};
 
 /// What starts a command to the monitor: Ctrl-A.

@@ -16,9 +16,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, TrySendError};
-use ft_log::Event;
-
 use super::spawn;
 
 const NEVER: u64 = u64::MAX;
@@ -237,45 +234,6 @@ impl Drop for Watch {
                 tracing::error!("The deferral thread panicked.");
             }
         }
-    }
-}
-
-/// Where host threads put events for the guest. Bounded; what happens when it is full is each thread's own policy.
-#[derive(Clone, Debug)]
-pub struct Inbox {
-    events: Sender<Event>,
-    deferral: Option<Arc<Deferral>>,
-}
-
-impl Inbox {
-    /// An inbox whose events wait no longer than `deferral` says.
-    pub fn new(events: Sender<Event>, deferral: Arc<Deferral>) -> Self {
-        Self { events, deferral: Some(deferral) }
-    }
-
-    /// Puts `event` in if there is room.
-    pub fn try_send(&self, event: Event) -> Result<(), TrySendError<Event>> {
-        self.events.try_send(event)?;
-        self.note();
-        Ok(())
-    }
-
-    /// The channel, for waiting on several; call [`Inbox::note`] when something was sent.
-    pub fn channel(&self) -> &Sender<Event> {
-        &self.events
-    }
-
-    /// Something was sent.
-    pub fn note(&self) {
-        if let Some(deferral) = &self.deferral {
-            deferral.arrived();
-        }
-    }
-}
-
-impl From<Sender<Event>> for Inbox {
-    fn from(events: Sender<Event>) -> Self {
-        Self { events, deferral: None }
     }
 }
 

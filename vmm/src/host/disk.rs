@@ -27,12 +27,12 @@ use ft_log::{DiskStatus, Event, MAX_DISK_BYTES};
 use nix::errno::Errno;
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
-use super::deferral::Inbox;
 use super::image::{Image, ImageError};
+use super::inbox::Inbox;
 use super::owner::{Owned, Ownership};
 use super::{StopToken, Worker};
-use crate::control::LogEvent;
 use crate::file_kind::FileKind;
+use crate::host::LogEvent;
 
 /// Bytes per sector; an image is a whole number of them.
 const SECTOR_BYTES: u64 = 512;

@@ -6,11 +6,14 @@
 //! Must never: touch guest memory or device state, or decide when an event takes effect.
 //! States of a thread: running, told to stop (its [`Worker`] is being dropped), gone.
 
+pub mod backends;
 pub mod console;
 pub mod deferral;
 pub mod disk;
 pub mod image;
+pub mod inbox;
 pub mod log;
+mod log_event;
 pub mod owner;
 mod secret;
 pub mod tap;
@@ -24,8 +27,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded, select};
-use deferral::Inbox;
 use ft_log::Event;
+use inbox::Inbox;
+pub use log_event::LogEvent;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 pub use secret::{SecretError, read_secret};

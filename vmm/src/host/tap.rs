@@ -19,7 +19,7 @@ use crossbeam_channel::TrySendError;
 use ft_log::{Event, MAX_FRAME_BYTES};
 use nix::errno::Errno;
 
-use super::deferral::Inbox;
+use super::inbox::Inbox;
 use super::{StopToken, Wait, Worker};
 
 /// `linux/if_tun.h`: reported by `TUNGETIFF` for an interface that outlives its descriptor.

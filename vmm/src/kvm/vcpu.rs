@@ -8,7 +8,8 @@
 //!                                                      └──> complete() (completes it without running the guest)
 //! ```
 
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::cell::Cell;
+use std::marker::PhantomData;
 
 use kvm_bindings::{
     KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP, KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug,
@@ -92,14 +93,18 @@ pub enum Exit {
 /// The guest's vCPU.
 pub struct Vcpu {
     fd: VcpuFd,
-    /// What [`kick`] reached before this one was made.
-    kicked_before: *mut u8,
+    /// It stays on the thread whose kicks reach it.
+    _not_send: PhantomData<*mut u8>,
 }
 
-static KICK_TARGET: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
+thread_local! {
+    /// The `immediate_exit` byte of the vCPU that this thread has made or entered last. Constant at first and never
+    /// destroyed, so that the handler may look at it at any time.
+    static KICK_TARGET: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
+}
 
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    let target = KICK_TARGET.load(Ordering::Relaxed);
+    let target = KICK_TARGET.get();
     if !target.is_null() {
         // SAFETY: the pointer is the `immediate_exit` byte of a `kvm_run` page that stays mapped until the
         // vCPU is dropped, which takes the pointer away first. A plain byte store is async-signal-safe.
@@ -129,8 +134,8 @@ impl Vcpu {
     pub(super) fn new(mut fd: VcpuFd) -> Self {
         fd.set_sync_valid_reg(SyncReg::Register);
         let byte: *mut u8 = &mut fd.get_kvm_run().immediate_exit;
-        let kicked_before = KICK_TARGET.swap(byte, Ordering::Relaxed);
-        Self { fd, kicked_before }
+        KICK_TARGET.set(byte);
+        Self { fd, _not_send: PhantomData }
     }
 
     pub(super) fn fd(&self) -> &VcpuFd {
@@ -139,6 +144,8 @@ impl Vcpu {
 
     /// Runs the guest until it leaves. Unfinished I/O of the last exit completes first.
     pub fn enter(&mut self) -> Result<Exit, KvmError> {
+        let byte: *mut u8 = &mut self.fd.get_kvm_run().immediate_exit;
+        KICK_TARGET.set(byte);
         match self.fd.run() {
             Ok(VcpuExit::IoIn(..)) => Ok(self.pio_exit(false)),
             Ok(VcpuExit::IoOut(..)) => Ok(self.pio_exit(true)),
@@ -346,8 +353,10 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        // vCPUs are dropped in the opposite order in which they are made: others only measure.
-        KICK_TARGET.store(self.kicked_before, Ordering::Relaxed);
+        let byte: *mut u8 = &mut self.fd.get_kvm_run().immediate_exit;
+        if KICK_TARGET.get() == byte {
+            KICK_TARGET.set(std::ptr::null_mut());
+        }
     }
 }
 

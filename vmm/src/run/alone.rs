@@ -7,8 +7,8 @@ use devices::Effect;
 use ft_log::{Batch, CheckpointEncoder, Encoder, Entry, FIRST_BATCH, Position, RecordingWriter};
 
 use super::{LogSink, RunError};
+use crate::host::backends::Outlet;
 use crate::machine::Machine;
-use crate::outlet::Outlet;
 
 /// Bytes of entries that make a batch of a recording.
 const BATCH_BYTES: usize = 64 << 10;

@@ -5,7 +5,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, at, select};
@@ -13,8 +12,8 @@ use devices::Effect;
 use ft_log::{CLOCK_TOLERANCE, ClockModel, Entry, Event, GuestTime, Position};
 
 use super::code_watch::CodeWatch;
+use super::vcpu_handle::{Control, Mailbox};
 use super::{Door, Next, RunError, Stopped};
-use crate::control::orders::Orders;
 use crate::host::deferral::Deferral;
 use crate::machine::{Clock, GuestEnd, Kicked, Machine};
 
@@ -90,12 +89,11 @@ pub struct Live<L> {
     inbox: Receiver<Event>,
     // With a sender here the channel never closes, so waiting on it always waits.
     _keep_open: Sender<Event>,
-    wake: Receiver<()>,
+    mailbox: Mailbox,
+    paused: bool,
     own: VecDeque<Event>,
     /// Time has passed since the guest's last exit: it waited, or was stopped while it computed.
     stale: bool,
-    stop: Arc<AtomicBool>,
-    orders: Arc<Orders>,
     deferral: Arc<Deferral>,
     code_watch: CodeWatch,
     log: L,
@@ -109,18 +107,14 @@ pub struct HostSide {
     pub inbox: (Sender<Event>, Receiver<Event>),
     /// How long they may wait.
     pub deferral: Arc<Deferral>,
-    /// Makes a halted guest's thread look at `stop` and at its log's other end.
-    pub wake: Receiver<()>,
-    /// The monitor is to stop.
-    pub stop: Arc<AtomicBool>,
-    /// What an operator wants.
-    pub orders: Arc<Orders>,
+    /// What other threads want of this one.
+    pub mailbox: Mailbox,
 }
 
 impl<L: LogSink> Live<L> {
     /// A door between `host` and the guest.
     pub fn new(machine: &Machine, host: HostSide, log: L) -> Self {
-        let HostSide { time, inbox: (_keep_open, inbox), deferral, wake, stop, orders } = host;
+        let HostSide { time, inbox: (_keep_open, inbox), deferral, mailbox } = host;
         let model = ClockModel::starting_at(machine.now());
         let own = VecDeque::new();
         let code_watch = CodeWatch::default();
@@ -129,11 +123,10 @@ impl<L: LogSink> Live<L> {
             model,
             inbox,
             _keep_open,
-            wake,
+            mailbox,
+            paused: false,
             own,
             stale: false,
-            stop,
-            orders,
             deferral,
             code_watch,
             log,
@@ -209,6 +202,24 @@ impl<L: LogSink> Live<L> {
         Ok(())
     }
 
+    /// Does an operator want something of a boundary?
+    fn has_orders(&self) -> bool {
+        self.paused || !self.mailbox.controls.is_empty()
+    }
+
+    /// Takes the orders that wait. True: the guest is to be handed over.
+    fn take_orders(&mut self) -> bool {
+        let mut hand_over = false;
+        for control in self.mailbox.controls.try_iter() {
+            match control {
+                Control::Pause => self.paused = true,
+                Control::Resume => self.paused = false,
+                Control::HandOver => hand_over = true,
+            }
+        }
+        hand_over
+    }
+
     /// Waits until there may be something to apply.
     fn wait(&mut self, machine: &Machine) {
         self.stale = true;
@@ -217,7 +228,7 @@ impl<L: LogSink> Live<L> {
             .map_or_else(crossbeam_channel::never, |deadline| at(self.time.instant_of(deadline)));
         select! {
             recv(self.inbox) -> event => self.own.extend(event),
-            recv(self.wake) -> _ => {}
+            recv(self.mailbox.woken) -> _ => {}
             recv(timer) -> _ => {}
         }
     }
@@ -238,10 +249,10 @@ impl<L: LogSink> Clock for Live<L> {
     }
 
     fn kicked(&mut self, machine: &Machine) -> Result<Kicked, RunError> {
-        if self.stop.load(Ordering::Relaxed) && self.log.may_break_off() {
+        if self.mailbox.stop_signal().is_set() && self.log.may_break_off() {
             return Err(RunError::StopRequested);
         }
-        if self.log.wants_boundary() || (self.orders.want_boundary() && self.log.may_checkpoint()) {
+        if self.log.wants_boundary() || (self.has_orders() && self.log.may_checkpoint()) {
             return Ok(Kicked::Stop);
         }
         if !self.deferral.is_due() {
@@ -265,27 +276,26 @@ impl<L: LogSink> Door for Live<L> {
             if self.log.at_boundary(machine)? {
                 self.model = ClockModel::starting_at(machine.now());
             }
-            if self.stop.load(Ordering::Relaxed) {
+            if self.mailbox.stop_signal().is_set() {
                 self.finish(machine)?;
                 return Ok(Next::Stop(Stopped::Requested));
             }
-            if self.orders.take_switch() && self.log.hand_over(machine)? {
+            if self.take_orders() && self.log.hand_over(machine)? {
                 return Ok(Next::Stop(Stopped::Requested));
             }
             // What arrives meanwhile waits in the inbox; frames that find no room there are dropped.
-            let pause = self.orders.pause();
-            self.orders.set_stands(pause);
-            if !pause {
+            self.mailbox.set_stands(self.paused);
+            if !self.paused {
                 self.apply_due(machine, effects)?;
                 if !machine.waiting() {
                     return Ok(Next::Enter);
                 }
             }
             self.publish(machine, effects)?;
-            if pause {
+            if self.paused {
                 self.stale = true;
-                // Its other end is in a `Stop` that outlives this door.
-                let _ = self.wake.recv();
+                // Its other end is in the handle that the mailbox holds.
+                let _ = self.mailbox.woken.recv();
             } else if self.own.is_empty() {
                 self.wait(machine);
             }

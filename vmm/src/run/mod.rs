@@ -18,6 +18,7 @@ mod divergence;
 mod faults;
 mod follow;
 mod live;
+mod vcpu_handle;
 
 use devices::Effect;
 use ft_log::{Counted, Position};
@@ -30,6 +31,7 @@ pub use divergence::{Divergence, Recent};
 pub use faults::{CorruptAt, Faults, Slowness};
 pub use follow::{Follow, PartSource};
 pub use live::{HostSide, HostTime, INBOX_EVENTS, Live, LogSink};
+pub use vcpu_handle::{Control, Mailbox, StopKind, StopSignal, VcpuHandle};
 
 /// Where everything that is not a function of guest state comes in, and where effects go out.
 pub trait Door: Clock<Error = RunError> {

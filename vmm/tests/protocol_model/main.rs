@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use steps::{Left, Step};
-use vmft::ft::protocol::{Next, Timing, Verdict};
+use vmft::pair::protocol::{Next, Timing, Verdict};
 use world::{Flaw, Following, Monitor, TICK, Wiring, World};
 
 /// A model: hosts, budgets and wiring.

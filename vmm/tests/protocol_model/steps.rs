@@ -2,7 +2,7 @@
 //!
 //! Owns: which steps there are, and the budgets of faults. Must never: change anything.
 
-use vmft::ft::protocol::{Duty, Life, Next, Phase};
+use vmft::pair::protocol::{Duty, Life, Next, Phase};
 
 use super::world::{Beat, Connection, Host, Monitor, Running, World, takes_backup};
 

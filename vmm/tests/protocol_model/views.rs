@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 
 use ft_log::BatchReceiver;
-use vmft::ft::protocol::{Answer, Ask, Backup, Hearing, Life, Next, Primary};
+use vmft::pair::protocol::{Answer, Ask, Backup, Hearing, Life, Next, Primary};
 
 use super::world::{
     Connection, Down, Flaw, Following, Monitor, Pending, Record, Wiring, World, connection_of,

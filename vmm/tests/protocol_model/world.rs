@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use ft_log::{Batch, BatchReceiver, FIRST_BATCH};
-use vmft::ft::protocol::{
+use vmft::pair::protocol::{
     Answer, Ask, Backup, Duty, Hearing, Leave, Life, LinkLoss, Loss, Mode, Next, OutputRule, Phase, Primary,
     Questions, Timing,
 };
