@@ -19,7 +19,7 @@
 //! last seen to lead to it: a link, a rename, a removal and a change of its length all change the time of its last
 //! change. If that differs, the name is looked up again. Times may be coarse, so a status counts only once it has been
 //! the same for `SETTLED_AFTER`; until then each question looks the name up. The look-up may be answered from a cache
-//! of the host (README: `lookupcache=none`); the two means before it are not.
+//! of the host (docs/reference.md: `lookupcache=none`); the two means before it are not.
 //!
 //! Not covered: a write that has left this process when the record is replaced; a record that is replaced between the
 //! moment at which `take` reads it and the renaming: the last to rename has the image, and the other one notices; block
@@ -133,7 +133,7 @@ fn open(path: &Path, options: &OpenOptions) -> Result<Option<(File, Vec<u8>)>, T
         Err(error) => return Err(failed(error)),
     };
     if Status::of(&file).map_err(failed)?.names == Some(0) {
-        let why = "it is being replaced at this moment, or the storage is not mounted as README says";
+        let why = "it is being replaced now, or the storage is not mounted as docs/reference.md says";
         return Err(failed(io::Error::other(why)));
     }
     let mut content = Vec::new();

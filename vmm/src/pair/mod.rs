@@ -56,7 +56,7 @@ use wire::connect::ConnectError;
 use wire::key_file::{self, KeyFileError};
 
 const START_AGAIN: &str =
-    "find out which image is the guest's, then remove its claims and start it again (README)";
+    "find out which image is the guest's, then remove its claims and start it again (docs/quickstart.md)";
 
 /// What every monitor of a pair is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
