@@ -434,6 +434,13 @@ fn entries_of_another_view_are_found_and_refused() {
 }
 
 #[test]
+fn an_acknowledgement_that_counts_for_the_next_backup_is_found() {
+    let left = Left { lags: 1, joins: 2, entries: 2, ..quiet(0) };
+    let wiring = Wiring { flaw: Some(Flaw::AnyEpoch), ..Wiring::default() };
+    breaks_on(3, SURVIVES, left, wiring);
+}
+
+#[test]
 fn waiting_for_a_backup_that_is_gone_is_found() {
     let right = Wiring::default();
     let timing = Timing { timeout: 100 * TICK, loading_timeout: 100 * TICK, ..right.timing };

@@ -204,8 +204,11 @@ impl World {
                 }
                 steps.extend((self.left.breaks > 0).then_some(Step::BreakSeenByBackup(place)));
             }
+            // A thread may be slow to deliver what it has read of a connection that is closed since.
+            if self.awake(connection.primary).is_some() && !connection.up.is_empty() {
+                steps.push(Step::ToPrimary(place));
+            }
             if self.awake(connection.primary).is_some() && !connection.closed_by_primary {
-                steps.extend((!connection.up.is_empty()).then_some(Step::ToPrimary(place)));
                 if self.is_paired(connection.primary) {
                     steps.extend(connection.closed_by_backup.then_some(Step::CloseSeenByPrimary(place)));
                     steps.extend((self.left.breaks > 0).then_some(Step::BreakSeenByPrimary(place)));

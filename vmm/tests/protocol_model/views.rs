@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 
 use ft_log::BatchReceiver;
-use vmft::pair::protocol::{Answer, Ask, Backup, Hearing, Life, Next, Primary};
+use vmft::pair::protocol::{Answer, Ask, Backup, Epoch, Hearing, Life, Next, Primary};
 
 use super::world::{
     Connection, Down, Flaw, Following, Monitor, Pending, Record, Wiring, World, connection_of,
@@ -27,6 +27,7 @@ impl World {
             backup: life,
             down: VecDeque::new(),
             up: VecDeque::new(),
+            epoch: Epoch::default(),
             closed_by_primary: false,
             closed_by_backup: false,
             cut: false,
@@ -64,8 +65,7 @@ impl World {
     pub(super) fn attach(&mut self, host: usize, wiring: &Wiring) {
         let now = self.now(host);
         let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
-        running.machine.attach(now).expect("it is named");
-        running.rule.protect();
+        let epoch = running.machine.attach(now).expect("it is named");
         running.batches = 0;
         running.questions.forget();
         running.peer = running.joining.take();
@@ -75,6 +75,7 @@ impl World {
         }
         running.start = running.guest.len();
         if let Some(connection) = connection_of(&mut self.connections, running.life) {
+            connection.epoch = epoch;
             connection.down.push_back(Down::Snapshot(guest));
         }
     }
@@ -82,11 +83,11 @@ impl World {
     /// The backup that was joining does not come, or the arbiter takes too long.
     pub(super) fn give_up_join(&mut self, host: usize, wiring: &Wiring) {
         let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
-        running.joining = None;
+        let backup = running.joining.take();
         if wiring.has(Flaw::AnyBackupIsNamed) {
             running.machine = Primary::new(running.machine.view(), wiring.timing);
-        } else {
-            running.machine.join_failed();
+        } else if let Some(backup) = backup {
+            running.machine.join_failed(backup);
         }
         if let Some(connection) = connection_of(&mut self.connections, running.life) {
             connection.closed_by_primary = true;
@@ -131,7 +132,7 @@ impl World {
             Monitor::Primary(running) => {
                 running.asking = false;
                 running.machine.claim_says(ask, answer);
-                self.open_if_alone(place, wiring);
+                self.flush(place, wiring);
             }
             Monitor::Backup(following) => {
                 following.asking = false;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use ft_log::{Batch, BatchReceiver, FIRST_BATCH};
 use vmft::pair::protocol::{
-    Answer, Ask, Backup, Duty, Hearing, Leave, Life, LinkLoss, Loss, Mode, Next, OutputRule, Phase, Primary,
+    Answer, Ask, Backup, Duty, Epoch, Hearing, Leave, Life, LinkLoss, Loss, Needed, Next, Phase, Primary,
     Questions, Timing,
 };
 
@@ -61,6 +61,8 @@ pub enum Flaw {
     SendsToAll,
     /// The same, and nobody looks which view's it is.
     TakesAnyView,
+    /// An acknowledgement counts for the present backup, whoever sent it.
+    AnyEpoch,
 }
 
 /// How the machines are put together. The default is what the monitor does.
@@ -87,15 +89,14 @@ impl Default for Wiring {
 pub struct Running {
     pub life: Life,
     pub machine: Primary,
-    pub(super) rule: OutputRule,
     pub(super) questions: Questions,
     /// The backup that is being recorded as one, and has not got the guest.
     pub(super) joining: Option<Life>,
     /// The backup that heartbeats go to.
     pub(super) peer: Option<Life>,
     pub guest: Vec<u8>,
-    /// Outputs that wait: batch, and place in `guest`.
-    pub(super) held: VecDeque<(u64, usize)>,
+    /// Outputs that wait: what for, and place in `guest`.
+    pub(super) held: VecDeque<(Needed, usize)>,
     pub(super) batches: u64,
     /// Entries that the backup was given with the guest.
     pub(super) start: usize,
@@ -153,6 +154,8 @@ pub(super) struct Connection {
     pub(super) backup: Life,
     pub(super) down: VecDeque<Down>,
     pub(super) up: VecDeque<u64>,
+    /// Of the primary's, once the backup has got the guest on it.
+    pub(super) epoch: Epoch,
     pub(super) closed_by_primary: bool,
     pub(super) closed_by_backup: bool,
     pub(super) cut: bool,
@@ -389,7 +392,8 @@ impl World {
     fn forget(&mut self) {
         let lives = |world: &Self, life| world.place_of(life).is_some();
         let kept = |world: &Self, connection: &Connection| {
-            (lives(world, connection.primary) && !connection.closed_by_primary)
+            // What its thread has read it may still deliver.
+            (lives(world, connection.primary) && (!connection.closed_by_primary || !connection.up.is_empty()))
                 || (lives(world, connection.backup) && !connection.closed_by_backup)
         };
         let connections = std::mem::take(&mut self.connections);
@@ -469,15 +473,15 @@ impl World {
         let (entry, now) = (self.entries, self.now(host));
         let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
         running.guest.push(entry);
-        let seq = match running.machine.phase() {
-            Phase::Alone => 0,
-            Phase::Orphaned => u64::MAX,
+        let epoch = running.machine.epoch();
+        let batch = match running.machine.phase() {
+            Phase::Alone | Phase::Orphaned => None,
             Phase::Paired => {
                 running.batches += 1;
                 let seq = running.batches;
-                running.machine.sent(seq, seq, now);
+                running.machine.sent(epoch, seq, seq, now);
                 if wiring.has(Flaw::ReleaseBeforeAck) {
-                    running.rule.acknowledge(seq);
+                    running.machine.acknowledged(epoch, seq, 0, now, drop);
                 }
                 let (start, reached) = (running.start as u64, running.guest.len() as u64);
                 let start = (seq == FIRST_BATCH).then_some(start);
@@ -490,22 +494,23 @@ impl World {
                 } else if let Some(connection) = connection_of(&mut self.connections, running.life) {
                     connection.down.push_back(batch);
                 }
-                seq
+                Some(seq)
             }
         };
-        running.held.push_back((seq, running.guest.len() - 1));
+        running.held.push_back((Needed { epoch, batch }, running.guest.len() - 1));
         self.flush(host, wiring);
     }
 
     /// Lets out what may leave.
-    fn flush(&mut self, host: usize, wiring: &Wiring) {
+    pub(super) fn flush(&mut self, host: usize, wiring: &Wiring) {
         let now = self.now(host);
         let others = (0..self.hosts.len()).any(|other| other != host && self.may_act(other, wiring));
         let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
-        while let Some(&(seq, place)) = running.held.front() {
-            let lease = || running.may_act(now, wiring) || wiring.has(Flaw::NoLease);
-            if running.rule.may_leave(seq, lease) != Leave::Yes {
-                break;
+        while let Some(&(needed, place)) = running.held.front() {
+            match running.machine.may_leave(needed, running.heard(wiring), now) {
+                Leave::Yes => {}
+                Leave::NoLease if wiring.has(Flaw::NoLease) => {}
+                _ => break,
             }
             running.held.pop_front();
             self.overlap |= others;
@@ -549,11 +554,10 @@ impl World {
         let Some(host) = self.place_of(self.connections[place].primary) else { return };
         let now = self.now(host);
         let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
-        let Some(seq) = self.connections[place].up.pop_front() else { return };
-        if running.machine.phase() == Phase::Paired {
-            running.machine.acknowledged(seq, seq, now, drop);
-            running.rule.acknowledge(seq);
-        }
+        let Connection { epoch, up, .. } = &mut self.connections[place];
+        let Some(seq) = up.pop_front() else { return };
+        let epoch = if wiring.has(Flaw::AnyEpoch) { running.machine.epoch() } else { *epoch };
+        running.machine.acknowledged(epoch, seq, seq, now, drop);
         self.flush(host, wiring);
     }
 
@@ -610,21 +614,14 @@ impl World {
             }
             Duty::Stop => return self.end(host, true),
         }
-        self.open_if_alone(host, wiring);
-    }
-
-    pub(super) fn open_if_alone(&mut self, host: usize, wiring: &Wiring) {
-        let Monitor::Primary(running) = &mut self.hosts[host].monitor else { return };
-        if running.machine.phase() == Phase::Alone {
-            running.rule.set(Mode::Unprotected);
-        }
         self.flush(host, wiring);
     }
 
     fn backup_lost(&mut self, life: Life, loss: Loss) {
         let Some(place) = self.place_of(life) else { return };
         let Monitor::Primary(running) = &mut self.hosts[place].monitor else { return };
-        running.machine.backup_lost(loss);
+        let epoch = running.machine.epoch();
+        running.machine.backup_lost(epoch, loss);
     }
 
     fn link_lost(&mut self, life: Life, loss: LinkLoss, wiring: &Wiring) {
@@ -723,11 +720,14 @@ impl World {
 }
 
 impl Running {
-    fn may_act(&self, now: Duration, wiring: &Wiring) -> bool {
+    /// What the lease counts from, as far as heartbeats go.
+    fn heard(&self, wiring: &Wiring) -> Option<Duration> {
         let sent_at = self.questions.answered_sent_at();
-        let sent_at =
-            if wiring.has(Flaw::LeaseFromReceipt) { sent_at.max(self.answered_at) } else { sent_at };
-        self.machine.may_act(sent_at, now)
+        if wiring.has(Flaw::LeaseFromReceipt) { sent_at.max(self.answered_at) } else { sent_at }
+    }
+
+    fn may_act(&self, now: Duration, wiring: &Wiring) -> bool {
+        self.machine.may_act(self.heard(wiring), now)
     }
 }
 
@@ -745,11 +745,12 @@ fn running(life: Life, view: u64, guest: Vec<u8>, wiring: &Wiring) -> Running {
     Running {
         life,
         machine: Primary::new(view, wiring.timing),
-        rule: OutputRule::new(Mode::Unprotected),
         questions: Questions::default(),
         joining: None,
         peer: None,
-        held: (0..guest.len()).map(|place| (0, place)).collect(),
+        held: (0..guest.len())
+            .map(|place| (Needed { epoch: Epoch::default(), batch: None }, place))
+            .collect(),
         guest,
         batches: 0,
         start: 0,

@@ -20,8 +20,8 @@ use crate::host::spawn;
 use crate::pair::claims::claim::{Member, check_host};
 use crate::pair::claims::image_identity::{Demand, shortened};
 use crate::pair::primary::invite::Search;
-use crate::pair::primary::link::Link;
-use crate::pair::primary::log_writer::Join;
+use crate::pair::primary::joiner::Join;
+use crate::pair::primary::state::PrimaryState;
 use crate::pair::protocol::ANOTHER_IS_JOINING;
 use crate::pair::wire::channel::{Channel, Sending};
 use crate::with_causes;
@@ -65,7 +65,7 @@ pub struct Reception {
     /// What it must know, or `None` if the two talk in the open.
     pub key: Option<Key>,
     /// Whether there is one already.
-    pub link: Arc<Link>,
+    pub state: Arc<PrimaryState>,
     /// Who was refused before, and why.
     pub search: Arc<Search>,
     /// Where accepted backups go.
@@ -177,7 +177,7 @@ fn greet(
         }
         return refused(&mut channel, Refusal::Unfit, cause);
     }
-    if let Some(reason) = reception.link.refusal() {
+    if let Some(reason) = reception.state.protocol(|primary| primary.refusal()) {
         return refused(&mut channel, Refusal::Busy, reason.into());
     }
     let listen = (hello.listen_port != 0).then(|| SocketAddr::new(address.ip(), hello.listen_port));

@@ -1,21 +1,18 @@
 //! Where outputs wait: nothing that the guest does is seen outside before the backup could do it as well.
 //!
-//! Owns: the outputs that wait, in order, each with the batch of the log that has to be acknowledged first.
-//! Must never: let an output overtake another, lose one (except when closed), or let anything out once closed.
-//! What may leave is the rule's to say (`protocol/rule.rs`):
+//! Owns: the outputs that wait, in order, each with what it needs. Must never: let an output overtake another, lose one
+//! (except when the guest is another's), or let one go that the permit refuses. Whether an output may leave the primary's
+//! protocol machine says (`Primary::may_leave`), at each output; the gate has no mode of its own.
 //!
-//! - `Protected`: an output leaves once its batch is acknowledged *and* the lease holds. The lease is asked at
-//!   each output: a host that was frozen must see by the clock that it may have been replaced meanwhile.
-//! - `Unprotected`: there is no backup; everything leaves at once. No lease is asked, since nobody could take over.
-//! - `Closed`: another monitor has the view. Everything is dropped.
-//!
-//! Any thread may push, acknowledge or change the mode. One at a time performs, without the lock held, so a
-//! slow performer does not hold up the others.
+//! Any thread may push, or ask again ([`OutputGate::retry`]) when what is permitted may have changed. One at a time performs,
+//! without the lock held, so a slow performer does not hold up the others.
 //!
 //! The gate is full at a count or a number of bytes. It still takes what it is given (one exit of the guest
 //! cannot be taken back half way) and says so: the caller lets the guest wait until there is room.
 //!
-//! Not covered: a host that is frozen between the lease's answer and the system call. A frame sent late does
+//! Threads: the vCPU's, `log-acks` and the supervisor. Locks: one; the permit is asked while it is held.
+//!
+//! Not covered: a host that is frozen between the permit's answer and the system call. A frame sent late does
 //! no harm; the disk asks its own guard again.
 
 use std::collections::VecDeque;
@@ -27,7 +24,7 @@ use devices::{DiskRequest, Effect};
 use ft_log::MAX_CONSOLE_BYTES;
 
 use crate::host::backends::Performer;
-use crate::pair::protocol::{Leave, Mode, OutputRule};
+use crate::pair::protocol::{Leave, Needed};
 
 /// An effect that is seen outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,8 +53,8 @@ impl Output {
     }
 }
 
-/// Whether a primary may still let something out. Must not call the gate.
-pub type Lease = Box<dyn Fn() -> bool + Send + Sync>;
+/// Whether an output may leave that needs this. Must not call the gate.
+pub type Permit = Box<dyn Fn(Needed) -> Leave + Send + Sync>;
 
 /// When the gate is full: at either of them.
 #[derive(Clone, Copy, Debug)]
@@ -98,48 +95,43 @@ pub struct GateStats {
 }
 
 struct Held {
-    seq: u64,
+    needed: Needed,
     output: Output,
     since: Instant,
 }
 
-/// What waits, and the rule: no locks, no clock, nothing performed.
+/// What waits: no locks, no clock, nothing performed.
 struct Queue {
-    rule: OutputRule,
     limits: Limits,
     held: VecDeque<Held>,
-    /// The batch of the output that is on its way out.
-    performing: Option<u64>,
+    /// What the output needed that is on its way out.
+    performing: Option<Needed>,
+    /// A performer has panicked: whether its output went out is not known, so nothing may follow.
+    broken: bool,
     stats: GateStats,
 }
 
 impl Queue {
-    fn new(mode: Mode, limits: Limits) -> Self {
-        Self {
-            rule: OutputRule::new(mode),
-            limits,
-            held: VecDeque::new(),
-            performing: None,
-            stats: GateStats::default(),
-        }
+    fn new(limits: Limits) -> Self {
+        Self { limits, held: VecDeque::new(), performing: None, broken: false, stats: GateStats::default() }
     }
 
-    fn push(&mut self, seq: u64, output: Output, now: Instant) {
-        if self.rule.mode() == Mode::Closed {
+    fn push(&mut self, needed: Needed, output: Output, now: Instant) {
+        if self.broken {
             self.stats.dropped += 1;
             return;
         }
         self.stats.held_bytes += output.len_bytes();
         // Consoles come byte by byte; what waits together is written together.
-        if let (Output::Console(bytes), Some(Held { seq: last, output: Output::Console(waiting), .. })) =
+        if let (Output::Console(bytes), Some(Held { needed: last, output: Output::Console(waiting), .. })) =
             (&output, self.held.back_mut())
-            && *last == seq
+            && *last == needed
             && waiting.len() + bytes.len() <= MAX_CONSOLE_BYTES
         {
             waiting.extend(bytes);
             return;
         }
-        self.held.push_back(Held { seq, output, since: now });
+        self.held.push_back(Held { needed, output, since: now });
     }
 
     fn room(&self) -> Room {
@@ -148,19 +140,26 @@ impl Queue {
     }
 
     /// Takes the next output that may leave.
-    fn next(&mut self, now: Instant, lease: &dyn Fn() -> bool) -> Option<Output> {
+    fn next(&mut self, now: Instant, permit: &Permit) -> Option<Output> {
         let first = self.held.front()?;
-        let leave = self.rule.may_leave(first.seq, lease);
-        self.stats.lease_refusals += u64::from(leave == Leave::NoLease);
-        if leave != Leave::Yes {
-            return None;
+        match permit(first.needed) {
+            Leave::Yes => {}
+            Leave::NotYet => return None,
+            Leave::NoLease => {
+                self.stats.lease_refusals += 1;
+                return None;
+            }
+            Leave::Never => {
+                self.drop_all();
+                return None;
+            }
         }
         let held = self.take_first()?;
         let delay_us = now.saturating_duration_since(held.since).as_micros() as u64;
         self.stats.released += 1;
         self.stats.delay_sum_us += delay_us;
         self.stats.delay_max_us = self.stats.delay_max_us.max(delay_us);
-        self.performing = Some(held.seq);
+        self.performing = Some(held.needed);
         Some(held.output)
     }
 
@@ -170,28 +169,15 @@ impl Queue {
         Some(held)
     }
 
-    fn protect(&mut self) {
-        if self.rule.mode() == Mode::Unprotected {
-            // These were free to go before the backup came, whatever they had waited for until then.
-            self.held.iter_mut().for_each(|held| held.seq = 0);
-        }
-        self.rule.protect();
+    /// Of the one that is being performed, which comes before those that wait.
+    fn first_waiting(&self) -> Option<Needed> {
+        self.performing.or_else(|| self.held.front().map(|held| held.needed))
     }
 
-    fn released_seq(&self) -> u64 {
-        // The one that is being performed comes before those that wait.
-        let next = self.performing.or_else(|| self.held.front().map(|held| held.seq));
-        let acknowledged = self.rule.acknowledged();
-        next.map_or(acknowledged, |seq| acknowledged.min(seq.saturating_sub(1)))
-    }
-
-    fn set_mode(&mut self, mode: Mode) {
-        self.rule.set(mode);
-        if self.rule.mode() == Mode::Closed {
-            self.stats.dropped += self.held.len() as u64;
-            self.held.clear();
-            self.stats.held_bytes = 0;
-        }
+    fn drop_all(&mut self) {
+        self.stats.dropped += self.held.len() as u64;
+        self.held.clear();
+        self.stats.held_bytes = 0;
     }
 
     fn stats(&self) -> GateStats {
@@ -202,36 +188,28 @@ impl Queue {
 /// Where the guest's outputs wait to be let out.
 pub struct OutputGate<P> {
     queue: Mutex<Queue>,
-    /// Signalled when outputs have left, the mode has changed or performing has stopped.
+    /// Signalled when outputs have left or performing has stopped.
     changed: Condvar,
     performer: P,
-    lease: Lease,
+    permit: Permit,
 }
 
 impl<P: Performer> OutputGate<P> {
-    /// A gate in `mode` that performs with `performer` while `lease` says so.
-    pub fn new(mode: Mode, limits: Limits, performer: P, lease: Lease) -> Self {
-        let queue = Mutex::new(Queue::new(mode, limits));
-        Self { queue, changed: Condvar::new(), performer, lease }
+    /// A gate that performs with `performer` what `permit` says may leave.
+    pub fn new(limits: Limits, performer: P, permit: Permit) -> Self {
+        Self { queue: Mutex::new(Queue::new(limits)), changed: Condvar::new(), performer, permit }
     }
 
-    /// Takes an effect that may leave once batch `seq_needed` is acknowledged. It is taken even when full.
+    /// Takes an effect that may leave once it has what it needs. It is taken even when full.
     /// Effects that are not seen outside are none of the gate's business and are ignored.
-    pub fn push(&self, seq_needed: u64, effect: Effect) -> Room {
+    pub fn push(&self, needed: Needed, effect: Effect) -> Room {
         let mut queue = self.lock();
         let Some(output) = Output::from_effect(effect) else { return queue.room() };
-        queue.push(seq_needed, output, Instant::now());
+        queue.push(needed, output, Instant::now());
         self.perform(queue).room()
     }
 
-    /// The backup has acknowledged all batches up to `seq`: lets out what waited for them.
-    pub fn acknowledged(&self, seq: u64) {
-        let mut queue = self.lock();
-        queue.rule.acknowledge(seq);
-        drop(self.perform(queue));
-    }
-
-    /// Lets out what may leave. Needed after the lease has been won back; all else does it by itself.
+    /// Lets out what may leave: after an acknowledgement, a won claim, a lease that was won back.
     pub fn retry(&self) {
         drop(self.perform(self.lock()));
     }
@@ -243,27 +221,14 @@ impl<P: Performer> OutputGate<P> {
         waited.unwrap_or_else(PoisonError::into_inner).0.room()
     }
 
-    /// A backup follows from here on. Its batches are counted from 1; none is acknowledged yet.
-    pub fn protect(&self) {
-        self.lock().protect();
+    /// What the first output needs that has not left; what a follower is told comes from that.
+    pub fn first_waiting(&self) -> Option<Needed> {
+        self.lock().first_waiting()
     }
 
-    /// The highest acknowledged batch up to which all outputs have left: what a follower is told.
-    pub fn released_seq(&self) -> u64 {
-        self.lock().released_seq()
-    }
-
-    /// There is no backup, and the view is ours for certain: lets out everything.
-    pub fn unprotect(&self) {
-        let mut queue = self.lock();
-        queue.set_mode(Mode::Unprotected);
-        drop(self.perform(queue));
-    }
-
-    /// The view is lost: drops everything, now and later. When this returns, nothing is being performed.
+    /// The guest is another's, as the permit says by now: drops what waits. When this returns, nothing is being performed.
     pub fn close(&self) {
-        let mut queue = self.lock();
-        queue.set_mode(Mode::Closed);
+        let queue = self.perform(self.lock());
         self.changed.notify_all();
         let performing = |queue: &mut Queue| queue.performing.is_some();
         drop(self.changed.wait_while(queue, performing).unwrap_or_else(PoisonError::into_inner));
@@ -282,11 +247,6 @@ impl<P: Performer> OutputGate<P> {
         waited.unwrap_or_else(PoisonError::into_inner).0.performing.is_none()
     }
 
-    /// The mode.
-    pub fn mode(&self) -> Mode {
-        self.lock().rule.mode()
-    }
-
     /// Numbers so far.
     pub fn stats(&self) -> GateStats {
         self.lock().stats()
@@ -301,7 +261,7 @@ impl<P: Performer> OutputGate<P> {
         if queue.performing.is_some() {
             return queue;
         }
-        while let Some(output) = queue.next(Instant::now(), &*self.lease) {
+        while let Some(output) = queue.next(Instant::now(), &self.permit) {
             drop(queue);
             let close_on_panic = CloseOnPanic(self);
             match output {
@@ -325,7 +285,8 @@ impl<P: Performer> Drop for CloseOnPanic<'_, P> {
     fn drop(&mut self) {
         if thread::panicking() {
             let mut queue = self.0.lock();
-            queue.set_mode(Mode::Closed);
+            queue.drop_all();
+            queue.broken = true;
             queue.performing = None;
             self.0.changed.notify_all();
         }
@@ -335,14 +296,16 @@ impl<P: Performer> Drop for CloseOnPanic<'_, P> {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
     use devices::DiskOp;
 
     use super::*;
+    use crate::pair::protocol::{Answer, Ask, Epoch, Loss, Primary, Timing};
 
     const LIMITS: Limits = Limits { count: 100, bytes: 100_000 };
+    const LEASE: Duration = Duration::from_secs(45);
 
     struct Recorder(Sender<Output>);
 
@@ -358,13 +321,101 @@ mod tests {
         }
     }
 
-    fn gate(mode: Mode, limits: Limits, lease: Lease) -> (OutputGate<Recorder>, Receiver<Output>) {
-        let (sender, performed) = unbounded();
-        (OutputGate::new(mode, limits, Recorder(sender), lease), performed)
+    /// The machine that permits, at a time that the test sets. It has a backup, which has answered nothing since 0.
+    struct Rule {
+        primary: Mutex<Primary>,
+        now: Mutex<Duration>,
     }
 
-    fn protected() -> (OutputGate<Recorder>, Receiver<Output>) {
-        gate(Mode::Protected, LIMITS, Box::new(|| true))
+    impl Rule {
+        fn paired() -> Arc<Self> {
+            let timing = Timing::new(Duration::from_secs(60), Duration::from_secs(60));
+            let rule = Self { primary: Mutex::new(Primary::new(1, timing)), now: Mutex::new(Duration::ZERO) };
+            rule.join();
+            Arc::new(rule)
+        }
+
+        fn primary<T>(&self, ask: impl FnOnce(&mut Primary) -> T) -> T {
+            ask(&mut self.primary.lock().unwrap())
+        }
+
+        /// The next view is claimed, with a backup that gets the guest.
+        fn join(&self) {
+            self.primary(|primary| {
+                let ask = primary.name(9, primary.view() + 1).unwrap();
+                primary.claim_says(ask, Answer::Won);
+                primary.attach(Duration::ZERO).unwrap();
+            });
+        }
+
+        /// The backup is lost; the arbiter answers to the claim.
+        fn lose(&self, answer: Answer) {
+            self.primary(|primary| {
+                assert!(primary.backup_lost(primary.epoch(), Loss::Link));
+                primary.closed();
+                primary.claim_says(Ask { view: primary.view() + 1, backup: None }, answer);
+            });
+        }
+
+        fn permit(self: &Arc<Self>) -> Permit {
+            let rule = Arc::clone(self);
+            Box::new(move |needed| {
+                let now = *rule.now.lock().unwrap();
+                rule.primary(|primary| primary.may_leave(needed, None, now))
+            })
+        }
+
+        fn acknowledge(&self, batch: u64) {
+            self.primary(|primary| {
+                primary.acknowledged(primary.epoch(), batch, batch, Duration::ZERO, drop);
+            });
+        }
+
+        fn needs(&self, batch: u64) -> Needed {
+            Needed { epoch: self.primary(|primary| primary.epoch()), batch: Some(batch) }
+        }
+    }
+
+    /// A gate of a guest with a backup.
+    struct Case<P> {
+        gate: OutputGate<P>,
+        rule: Arc<Rule>,
+    }
+
+    impl<P: Performer> Case<P> {
+        fn new(limits: Limits, performer: P) -> Self {
+            let rule = Rule::paired();
+            Self { gate: OutputGate::new(limits, performer, rule.permit()), rule }
+        }
+
+        fn acknowledged(&self, batch: u64) {
+            self.rule.acknowledge(batch);
+            self.gate.retry();
+        }
+
+        fn push_for_room(&self, batch: u64, output: Output) -> Room {
+            let needed = self.rule.needs(batch);
+            match output {
+                Output::Frame(data) => self.gate.push(needed, Effect::Frame(data)),
+                Output::Disk(request) => self.gate.push(needed, Effect::Disk(request)),
+                Output::Console(bytes) => bytes
+                    .into_iter()
+                    .fold(Room::Available, |_, byte| self.gate.push(needed, Effect::Console(byte))),
+            }
+        }
+
+        fn push(&self, batch: u64, output: Output) {
+            assert_eq!(self.push_for_room(batch, output), Room::Available);
+        }
+    }
+
+    fn protected() -> (Case<Recorder>, Receiver<Output>) {
+        with_limits(LIMITS)
+    }
+
+    fn with_limits(limits: Limits) -> (Case<Recorder>, Receiver<Output>) {
+        let (sender, performed) = unbounded();
+        (Case::new(limits, Recorder(sender)), performed)
     }
 
     fn frame(number: u8) -> Output {
@@ -375,143 +426,116 @@ mod tests {
         Output::Disk(DiskRequest { id, op: DiskOp::Flush })
     }
 
-    fn push_for_room<P: Performer>(gate: &OutputGate<P>, seq: u64, output: Output) -> Room {
-        match output {
-            Output::Frame(data) => gate.push(seq, Effect::Frame(data)),
-            Output::Disk(request) => gate.push(seq, Effect::Disk(request)),
-            Output::Console(bytes) => {
-                bytes.into_iter().fold(Room::Available, |_, byte| gate.push(seq, Effect::Console(byte)))
-            }
-        }
-    }
-
-    fn push<P: Performer>(gate: &OutputGate<P>, seq: u64, output: Output) {
-        assert_eq!(push_for_room(gate, seq, output), Room::Available);
-    }
-
     fn taken(performed: &Receiver<Output>) -> Vec<Output> {
         performed.try_iter().collect()
     }
 
     #[test]
     fn outputs_leave_in_order_once_acknowledged() {
-        let (gate, performed) = protected();
-        push(&gate, 1, frame(1));
-        push(&gate, 2, flush(1));
-        push(&gate, 2, Output::Console(b"a".to_vec()));
-        push(&gate, 3, frame(3));
+        let (case, performed) = protected();
+        case.push(1, frame(1));
+        case.push(2, flush(1));
+        case.push(2, Output::Console(b"a".to_vec()));
+        case.push(3, frame(3));
         assert_eq!(taken(&performed), []);
-        gate.acknowledged(2);
+        case.acknowledged(2);
         assert_eq!(taken(&performed), [frame(1), flush(1), Output::Console(b"a".to_vec())]);
-        gate.acknowledged(1);
+        case.acknowledged(1);
         assert_eq!(taken(&performed), []);
-        gate.acknowledged(3);
+        case.acknowledged(3);
         assert_eq!(taken(&performed), [frame(3)]);
-        push(&gate, 3, frame(4));
+        case.push(3, frame(4));
         assert_eq!(taken(&performed), [frame(4)], "acknowledged before it was pushed");
     }
 
     #[test]
-    fn without_a_backup_everything_passes_and_no_lease_is_asked() {
-        let (gate, performed) = gate(Mode::Protected, LIMITS, Box::new(|| false));
-        push(&gate, 5, frame(1));
-        gate.unprotect();
-        push(&gate, 6, frame(2));
+    fn without_a_backup_everything_passes_and_with_the_next_one_nothing_more() {
+        let (case, performed) = protected();
+        case.push(5, frame(1));
+        case.rule.lose(Answer::Won);
+        case.gate.retry();
+        case.push(6, frame(2));
         assert_eq!(taken(&performed), [frame(1), frame(2)]);
-        gate.protect();
-        push(&gate, 1, frame(3));
+        case.rule.join();
+        case.push(1, frame(3));
         assert_eq!(taken(&performed), []);
-        assert_eq!(gate.stats().lease_refusals, 0);
-    }
-
-    #[test]
-    fn a_new_backup_is_not_credited_with_what_the_last_one_acknowledged() {
-        let (gate, performed) = protected();
-        gate.acknowledged(1_000);
-        gate.unprotect();
-        gate.protect();
-        push(&gate, 1, frame(1));
-        assert_eq!(taken(&performed), []);
-        gate.acknowledged(1);
-        assert_eq!(taken(&performed), [frame(1)]);
+        case.acknowledged(1);
+        assert_eq!(taken(&performed), [frame(3)]);
+        assert_eq!(case.gate.stats().lease_refusals, 0);
     }
 
     #[test]
     fn what_was_free_to_go_before_a_backup_came_does_not_wait_for_it() {
-        let now = Instant::now();
-        let mut queue = Queue::new(Mode::Protected, LIMITS);
-        for (seq, output) in [(u64::MAX, frame(1)), (u64::MAX, frame(2))] {
-            queue.push(seq, output, now);
-        }
-        queue.set_mode(Mode::Unprotected);
-        assert_eq!(queue.next(now, &|| true), Some(frame(1)));
-        queue.protect();
-        queue.push(1, frame(3), now);
-        assert_eq!(queue.next(now, &|| true), Some(frame(2)));
-        assert_eq!(queue.next(now, &|| true), None);
+        let (case, performed) = protected();
+        case.push(7, frame(1));
+        let waits = Needed { batch: None, ..case.rule.needs(0) };
+        assert_eq!(case.gate.push(waits, Effect::Frame(vec![2; 60])), Room::Available);
+        case.rule.lose(Answer::Won);
+        case.rule.join();
+        case.push(1, frame(3));
+        case.gate.retry();
+        assert_eq!(taken(&performed), [frame(1), frame(2)]);
     }
 
     #[test]
-    fn a_batch_counts_as_released_once_its_last_output_has_left() {
+    fn the_first_that_waits_is_the_one_on_its_way_as_long_as_it_is() {
         let now = Instant::now();
-        let mut queue = Queue::new(Mode::Protected, LIMITS);
-        for (seq, output) in [(2, frame(1)), (2, frame(2)), (5, frame(3))] {
-            queue.push(seq, output, now);
+        let yes: Permit = Box::new(|_| Leave::Yes);
+        let mut queue = Queue::new(LIMITS);
+        let needs = |batch| Needed { epoch: Epoch::default(), batch: Some(batch) };
+        for (batch, output) in [(2, frame(1)), (2, frame(2)), (5, frame(3))] {
+            queue.push(needs(batch), output, now);
         }
-        assert_eq!(queue.released_seq(), 0);
-        queue.rule.acknowledge(6);
-        assert_eq!(queue.released_seq(), 1);
-        assert_eq!(queue.next(now, &|| true), Some(frame(1)));
-        assert_eq!(queue.released_seq(), 1);
-        assert_eq!(queue.next(now, &|| true), Some(frame(2)));
-        assert_eq!(queue.released_seq(), 1, "the second one is on its way");
+        assert_eq!(queue.first_waiting(), Some(needs(2)));
+        assert_eq!(queue.next(now, &yes), Some(frame(1)));
+        assert_eq!(queue.next(now, &yes), Some(frame(2)));
+        assert_eq!(queue.first_waiting(), Some(needs(2)), "the second one is on its way");
         queue.performing = None;
-        assert_eq!(queue.released_seq(), 4);
-        assert_eq!(queue.next(now, &|| true), Some(frame(3)));
+        assert_eq!(queue.first_waiting(), Some(needs(5)));
+        assert_eq!(queue.next(now, &yes), Some(frame(3)));
         queue.performing = None;
-        assert_eq!(queue.released_seq(), 6);
+        assert_eq!(queue.first_waiting(), None);
     }
 
     #[test]
     fn without_the_lease_acknowledged_outputs_stay() {
-        let lease = Arc::new(AtomicBool::new(false));
-        let asked = Arc::clone(&lease);
-        let (gate, performed) = gate(Mode::Protected, LIMITS, Box::new(move || asked.load(Ordering::SeqCst)));
-        push(&gate, 1, frame(1));
-        push(&gate, 1, frame(2));
-        gate.acknowledged(1);
+        let (case, performed) = protected();
+        case.push(1, frame(1));
+        case.push(1, frame(2));
+        *case.rule.now.lock().unwrap() = LEASE;
+        case.acknowledged(1);
         assert_eq!(taken(&performed), []);
-        assert_eq!(gate.stats().lease_refusals, 1);
-        lease.store(true, Ordering::SeqCst);
-        gate.retry();
+        assert_eq!(case.gate.stats().lease_refusals, 1);
+        *case.rule.now.lock().unwrap() = LEASE / 2;
+        case.gate.retry();
         assert_eq!(taken(&performed), [frame(1), frame(2)]);
     }
 
     #[test]
-    fn the_lease_is_asked_for_each_output() {
-        let answers = AtomicU64::new(2);
-        let first_two = move || answers.fetch_sub(1, Ordering::SeqCst) > 0;
-        let (gate, performed) = gate(Mode::Protected, LIMITS, Box::new(first_two));
+    fn the_permit_is_asked_for_each_output() {
+        let answers = Mutex::new(vec![Leave::NoLease, Leave::Yes, Leave::Yes]);
+        let (sender, performed) = unbounded();
+        let permit = move |_| answers.lock().unwrap().pop().unwrap_or(Leave::NotYet);
+        let gate = OutputGate::new(LIMITS, Recorder(sender), Box::new(permit));
+        let needed = Needed { epoch: Epoch::default(), batch: Some(1) };
         for number in 1..=3 {
-            push(&gate, 1, frame(number));
+            let _ = gate.push(needed, Effect::Frame(vec![number; 60]));
         }
-        gate.acknowledged(1);
+        gate.retry();
         assert_eq!(taken(&performed), [frame(1), frame(2)]);
     }
 
     #[test]
-    fn a_closed_gate_drops_everything_for_ever() {
-        let (gate, performed) = protected();
-        push(&gate, 1, frame(1));
-        gate.close();
-        gate.acknowledged(1);
-        push(&gate, 2, frame(2));
-        gate.unprotect();
-        gate.protect();
-        gate.retry();
-        assert_eq!(gate.mode(), Mode::Closed);
+    fn a_guest_that_is_anothers_lets_nothing_out_for_ever() {
+        let (case, performed) = protected();
+        case.push(1, frame(1));
+        case.rule.lose(Answer::Lost);
+        case.gate.close();
+        case.acknowledged(1);
+        case.push(2, frame(2));
+        case.gate.retry();
         assert_eq!(taken(&performed), []);
-        assert_eq!(gate.stats(), GateStats { dropped: 2, ..GateStats::default() });
+        assert_eq!(case.gate.stats(), GateStats { dropped: 2, ..GateStats::default() });
     }
 
     #[test]
@@ -519,14 +543,14 @@ mod tests {
         let few = Limits { count: 2, bytes: 100_000 };
         let small = Limits { count: 100, bytes: 120 };
         for limits in [few, small] {
-            let (gate, performed) = gate(Mode::Protected, limits, Box::new(|| true));
-            assert_eq!(push_for_room(&gate, 1, frame(1)), Room::Available);
-            assert_eq!(push_for_room(&gate, 2, frame(2)), Room::Full);
-            assert_eq!(push_for_room(&gate, 3, frame(3)), Room::Full);
-            assert_eq!(gate.wait_for_room(Duration::ZERO), Room::Full);
-            gate.acknowledged(2);
-            assert_eq!(gate.wait_for_room(Duration::ZERO), Room::Available);
-            gate.acknowledged(3);
+            let (case, performed) = with_limits(limits);
+            assert_eq!(case.push_for_room(1, frame(1)), Room::Available);
+            assert_eq!(case.push_for_room(2, frame(2)), Room::Full);
+            assert_eq!(case.push_for_room(3, frame(3)), Room::Full);
+            assert_eq!(case.gate.wait_for_room(Duration::ZERO), Room::Full);
+            case.acknowledged(2);
+            assert_eq!(case.gate.wait_for_room(Duration::ZERO), Room::Available);
+            case.acknowledged(3);
             assert_eq!(taken(&performed), [frame(1), frame(2), frame(3)]);
         }
     }
@@ -534,15 +558,15 @@ mod tests {
     #[test]
     fn a_guest_that_waits_is_woken_by_an_acknowledgement_and_by_closing() {
         for closing in [false, true] {
-            let limits = Limits { count: 1, bytes: 100_000 };
-            let (gate, _performed) = gate(Mode::Protected, limits, Box::new(|| true));
-            assert_eq!(push_for_room(&gate, 1, frame(1)), Room::Full);
+            let (case, _performed) = with_limits(Limits { count: 1, bytes: 100_000 });
+            assert_eq!(case.push_for_room(1, frame(1)), Room::Full);
             thread::scope(|scope| {
-                let guest = scope.spawn(|| gate.wait_for_room(Duration::from_secs(60)));
+                let guest = scope.spawn(|| case.gate.wait_for_room(Duration::from_secs(60)));
                 if closing {
-                    gate.close()
+                    case.rule.lose(Answer::Lost);
+                    case.gate.close();
                 } else {
-                    gate.acknowledged(1)
+                    case.acknowledged(1);
                 }
                 assert_eq!(guest.join().unwrap(), Room::Available);
             });
@@ -551,36 +575,38 @@ mod tests {
 
     #[test]
     fn console_bytes_of_one_batch_are_written_together() {
-        let (gate, performed) = protected();
-        push(&gate, 1, Output::Console(b"hello".to_vec()));
-        push(&gate, 2, Output::Console(b"!".to_vec()));
-        assert_eq!((gate.stats().held, gate.stats().held_bytes), (2, 6));
-        gate.acknowledged(1);
+        let (case, performed) = protected();
+        case.push(1, Output::Console(b"hello".to_vec()));
+        case.push(2, Output::Console(b"!".to_vec()));
+        assert_eq!((case.gate.stats().held, case.gate.stats().held_bytes), (2, 6));
+        case.acknowledged(1);
         assert_eq!(taken(&performed), [Output::Console(b"hello".to_vec())]);
-        assert_eq!((gate.stats().held, gate.stats().held_bytes), (1, 1));
+        assert_eq!((case.gate.stats().held, case.gate.stats().held_bytes), (1, 1));
     }
 
     #[test]
     fn effects_that_are_not_seen_outside_are_ignored() {
-        let (gate, performed) = gate(Mode::Unprotected, LIMITS, Box::new(|| true));
+        let (case, performed) = protected();
+        case.acknowledged(1);
         for effect in [Effect::Reset, Effect::PowerOff, Effect::Entropy { len_bytes: 8 }] {
-            assert_eq!(gate.push(1, effect), Room::Available);
+            assert_eq!(case.gate.push(case.rule.needs(1), effect), Room::Available);
         }
         assert_eq!(taken(&performed), []);
-        assert_eq!(gate.stats(), GateStats::default());
+        assert_eq!(case.gate.stats(), GateStats::default());
     }
 
     #[test]
     fn delays_are_measured_from_push_to_release() {
         let start = Instant::now();
         let at = |us| start + Duration::from_micros(us);
-        let mut queue = Queue::new(Mode::Protected, LIMITS);
-        queue.push(1, frame(1), at(0));
-        queue.push(1, frame(2), at(100));
-        queue.rule.acknowledge(1);
-        assert_eq!(queue.next(at(150), &|| true), Some(frame(1)));
-        assert_eq!(queue.next(at(170), &|| true), Some(frame(2)));
-        assert_eq!(queue.next(at(200), &|| true), None);
+        let needed = Needed { epoch: Epoch::default(), batch: Some(1) };
+        let yes: Permit = Box::new(|_| Leave::Yes);
+        let mut queue = Queue::new(LIMITS);
+        queue.push(needed, frame(1), at(0));
+        queue.push(needed, frame(2), at(100));
+        assert_eq!(queue.next(at(150), &yes), Some(frame(1)));
+        assert_eq!(queue.next(at(170), &yes), Some(frame(2)));
+        assert_eq!(queue.next(at(200), &yes), None);
         let stats = GateStats { released: 2, delay_sum_us: 220, delay_max_us: 150, ..GateStats::default() };
         assert_eq!(queue.stats(), stats);
     }
@@ -607,22 +633,22 @@ mod tests {
         let (frames, performed) = unbounded();
         let acknowledged = Arc::new(AtomicU64::new(0));
         let checker = Checker { acknowledged: Arc::clone(&acknowledged), frames };
-        let limits = Limits { count: 16, bytes: 100_000 };
-        let gate = OutputGate::new(Mode::Protected, limits, checker, Box::new(|| true));
+        let case = Case::new(Limits { count: 16, bytes: 100_000 }, checker);
         let (log, backup) = bounded(4);
         thread::scope(|scope| {
-            let gate = &gate;
+            let case = &case;
             scope.spawn(move || {
-                for seq in 1..=COUNT {
-                    log.send(seq).unwrap();
-                    if gate.push(seq, Effect::Frame(seq.to_le_bytes().to_vec())) == Room::Full {
-                        assert_eq!(gate.wait_for_room(Duration::from_secs(60)), Room::Available);
+                for batch in 1..=COUNT {
+                    log.send(batch).unwrap();
+                    let effect = Effect::Frame(batch.to_le_bytes().to_vec());
+                    if case.gate.push(case.rule.needs(batch), effect) == Room::Full {
+                        assert_eq!(case.gate.wait_for_room(Duration::from_secs(60)), Room::Available);
                     }
                 }
             });
-            for seq in backup {
-                acknowledged.store(seq, Ordering::SeqCst);
-                gate.acknowledged(seq);
+            for batch in backup {
+                acknowledged.store(batch, Ordering::SeqCst);
+                case.acknowledged(batch);
             }
         });
         assert!(performed.try_iter().eq(1..=COUNT));
@@ -639,13 +665,15 @@ mod tests {
     }
 
     #[test]
-    fn a_performer_that_panics_closes_the_gate() {
-        let gate = OutputGate::new(Mode::Protected, LIMITS, Broken, Box::new(|| true));
-        push(&gate, 1, frame(1));
-        let panicked = thread::scope(|scope| scope.spawn(|| gate.acknowledged(1)).join());
+    fn after_a_performer_that_panics_nothing_leaves() {
+        let case = Case::new(LIMITS, Broken);
+        case.push(1, frame(1));
+        case.push(1, frame(2));
+        let panicked = thread::scope(|scope| scope.spawn(|| case.acknowledged(1)).join());
         assert!(panicked.is_err());
-        gate.close();
-        assert_eq!(gate.mode(), Mode::Closed);
+        case.push(1, frame(3));
+        case.gate.close();
+        assert_eq!(case.gate.stats().dropped, 2);
     }
 
     /// Stays in `frame` until it is allowed to return.
@@ -666,27 +694,24 @@ mod tests {
     #[test]
     fn closing_waits_for_the_output_that_is_on_its_way_and_stops_the_next() {
         let ((entered_tx, entered), (leave, leave_rx)) = (bounded(1), bounded(1));
-        let slow = Slow { entered: entered_tx, leave: leave_rx };
-        let gate = OutputGate::new(Mode::Protected, LIMITS, slow, Box::new(|| true));
-        push(&gate, 1, frame(1));
-        push(&gate, 1, frame(2));
+        let case = Case::new(LIMITS, Slow { entered: entered_tx, leave: leave_rx });
+        case.push(1, frame(1));
+        case.push(1, frame(2));
         let (closed_tx, closed) = bounded(1);
         thread::scope(|scope| {
-            scope.spawn(|| gate.acknowledged(1));
+            scope.spawn(|| case.acknowledged(1));
             entered.recv().unwrap();
-            push(&gate, 1, frame(3));
+            case.push(1, frame(3));
+            case.rule.lose(Answer::Lost);
             scope.spawn(|| {
-                gate.close();
+                case.gate.close();
                 closed_tx.send(()).unwrap();
             });
-            while gate.mode() != Mode::Closed {
-                thread::yield_now();
-            }
-            assert!(closed.try_recv().is_err(), "closed while the performer was at work");
+            assert!(closed.recv_timeout(Duration::from_millis(20)).is_err(), "the performer was at work");
             leave.send(()).unwrap();
             closed.recv().unwrap();
         });
         assert!(entered.try_recv().is_err(), "a second output left");
-        assert_eq!(gate.stats().dropped, 2);
+        assert_eq!(case.gate.stats().dropped, 2);
     }
 }

@@ -18,7 +18,7 @@ use ft_log::{Invitation, Key, SealKey, guest_name_hash};
 use crate::host::spawn;
 use crate::pair::liveness::heartbeat::Heartbeats;
 use crate::pair::liveness::hosts::Memory;
-use crate::pair::primary::link::Link;
+use crate::pair::primary::state::PrimaryState;
 use crate::pair::protocol::Phase;
 
 /// Time between two invitations.
@@ -65,10 +65,10 @@ impl Search {
     }
 
     /// Invites until the process ends. Backups are awaited on `port`.
-    pub fn run(&self, port: u16, link: &Link, heartbeats: &Heartbeats) {
+    pub fn run(&self, port: u16, state: &PrimaryState, heartbeats: &Heartbeats) {
         let mut alone_since: Option<(Instant, bool)> = None;
         loop {
-            if link.phase() == Phase::Alone {
+            if state.phase() == Phase::Alone {
                 let now = Instant::now();
                 let (since, said) = alone_since.get_or_insert_with(|| {
                     tracing::info!(hosts = %self.names(), "this guest has no backup: looking for one");
@@ -78,7 +78,7 @@ impl Search {
                     tracing::warn!(hosts = %self.names(), "no host has become the backup in {} s; still looking",
                         SAY_AFTER.as_secs());
                 }
-                let invitation = Invitation { view: link.view(), guest: self.guest, port };
+                let invitation = Invitation { view: state.view(), guest: self.guest, port };
                 self.due(now).for_each(|host| heartbeats.invite(&invitation, &self.key, host));
             } else {
                 alone_since = None;
@@ -101,21 +101,21 @@ impl Search {
 pub fn start(
     search: &Arc<Search>,
     port: u16,
-    link: &Arc<Link>,
+    state: &Arc<PrimaryState>,
     heartbeats: &Arc<Heartbeats>,
 ) -> std::io::Result<()> {
     if search.hosts.is_empty() {
         return Ok(());
     }
-    let (search, link, heartbeats) = (Arc::clone(search), Arc::clone(link), Arc::clone(heartbeats));
-    spawn("search", move || search.run(port, &link, &heartbeats))?;
+    let (search, state, heartbeats) = (Arc::clone(search), Arc::clone(state), Arc::clone(heartbeats));
+    spawn("search", move || search.run(port, &state, &heartbeats))?;
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pair::protocol::{Answer, Timing};
+    use crate::pair::primary::state::testing::{alone, join};
 
     #[test]
     fn a_host_that_failed_is_passed_over_until_it_is_due() {
@@ -140,17 +140,15 @@ mod tests {
         let key = Key::new([7; 32]);
         standby.await_invitations(calls, invitation_key(Some(&key)));
         let search = Arc::new(Search::new(vec![standby.local_address()], "web-1", Some(&key)));
-        let link = Arc::new(Link::new(3, Timing::new(Duration::from_secs(1), Duration::from_secs(10))));
-        start(&search, 7_701, &link, &Arc::new(primary)).unwrap();
+        let state = alone();
+        start(&search, 7_701, &state, &Arc::new(primary)).unwrap();
         let limit = Duration::from_secs(10);
         let call = called.recv_timeout(limit).unwrap();
-        let expected = Invitation { view: 3, guest: guest_name_hash("web-1"), port: 7_701 };
+        let expected = Invitation { view: 1, guest: guest_name_hash("web-1"), port: 7_701 };
         assert_eq!(call.invitation, Ok(expected));
         assert!(call.from.ip().is_loopback());
         called.recv_timeout(limit).unwrap();
-        let ask = link.name(9, 4).unwrap();
-        assert!(link.named(ask, Answer::Won));
-        link.attach(0).unwrap();
+        join(&state, 0);
         // At most one was under way.
         std::thread::sleep(INVITE_EVERY);
         while called.try_recv().is_ok() {}

@@ -13,11 +13,14 @@
 //! carry its epoch; `report`, briefly. Locks, in the order in which they may be taken: gate, primary's state, outbox.
 
 pub mod accept;
+mod connection;
 pub mod gate;
 pub mod invite;
-pub mod link;
-pub mod log_writer;
+mod joiner;
+mod log_writer;
 mod orders;
+mod outbox;
 mod planned;
 pub mod session;
-pub mod supervisor;
+mod state;
+mod supervisor;

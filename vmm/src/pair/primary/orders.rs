@@ -11,7 +11,7 @@ use ft_log::Event;
 use crate::control::Monitor;
 use crate::control::protocol::{Answer, Command, Reason, Refusal};
 use crate::host::inbox::Inbox;
-use crate::pair::primary::link::Link;
+use crate::pair::primary::state::PrimaryState;
 use crate::pair::primary::supervisor::LinkEvent;
 use crate::pair::protocol::Phase;
 use crate::run::{Control, StopKind, VcpuHandle};
@@ -21,7 +21,7 @@ pub(super) struct OrderHandler {
     /// Was the last order of that kind to pause?
     pub(super) paused: AtomicBool,
     pub(super) inbox: Inbox,
-    pub(super) link: Arc<Link>,
+    pub(super) state: Arc<PrimaryState>,
     pub(super) events: Sender<LinkEvent>,
     pub(super) vcpu: VcpuHandle,
 }
@@ -59,7 +59,7 @@ impl OrderHandler {
     }
 
     fn drop_backup(&self) -> Answer {
-        if self.link.phase() != Phase::Paired {
+        if self.state.phase() != Phase::Paired {
             return no_backup();
         }
         match self.events.try_send(LinkEvent::Dismiss) {
@@ -72,7 +72,7 @@ impl OrderHandler {
 
     fn switch(&self, monitor: &Monitor) -> Answer {
         let status = monitor.status();
-        if !status.protected || self.link.phase() != Phase::Paired {
+        if !status.protected || self.state.phase() != Phase::Paired {
             return no_backup();
         }
         if status.peer.is_none_or(|peer| peer.listen.is_none()) {

@@ -11,6 +11,7 @@
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
+use ft_log::ByeReason;
 
 use crate::change;
 use crate::control::Standing;
@@ -27,10 +28,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 impl Supervisor {
     /// Lets the backup go.
     pub(super) fn dismiss_backup(&self) {
-        // The sender waits with the last word until the claim is won.
-        if !self.link.dismiss() {
+        let Some(outbox) = self.state.outbox() else { return };
+        if !self.state.protocol(|primary| primary.backup_lost(outbox.epoch(), Loss::Dismissed)) {
             return;
         }
+        // The sender waits with the last word until the claim is won.
+        outbox.end(Some(ByeReason::Dismissed));
         let why = self.in_words(Loss::Dismissed);
         let standing = self.standing(false, why.clone());
         change!(
@@ -48,7 +51,7 @@ impl Supervisor {
     /// The log was ended and closed for the backup to take over: waits until it has. Tells `outcome` whether it did; if
     /// not, the guest is this monitor's as before, without a backup.
     pub(super) fn hand_over(&self, outcome: &Sender<bool>) {
-        let next = self.link.view() + 1;
+        let next = self.state.view() + 1;
         let deadline = Instant::now() + CLAIM_TIME;
         let mut taken = false;
         while !taken && Instant::now() < deadline {
@@ -65,10 +68,10 @@ impl Supervisor {
         }
         self.heartbeats.set_peer(None);
         if !taken {
-            self.link.take_back();
+            self.state.protocol(|primary| primary.take_back());
             self.claim(&mut Claimant::new(self.claims.clone(), self.owner.clone()));
         }
-        if taken || self.link.is_lost() {
+        if taken || self.state.protocol(|primary| primary.is_lost()) {
             let cause = "the operator has switched the roles".to_owned();
             let standing = Standing { role: Role::None, view: next, protected: false, cause };
             change!(

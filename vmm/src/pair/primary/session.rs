@@ -19,11 +19,12 @@ use devices::Effect;
 use ft_log::{Expected, GuestTime, Role};
 
 use super::accept::{Listener, Reception};
-use super::gate::{Limits, OutputGate};
+use super::gate::{Limits, OutputGate, Permit};
 use super::invite::{self, Search, probe_key};
-use super::link::Link;
-use super::log_writer::{Join, LogWriter, LogWriterParts};
+use super::joiner::{Join, Joiner};
+use super::log_writer::LogWriter;
 use super::orders::OrderHandler;
+use super::state::PrimaryState;
 use super::supervisor::{LinkEvent, Supervisor};
 use crate::change;
 use crate::control::Standing;
@@ -42,8 +43,8 @@ use crate::machine::Machine;
 use crate::pair::claims::claim::{ClaimRole, Claims, Outcome, Owner};
 use crate::pair::claims::image_identity::Demand;
 use crate::pair::claims::image_owner;
-use crate::pair::liveness::heartbeat::Heartbeats;
-use crate::pair::protocol::{Mode, Phase};
+use crate::pair::liveness::heartbeat::{Heartbeats, boot_time};
+use crate::pair::protocol::{Needed, Phase};
 use crate::pair::{Leave, PairError, Settings, Side, other_hosts};
 use crate::position;
 use crate::run::{
@@ -131,7 +132,7 @@ pub(in crate::pair) struct LiveSide {
 
 /// What the threads of a live guest share.
 struct Shared {
-    link: Arc<Link>,
+    state: Arc<PrimaryState>,
     gate: Arc<OutputGate<Outlet>>,
     search: Arc<Search>,
     /// The disk image, to be given back at the guest's end.
@@ -157,34 +158,34 @@ impl LiveSide {
                 outlet.announce(mac);
             }
         })?;
+        let free = Needed { epoch: shared.state.protocol(|primary| primary.epoch()), batch: None };
         let requests = machine.board().outstanding_disk_requests();
         for effect in again.into_iter().chain(requests.into_iter().map(Effect::Disk)) {
             // The gate is open and the performers wait for room themselves.
-            let _ = shared.gate.push(0, effect);
+            let _ = shared.gate.push(free, effect);
         }
         let (joins_in, joins) = bounded(1);
         if let Some(listener) = listener {
             let port = listener.port();
             listener.serve(reception(&side, &config, &shared, joins_in, &vcpu))?;
-            invite::start(&shared.search, port, &shared.link, &heartbeats)
+            invite::start(&shared.search, port, &shared.state, &heartbeats)
                 .map_err(LaunchError::host("start a thread"))?;
         }
         let (events, event_queue) = bounded(64);
         side.monitor.set_order_handler(order_handler(&shared, &inbox, &events, &vcpu));
         let _terminal = Terminal::start(&inbox)?;
-        let log = LogWriter::new(LogWriterParts {
+        let joiner = Joiner {
             config,
             claims: side.claims.clone(),
             owner: side.owner.clone(),
-            link: Arc::clone(&shared.link),
+            state: Arc::clone(&shared.state),
             gate: Arc::clone(&shared.gate),
-            joins,
             events,
-            reports: side.reports.clone(),
             search: Arc::clone(&shared.search),
             monitor: Arc::clone(&side.monitor),
             vcpu: vcpu.clone(),
-        });
+        };
+        let log = LogWriter::new(joiner, joins, side.reports.clone());
         side.monitor.set_figures(figures(&shared, &heartbeats, &deferral, &vcpu));
         let supervisor = supervisor(&side, &shared, heartbeats, Arc::clone(&deferral), &vcpu);
         start_thread("supervisor", move || supervisor.run(&event_queue))?;
@@ -210,7 +211,7 @@ impl Shared {
         anchors: u64,
         vcpu: &VcpuHandle,
     ) -> Result<Ending, PairError> {
-        if self.link.is_lost() && log.successor().is_none() {
+        if self.state.protocol(|primary| primary.is_lost()) && log.successor().is_none() {
             return Ok(Ending::LostClaim);
         }
         if let Some(successor) = log.successor() {
@@ -219,10 +220,10 @@ impl Shared {
         // A crash may be this host's: the backup goes on, or ends the guest's life, depending on what its own guest does.
         let ended = matches!(outcome, Ok(Stopped::GuestEnded(end)) if !end.is_crash())
             || vcpu.stop_signal().get() == Some(StopKind::PowerOff);
-        let goes_on = self.link.phase() != Phase::Alone || log.had_backup();
+        let goes_on = self.state.phase() != Phase::Alone || log.had_backup();
         if ended || !goes_on {
             // Nobody runs the guest any more, and nobody in this pair will.
-            side.end_life(self.link.view(), self.owned.as_deref())?;
+            side.end_life(self.state.view(), self.owned.as_deref())?;
         }
         Ok(Ending::of_run(outcome?, anchors))
     }
@@ -238,7 +239,7 @@ fn order_handler(
     let handler = OrderHandler {
         paused: AtomicBool::new(false),
         inbox: inbox.clone(),
-        link: Arc::clone(&shared.link),
+        state: Arc::clone(&shared.state),
         events: events.clone(),
         vcpu: vcpu.clone(),
     };
@@ -254,20 +255,31 @@ fn open_gate(
     (view, search): (u64, Search),
     first: impl FnOnce(&Outlet),
 ) -> Result<Shared, PairError> {
-    let link = Arc::new(Link::new(view, side.timing));
-    let may_act = lease_check(&link, heartbeats);
+    let state = PrimaryState::new(view, side.timing);
+    let may_act = lease_check(&state, heartbeats);
     let owned = resources.disk.as_ref().and_then(Disk::owned);
-    let outlet = resources.start(inbox, Arc::clone(&may_act))?;
+    let outlet = resources.start(inbox, may_act)?;
     first(&outlet);
-    let lease = Box::new(move || may_act());
-    let gate = Arc::new(OutputGate::new(Mode::Unprotected, GATE_LIMITS, outlet, lease));
-    Ok(Shared { link, gate, search: Arc::new(search), owned })
+    let gate = Arc::new(OutputGate::new(GATE_LIMITS, outlet, permit(&state, heartbeats)));
+    Ok(Shared { state, gate, search: Arc::new(search), owned })
 }
 
-/// May this monitor let output go and touch the disk?
-fn lease_check(link: &Arc<Link>, heartbeats: &Arc<Heartbeats>) -> Guard {
-    let (link, heartbeats) = (Arc::clone(link), Arc::clone(heartbeats));
-    Arc::new(move || link.may_act(heartbeats.answered_sent_at()))
+/// May this monitor touch the disk?
+fn lease_check(state: &Arc<PrimaryState>, heartbeats: &Arc<Heartbeats>) -> Guard {
+    let (state, heartbeats) = (Arc::clone(state), Arc::clone(heartbeats));
+    Arc::new(move || {
+        let heard = heartbeats.answered_sent_at();
+        state.protocol(|primary| primary.may_act(heard, boot_time()))
+    })
+}
+
+/// May this output leave?
+fn permit(state: &Arc<PrimaryState>, heartbeats: &Arc<Heartbeats>) -> Permit {
+    let (state, heartbeats) = (Arc::clone(state), Arc::clone(heartbeats));
+    Box::new(move |needed| {
+        let heard = heartbeats.answered_sent_at();
+        state.protocol(|primary| primary.may_leave(needed, heard, boot_time()))
+    })
 }
 
 fn reception(
@@ -288,14 +300,14 @@ fn reception(
         positions: config.positions,
     };
     let vcpu = vcpu.clone();
-    let (link, search) = (Arc::clone(&shared.link), Arc::clone(&shared.search));
+    let (state, search) = (Arc::clone(&shared.state), Arc::clone(&shared.search));
     let key = side.key.clone();
     let disk = match &shared.owned {
         Some(owned) => Demand::Image(Arc::clone(owned)),
         None if config.board.disk_bytes.is_none() || config.board.disk_read_only => Demand::Size,
         None => Demand::Device,
     };
-    Reception { expected, disk, key, link, search, joins, wake: Box::new(move || vcpu.wake()) }
+    Reception { expected, disk, key, state, search, joins, wake: Box::new(move || vcpu.wake()) }
 }
 
 fn supervisor(
@@ -306,7 +318,7 @@ fn supervisor(
     vcpu: &VcpuHandle,
 ) -> Supervisor {
     Supervisor {
-        link: Arc::clone(&shared.link),
+        state: Arc::clone(&shared.state),
         gate: Arc::clone(&shared.gate),
         claims: side.claims.clone(),
         owner: side.owner.clone(),
@@ -327,16 +339,17 @@ fn figures(
     deferral: &Arc<Deferral>,
     vcpu: &VcpuHandle,
 ) -> FiguresOf {
-    let (link, gate, vcpu) = (Arc::clone(&shared.link), Arc::clone(&shared.gate), vcpu.clone());
+    let (state, gate, vcpu) = (Arc::clone(&shared.state), Arc::clone(&shared.gate), vcpu.clone());
     let (heartbeats, deferral) = (Arc::clone(heartbeats), Arc::clone(deferral));
     Box::new(move || {
-        let (sent, outputs) = (link.figures(), gate.stats());
+        let outputs = gate.stats();
+        let sent = state.outbox().map(|outbox| outbox.figures()).unwrap_or_default();
         Figures {
-            anchors: link.position(),
+            anchors: state.position(),
             log: LogFigures { bytes: sent.log_bytes, batches: sent.batches, ..LogFigures::default() },
             primary: Some(PrimaryFigures {
                 paused: vcpu.stands(),
-                lag_ms: link.lag().as_millis() as u64,
+                lag_ms: state.lag().as_millis() as u64,
                 lag_p50_us: sent.lag_p50_us,
                 lag_p99_us: sent.lag_p99_us,
                 paced_ms: sent.paced.as_millis() as u64,

@@ -20,11 +20,13 @@ use crate::host::deferral::Deferral;
 use crate::pair::Leave;
 use crate::pair::claims::claim::{Claims, Owner};
 use crate::pair::claims::claimant::Claimant;
-use crate::pair::liveness::heartbeat::Heartbeats;
+use crate::pair::liveness::heartbeat::{Heartbeats, boot_time};
+use crate::pair::primary::connection::tell_released;
 use crate::pair::primary::gate::OutputGate;
 use crate::pair::primary::invite::Search;
-use crate::pair::primary::link::Link;
-use crate::pair::protocol::{Answer, Duty, Loss, Phase, Timing};
+use crate::pair::primary::outbox::Outbox;
+use crate::pair::primary::state::PrimaryState;
+use crate::pair::protocol::{Answer, Ask, Duty, Epoch, Loss, Phase, Timing};
 use crate::run::{StopKind, VcpuHandle};
 
 /// How long the connection stays open for the output that is under way when the backup is given up.
@@ -36,8 +38,10 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What the link's threads report.
 pub enum LinkEvent {
-    /// A backup has been given the snapshot.
+    /// A backup has been given the snapshot: an epoch begins. What comes of an earlier one counts for nothing.
     Paired {
+        /// The log's way to it.
+        outbox: Arc<Outbox>,
         /// The connection, to be closed when the backup counts as lost.
         stream: TcpStream,
         /// Where the backup is.
@@ -48,9 +52,22 @@ pub enum LinkEvent {
         stopped: Instant,
     },
     /// The backup has loaded the snapshot: the guest would survive now.
-    Protected,
-    /// The link is broken, and why.
-    Down(String),
+    Protected {
+        /// Whose.
+        epoch: Epoch,
+    },
+    /// The link is broken.
+    Down {
+        /// Which.
+        epoch: Epoch,
+        /// Why.
+        why: String,
+    },
+    /// A backup that was joining does not come.
+    JoinFailed {
+        /// Why.
+        why: String,
+    },
     /// The operator lets the backup go.
     Dismiss,
     /// The log was ended for the backup to take over. Wants to know whether it did.
@@ -59,6 +76,7 @@ pub enum LinkEvent {
 
 /// The connection to a backup that was given the guest.
 pub(super) struct Given {
+    outbox: Arc<Outbox>,
     stream: TcpStream,
     address: SocketAddr,
     /// When the guest stopped for the rest of it.
@@ -67,8 +85,8 @@ pub(super) struct Given {
 
 /// The supervisor of a guest that runs here.
 pub struct Supervisor {
-    /// The link to the backup.
-    pub link: Arc<Link>,
+    /// The protocol's machine, and the way to the backup.
+    pub state: Arc<PrimaryState>,
     /// Where output waits.
     pub gate: Arc<OutputGate<Outlet>>,
     /// Where the right to run the guest is claimed.
@@ -94,82 +112,81 @@ pub struct Supervisor {
 impl Supervisor {
     /// Runs until the claim is lost or every sender of `events` is gone.
     pub fn run(self, events: &Receiver<LinkEvent>) {
-        let mut connection: Option<Given> = None;
+        let mut given: Option<Given> = None;
         let mut report_at = Instant::now();
         let look_every = self.timing.timeout / 10;
         loop {
-            let (loss, why) = match events.recv_timeout(look_every) {
-                Ok(LinkEvent::Paired { stream, address, heartbeat_key, stopped }) => {
-                    self.heartbeats.set_view(self.link.view(), Role::Primary);
+            match events.recv_timeout(look_every) {
+                Ok(LinkEvent::Paired { outbox, stream, address, heartbeat_key, stopped }) => {
+                    self.heartbeats.set_view(self.state.view(), Role::Primary);
                     self.heartbeats.set_peer(Some((address, heartbeat_key)));
-                    connection = Some(Given { stream, address, stopped });
-                    continue;
+                    given = Some(Given { outbox, stream, address, stopped });
                 }
-                Ok(LinkEvent::Protected) => {
-                    let backup =
-                        self.monitor.peer().map_or_else(|| "the backup".into(), |peer| peer.to_string());
-                    let standing = self.standing(true, format!("{backup} has loaded the guest"));
-                    let stopped = connection.as_ref().map(|given| given.stopped.elapsed());
-                    let loaded_after_ms = stopped.map(|stopped| stopped.as_millis() as u64);
-                    change!(
-                        info,
-                        self.monitor,
-                        Protected,
-                        standing,
-                        loaded_after_ms,
-                        "protected: the backup follows"
-                    );
-                    continue;
-                }
-                Ok(LinkEvent::Down(why)) => (Loss::Link, why),
-                Ok(LinkEvent::Dismiss) => {
-                    self.dismiss_backup();
-                    continue;
-                }
-                Ok(LinkEvent::HandedOver(outcome)) => {
-                    self.hand_over(&outcome);
-                    continue;
-                }
-                Err(RecvTimeoutError::Timeout) => match self.look() {
-                    Some(loss) => (loss, self.in_words(loss)),
-                    None => {
-                        // What was acknowledged while the lease had run out may go now.
-                        self.gate.retry();
-                        self.link.released(self.gate.released_seq());
-                        if self.link.phase() == Phase::Paired && report_at.elapsed() >= REPORT_EVERY {
-                            self.report();
-                            report_at = Instant::now();
-                        }
-                        continue;
+                Ok(LinkEvent::Protected { epoch }) => self.protected(epoch, given.as_ref()),
+                Ok(LinkEvent::Down { epoch, why }) => self.lost(epoch, Loss::Link, why, &mut given),
+                Ok(LinkEvent::JoinFailed { why }) => {
+                    if self.state.protocol(|primary| primary.duty()) != Duty::Nothing {
+                        // A backup that has not got the guest does not come; output need not wait for what follows.
+                        self.go_on_without(None, why);
                     }
-                },
-                Err(RecvTimeoutError::Disconnected) => return,
-            };
-            if !self.link.detach(loss) {
-                if self.link.duty() != Duty::Nothing {
-                    // A backup that has not got the guest does not come; output need not wait for what follows.
-                    self.go_on_without(None, why);
                 }
-                continue;
+                Ok(LinkEvent::Dismiss) => self.dismiss_backup(),
+                Ok(LinkEvent::HandedOver(outcome)) => self.hand_over(&outcome),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.look(&mut given);
+                    if self.state.phase() == Phase::Paired && report_at.elapsed() >= REPORT_EVERY {
+                        self.report();
+                        report_at = Instant::now();
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
             }
-            let standing = self.standing(false, why.clone());
-            change!(
-                warn,
-                self.monitor,
-                BackupLost,
-                standing,
-                "backup lost: output waits for the claim of the next view"
-            );
-            self.report();
-            if let Some(Given { address, .. }) = &connection {
-                self.search.failed(address.ip(), &why);
-            }
-            self.go_on_without(connection.take(), why);
         }
     }
 
-    fn look(&self) -> Option<Loss> {
-        self.link.look(self.heartbeats.answered_sent_at(), self.heartbeats.is_cut_off())
+    fn protected(&self, epoch: Epoch, given: Option<&Given>) {
+        let Some(given) = given.filter(|given| given.outbox.epoch() == epoch) else { return };
+        let backup = self.monitor.peer().map_or_else(|| "the backup".into(), |peer| peer.to_string());
+        let standing = self.standing(true, format!("{backup} has loaded the guest"));
+        let loaded_after_ms = given.stopped.elapsed().as_millis() as u64;
+        change!(info, self.monitor, Protected, standing, loaded_after_ms, "protected: the backup follows");
+    }
+
+    /// Is the backup silent, or too far behind?
+    fn look(&self, given: &mut Option<Given>) {
+        let (heard, cut_off) = (self.heartbeats.answered_sent_at(), self.heartbeats.is_cut_off());
+        let (epoch, loss) =
+            self.state.protocol(|primary| (primary.epoch(), primary.look(heard, cut_off, boot_time())));
+        if let Some(loss) = loss {
+            return self.lost(epoch, loss, self.in_words(loss), given);
+        }
+        // What was acknowledged while the lease had run out may go now.
+        self.gate.retry();
+        if let Some(outbox) = self.state.outbox() {
+            tell_released(&outbox, &self.state, &self.gate);
+        }
+    }
+
+    /// The backup of `epoch` is lost, unless that is known or another one follows by now.
+    fn lost(&self, epoch: Epoch, loss: Loss, why: String, given: &mut Option<Given>) {
+        if !self.state.protocol(|primary| primary.backup_lost(epoch, loss)) {
+            return;
+        }
+        let given = given.take();
+        if let Some(Given { outbox, address, .. }) = &given {
+            outbox.abandon();
+            self.search.failed(address.ip(), &why);
+        }
+        let standing = self.standing(false, why.clone());
+        change!(
+            warn,
+            self.monitor,
+            BackupLost,
+            standing,
+            "backup lost: output waits for the claim of the next view"
+        );
+        self.report();
+        self.go_on_without(given, why);
     }
 
     pub(super) fn in_words(&self, loss: Loss) -> String {
@@ -189,7 +206,7 @@ impl Supervisor {
     pub(super) fn go_on_without(&self, mut connection: Option<Given>, why: String) {
         let mut claimant = Claimant::new(self.claims.clone(), self.owner.clone());
         loop {
-            match self.link.duty() {
+            match self.state.protocol(|primary| primary.duty()) {
                 Duty::Nothing => {
                     // The claim has decided. What a lost backup still says must not be taken for the next one's.
                     close(connection);
@@ -204,8 +221,10 @@ impl Supervisor {
                         close(connection.take());
                     }
                     // A backup that is let go learns it now.
-                    self.link.close();
-                    self.link.closed();
+                    if let Some(outbox) = self.state.outbox() {
+                        outbox.close();
+                    }
+                    self.state.protocol(|primary| primary.closed());
                 }
                 Duty::Claim { .. } => self.claim(&mut claimant),
                 Duty::Stop => return self.stop(&claimant),
@@ -215,12 +234,12 @@ impl Supervisor {
 
     /// Claims until there is an answer. While there is none nobody goes on: neither side can know that the other has not.
     pub(super) fn claim(&self, claimant: &mut Claimant) {
-        while let Duty::Claim { view } = self.link.duty() {
+        while let Duty::Claim { view } = self.state.protocol(|primary| primary.duty()) {
             let answer = claimant.ask(view, None);
             if matches!(answer, Answer::Won | Answer::Otherwise) {
                 self.heartbeats.set_view(view, Role::Primary);
             }
-            self.link.claim_says(view, answer);
+            self.state.protocol(|primary| primary.claim_says(Ask { view, backup: None }, answer));
         }
     }
 
@@ -229,7 +248,7 @@ impl Supervisor {
         // Without a backup output would go on until the guest has stopped.
         self.gate.close();
         let cause = claimant.why_lost();
-        let view = self.link.view() + 1;
+        let view = self.state.view() + 1;
         let standing = Standing { role: control::Role::None, view, protected: false, cause };
         change!(error, self.monitor, Superseded, standing, "the backup has taken over; this monitor stops");
         self.vcpu.stop(StopKind::Leave);
@@ -240,7 +259,7 @@ impl Supervisor {
 
     /// The machine says that the guest is this monitor's, without a backup.
     pub(super) fn go_on_alone(&self, why: String) {
-        self.gate.unprotect();
+        self.gate.retry();
         change!(
             warn,
             self.monitor,
@@ -252,11 +271,11 @@ impl Supervisor {
     }
 
     pub(super) fn standing(&self, protected: bool, cause: String) -> Standing {
-        Standing { role: control::Role::Primary, view: self.link.view(), protected, cause }
+        Standing { role: control::Role::Primary, view: self.state.view(), protected, cause }
     }
 
     fn report(&self) {
-        let link = self.link.figures();
+        let link = self.state.outbox().map(|outbox| outbox.figures()).unwrap_or_default();
         let gate = self.gate.stats();
         tracing::debug!(
             event = %LogEvent::Figures,

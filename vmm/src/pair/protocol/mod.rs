@@ -9,7 +9,7 @@
 //! Primary:  Alone (view v) ── v + 1 claimed, with a backup ──> Named ── attach ──> Paired (view v + 1)
 //!           Paired ── backup lost ──> Orphaned ── v + 2 claimed, without ──> Alone (view v + 2)
 //! Backup:   Following (view v + 1) ── link ended ──> Waiting ── the primary lets nothing out any more ──> Claiming v + 2
-//! Rule:     what waits at the output gate, and what lets it go
+//! Output:   may_leave, asked for each by the gate where outputs wait
 //! ```
 //!
 //! A *view* is a number, a primary, and a backup or none. Whoever has claimed it runs the guest in it; the arbiter gives
@@ -18,14 +18,12 @@
 mod backup;
 mod heartbeats;
 mod primary;
-mod rule;
 
 use std::time::Duration;
 
 pub use backup::{Backup, LinkLoss, Next, Verdict};
 pub use heartbeats::{Hearing, Questions};
-pub use primary::{ANOTHER_IS_JOINING, Duty, JoinError, Loss, Phase, Primary};
-pub use rule::{Leave, Mode, OutputRule};
+pub use primary::{ANOTHER_IS_JOINING, Duty, Epoch, JoinError, Leave, Loss, Needed, Phase, Primary};
 
 /// Part of the timeout for which an answer of the backup lets output go. The rest covers clocks that run at different
 /// speeds and the time from the question to the system call.

@@ -23,6 +23,9 @@
 //! at once, whatever the arbiter says, or does not say. If it is gone before, no record may keep a backup that does not
 //! come, and none that is still on its way to the arbiter may count: the view behind is claimed without one.
 //!
+//! Each time that a backup gets the guest an *epoch* begins: the life of one connection. What is said of another epoch than
+//! the present one, by a thread that was slow to end, changes nothing.
+//!
 //! Between Paired and Alone nothing is let out: the former backup may have taken over. One that is gone or silent may claim
 //! by itself, so the connection may as well tell it. One that answers claims nothing while it hears of this side, so
 //! there the claim comes first; else a backup that cannot keep up, or is not wanted, would be the first to claim.
@@ -102,11 +105,37 @@ pub enum JoinError {
     NotRecorded,
 }
 
+/// The number of a connection on which a backup has got the guest, counted by its primary. 0: there was none so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Epoch(u64);
+
+/// What an output waits for, if there is a backup when it is to leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Needed {
+    /// The epoch in which the guest made it.
+    pub epoch: Epoch,
+    /// The batch that has to be acknowledged in it; `None`: no backup was to get one.
+    pub batch: Option<u64>,
+}
+
+/// Whether an output may leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Leave {
+    /// Yes.
+    Yes,
+    /// Its batch is not acknowledged, or a claim is not decided.
+    NotYet,
+    /// It is acknowledged, but the lease is over.
+    NoLease,
+    /// Another monitor has the guest.
+    Never,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum State {
     Alone,
     Naming(Life),
-    Named,
+    Named(Life),
     Unnaming,
     Paired {
         /// When the backup had loaded the guest.
@@ -134,6 +163,9 @@ pub struct Primary {
     view: u64,
     timing: Timing,
     state: State,
+    epoch: Epoch,
+    /// The newest batch of this epoch that the backup has.
+    acknowledged: u64,
     sent: VecDeque<Sent>,
     /// When the newest batch was sent that the backup has acknowledged.
     answered_sent_at: Duration,
@@ -143,7 +175,8 @@ impl Primary {
     /// Runs the guest alone in `view`, which it has claimed.
     pub fn new(view: u64, timing: Timing) -> Self {
         let (state, answered_sent_at) = (State::Alone, Duration::ZERO);
-        Self { view, timing, state, sent: VecDeque::new(), answered_sent_at }
+        let (epoch, acknowledged, sent) = (Epoch::default(), 0, VecDeque::new());
+        Self { view, timing, state, epoch, acknowledged, sent, answered_sent_at }
     }
 
     /// The present view: the last one that was claimed here.
@@ -151,10 +184,15 @@ impl Primary {
         self.view
     }
 
+    /// The present epoch, or the last one.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
     /// Whether there is a backup.
     pub fn phase(&self) -> Phase {
         match self.state {
-            State::Alone | State::Naming(_) | State::Named | State::Unnaming => Phase::Alone,
+            State::Alone | State::Naming(_) | State::Named(_) | State::Unnaming => Phase::Alone,
             State::Paired { .. } => Phase::Paired,
             _ => Phase::Orphaned,
         }
@@ -174,7 +212,7 @@ impl Primary {
     pub fn refusal(&self) -> Option<&'static str> {
         match self.state {
             State::Alone => None,
-            State::Naming(_) | State::Named => Some(ANOTHER_IS_JOINING),
+            State::Naming(_) | State::Named(_) => Some(ANOTHER_IS_JOINING),
             State::Unnaming => Some(
                 "a backup that was joining did not come, and the arbiter has not answered yet to the claim of the next view",
             ),
@@ -204,30 +242,35 @@ impl Primary {
 
     /// Is the latest view recorded with a backup that has not got the guest yet?
     pub fn has_named(&self) -> bool {
-        self.state == State::Named
+        matches!(self.state, State::Named(_))
     }
 
-    /// The backup that is joining does not come. Without effect on one that has got the guest.
-    pub fn join_failed(&mut self) {
-        if matches!(self.state, State::Naming(_) | State::Named) {
+    /// `backup`, which was joining, does not come. Without effect on one that has got the guest, and on another.
+    pub fn join_failed(&mut self, backup: Life) {
+        if self.state == State::Naming(backup) || self.state == State::Named(backup) {
             self.state = State::Unnaming;
         }
     }
 
     /// A backup gets, with what is under way to it, all of the guest up to now: every event before this is in the transfer,
-    /// every later one in the log, whose batches count from 1. The record of the view names it.
-    pub fn attach(&mut self, now: Duration) -> Result<(), JoinError> {
-        if self.state != State::Named {
+    /// every later one in the log, whose batches count from 1. The record of the view names it. An epoch begins.
+    pub fn attach(&mut self, now: Duration) -> Result<Epoch, JoinError> {
+        if !self.has_named() {
             return Err(JoinError::NotRecorded);
         }
         self.state = State::Paired { follows_since: None };
+        self.epoch.0 += 1;
+        self.acknowledged = 0;
         self.sent.clear();
         self.answered_sent_at = now;
-        Ok(())
+        Ok(self.epoch)
     }
 
-    /// Batch `seq` is sent now; the log is then complete up to `reached`.
-    pub fn sent(&mut self, seq: u64, reached: u64, now: Duration) {
+    /// Batch `seq` of `epoch` is sent now; the log is then complete up to `reached`.
+    pub fn sent(&mut self, epoch: Epoch, seq: u64, reached: u64, now: Duration) {
+        if epoch != self.epoch {
+            return;
+        }
         if self.sent.len() < BATCHES_REMEMBERED {
             self.sent.push_back(Sent { seq, reached, at: now });
         } else if let Some(last) = self.sent.back_mut() {
@@ -235,15 +278,20 @@ impl Primary {
         }
     }
 
-    /// The backup has the batches up to `received`, and its guest is at `executed`. The first acknowledgement says that it
-    /// has loaded the guest. `lag` is told how long each batch took that it has executed since.
+    /// The backup of `epoch` has the batches up to `received`, and its guest is at `executed`. The first acknowledgement says
+    /// that it has loaded the guest. `lag` is told how long each batch took that it has executed since.
     pub fn acknowledged(
         &mut self,
+        epoch: Epoch,
         received: u64,
         executed: u64,
         now: Duration,
         mut lag: impl FnMut(Duration),
     ) {
+        if epoch != self.epoch {
+            return;
+        }
+        self.acknowledged = self.acknowledged.max(received);
         if let State::Paired { follows_since } = &mut self.state {
             follows_since.get_or_insert(now);
         }
@@ -276,9 +324,39 @@ impl Primary {
     /// recent, because until then it has not claimed the guest.
     pub fn may_act(&self, heartbeat_sent_at: Option<Duration>, now: Duration) -> bool {
         match self.state {
-            State::Alone | State::Naming(_) | State::Named | State::Unnaming => true,
+            State::Alone | State::Naming(_) | State::Named(_) | State::Unnaming => true,
             State::Paired { .. } => self.silent_for(heartbeat_sent_at, now) < self.timing.lease,
             _ => false,
+        }
+    }
+
+    /// May an output leave that needs `needed`? Without a backup: yes. With one: once it is acknowledged, and while the lease
+    /// holds, which is looked at for each: a host that was frozen must see by the clock that it may have been replaced. What
+    /// was made in an earlier epoch was free to go before this backup came, whatever it had waited for until then.
+    pub fn may_leave(&self, needed: Needed, heartbeat_sent_at: Option<Duration>, now: Duration) -> Leave {
+        match self.state {
+            State::Alone | State::Naming(_) | State::Named(_) | State::Unnaming => Leave::Yes,
+            State::Paired { .. } if !self.is_acknowledged(needed) => Leave::NotYet,
+            State::Paired { .. } if self.may_act(heartbeat_sent_at, now) => Leave::Yes,
+            State::Paired { .. } => Leave::NoLease,
+            State::Lost => Leave::Never,
+            State::Closing | State::Claiming | State::ClaimFirst | State::CloseLast | State::Ended => {
+                Leave::NotYet
+            }
+        }
+    }
+
+    fn is_acknowledged(&self, needed: Needed) -> bool {
+        needed.epoch < self.epoch || needed.batch.is_some_and(|batch| batch <= self.acknowledged)
+    }
+
+    /// The newest batch of this epoch up to which all outputs have left: what the backup is told. `waiting` is the first
+    /// output that has not.
+    pub fn released(&self, waiting: Option<Needed>) -> u64 {
+        match waiting {
+            None => self.acknowledged,
+            Some(Needed { epoch, .. }) if epoch < self.epoch => 0,
+            Some(Needed { batch, .. }) => batch.unwrap_or_default().saturating_sub(1).min(self.acknowledged),
         }
     }
 
@@ -298,9 +376,9 @@ impl Primary {
         (behind > self.timing.lag_limit).then_some(Loss::Behind(behind))
     }
 
-    /// The backup is lost. False: there is none, or that was known.
-    pub fn backup_lost(&mut self, loss: Loss) -> bool {
-        if self.phase() != Phase::Paired {
+    /// The backup of `epoch` is lost. False: there is none, or that was known.
+    pub fn backup_lost(&mut self, epoch: Epoch, loss: Loss) -> bool {
+        if self.phase() != Phase::Paired || epoch != self.epoch {
             return false;
         }
         self.state = match loss {
@@ -336,7 +414,7 @@ impl Primary {
             State::CloseLast => Duty::Close { claimed: true },
             State::Claiming | State::ClaimFirst | State::Unnaming => Duty::Claim { view: self.view + 1 },
             State::Lost => Duty::Stop,
-            State::Alone | State::Naming(_) | State::Named | State::Paired { .. } | State::Ended => {
+            State::Alone | State::Naming(_) | State::Named(_) | State::Paired { .. } | State::Ended => {
                 Duty::Nothing
             }
         }
@@ -372,7 +450,7 @@ impl Primary {
         }
         self.state = match (self.state, answer) {
             (_, Answer::Lost) => State::Lost,
-            (State::Naming(_), Answer::Won) => State::Named,
+            (State::Naming(backup), Answer::Won) => State::Named(backup),
             // The one that is joining was told this view, and another one is named in it.
             (State::Naming(_), Answer::Otherwise) => State::Unnaming,
             (State::Claiming | State::Unnaming, Answer::Won) => State::Alone,
@@ -399,7 +477,7 @@ mod tests {
     /// In view 1, with a backup since the start that has loaded the guest.
     fn paired() -> Primary {
         let mut primary = joined();
-        primary.acknowledged(0, 0, at(0), drop);
+        primary.acknowledged(primary.epoch, 0, 0, at(0), drop);
         primary
     }
 
@@ -425,9 +503,9 @@ mod tests {
     fn a_lease_counts_from_the_sending_of_what_was_answered() {
         let mut primary = paired();
         assert!(primary.may_act(None, at(2)) && !primary.may_act(None, at(3)));
-        primary.sent(1, 5, at(2));
+        primary.sent(primary.epoch, 1, 5, at(2));
         assert!(!primary.may_act(None, at(3)), "nobody has answered it");
-        primary.acknowledged(1, 0, at(4), drop);
+        primary.acknowledged(primary.epoch, 1, 0, at(4), drop);
         assert!(primary.may_act(None, at(4)) && !primary.may_act(None, at(5)));
         assert!(primary.may_act(Some(at(3)), at(5)) && !primary.may_act(Some(at(3)), at(6)));
     }
@@ -438,7 +516,7 @@ mod tests {
         assert_eq!(primary.attach(at(0)), Err(JoinError::NotRecorded));
         assert_eq!(primary.look(None, false, at(10)), None);
         assert_eq!(primary.look(None, false, at(11)), Some(Loss::Silent(at(11))));
-        primary.acknowledged(0, 0, at(9), drop);
+        primary.acknowledged(primary.epoch, 0, 0, at(9), drop);
         assert_eq!(primary.look(Some(at(6)), false, at(10)), None);
         assert_eq!(primary.look(Some(at(6)), false, at(11)), Some(Loss::Silent(at(5))));
         assert_eq!(primary.look(Some(at(6)), true, at(14)), None, "nobody else is heard");
@@ -449,7 +527,10 @@ mod tests {
     fn a_silent_backup_is_closed_out_before_the_claim_and_a_slow_one_after_it() {
         let mut primary = paired();
         assert_eq!(primary.duty(), Duty::Nothing);
-        assert!(primary.backup_lost(Loss::Silent(at(5))) && !primary.backup_lost(Loss::Link));
+        assert!(
+            primary.backup_lost(primary.epoch, Loss::Silent(at(5)))
+                && !primary.backup_lost(primary.epoch, Loss::Link)
+        );
         assert_eq!(primary.duty(), Duty::Close { claimed: false });
         alone_in(&mut primary, 2, Answer::Won);
         assert_eq!(
@@ -464,7 +545,7 @@ mod tests {
         alone_in(&mut primary, 2, Answer::Won);
         assert_eq!((primary.view(), primary.phase(), primary.may_act(None, at(99))), (2, Phase::Alone, true));
         join(&mut primary, at(99));
-        assert!(primary.backup_lost(Loss::Behind(at(21))));
+        assert!(primary.backup_lost(primary.epoch, Loss::Behind(at(21))));
         assert_eq!(primary.duty(), Duty::Claim { view: 4 });
         alone_in(&mut primary, 4, Answer::Won);
         assert_eq!((primary.duty(), primary.may_act(None, at(99))), (Duty::Close { claimed: true }, false));
@@ -489,14 +570,16 @@ mod tests {
         primary.claim_says(ask, Answer::Won);
         assert_eq!((primary.has_named(), primary.view(), primary.phase()), (true, 5, Phase::Alone));
         assert!(
-            primary.may_act(None, at(99)) && !primary.backup_lost(Loss::Dismissed) && primary.has_named()
+            primary.may_act(None, at(99))
+                && !primary.backup_lost(primary.epoch, Loss::Dismissed)
+                && primary.has_named()
         );
         primary.attach(at(9)).unwrap();
         assert_eq!(
             (primary.view(), primary.phase(), primary.may_act(None, at(99))),
             (5, Phase::Paired, false)
         );
-        primary.join_failed();
+        primary.join_failed(BACKUP);
         assert_eq!((primary.phase(), primary.duty()), (Phase::Paired, Duty::Nothing), "it has come");
     }
 
@@ -511,7 +594,7 @@ mod tests {
             let mut primary = Primary::new(4, timing());
             let ask = primary.name(BACKUP, 5).unwrap();
             primary.claim_says(ask, answer);
-            primary.join_failed();
+            primary.join_failed(BACKUP);
             primary.claim_says(ask, Answer::Won);
             assert!(!primary.takes_backup() && !primary.has_named(), "nobody waits for that answer any more");
             assert_eq!((primary.attach(at(0)), primary.phase()), (Err(JoinError::NotRecorded), Phase::Alone));
@@ -543,7 +626,7 @@ mod tests {
     #[test]
     fn a_lost_claim_is_for_ever() {
         let mut primary = paired();
-        primary.backup_lost(Loss::Link);
+        primary.backup_lost(primary.epoch, Loss::Link);
         primary.closed();
         alone_in(&mut primary, 2, Answer::Lost);
         alone_in(&mut primary, 2, Answer::Won);
@@ -558,7 +641,7 @@ mod tests {
         let mut primary = paired();
         assert!(primary.may_act(None, at(0)) && primary.end());
         assert_eq!((primary.phase(), primary.duty()), (Phase::Orphaned, Duty::Nothing));
-        assert!(!primary.may_act(None, at(0)) && !primary.backup_lost(Loss::Link));
+        assert!(!primary.may_act(None, at(0)) && !primary.backup_lost(primary.epoch, Loss::Link));
         assert!(primary.take_back() && !primary.take_back() && !primary.may_act(None, at(0)));
         assert_eq!(primary.duty(), Duty::Claim { view: 2 });
         alone_in(&mut primary, 2, Answer::Won);
@@ -570,16 +653,16 @@ mod tests {
     #[test]
     fn a_backup_is_overdue_when_it_follows_and_stays_behind() {
         let mut primary = joined();
-        primary.sent(1, 5, at(0));
+        primary.sent(primary.epoch, 1, 5, at(0));
         let look = |primary: &Primary, now| primary.look(Some(at(now)), false, at(now));
         assert_eq!(look(&primary, 30), None, "it has not loaded the guest yet");
-        primary.acknowledged(0, 0, at(30), drop);
+        primary.acknowledged(primary.epoch, 0, 0, at(30), drop);
         assert_eq!(look(&primary, 50), None, "what was sent before is no older than that");
-        primary.acknowledged(1, 3, at(50), drop);
+        primary.acknowledged(primary.epoch, 1, 3, at(50), drop);
         assert_eq!(look(&primary, 51), Some(Loss::Behind(at(21))), "it has received all and executed less");
         assert_eq!(primary.lag(at(51)), at(51));
         let mut lags = Vec::new();
-        primary.acknowledged(1, 5, at(52), |lag| lags.push(lag));
+        primary.acknowledged(primary.epoch, 1, 5, at(52), |lag| lags.push(lag));
         assert_eq!((look(&primary, 99), primary.lag(at(99)), lags), (None, at(0), vec![at(52)]));
     }
 
@@ -588,12 +671,84 @@ mod tests {
         let mut primary = paired();
         let last = BATCHES_REMEMBERED as u64 + 10;
         for batch in 1..=last {
-            primary.sent(batch, batch, at(batch));
+            primary.sent(primary.epoch, batch, batch, at(batch));
         }
         assert_eq!((primary.sent.len(), primary.lag(at(last))), (BATCHES_REMEMBERED, at(last - 1)));
-        primary.acknowledged(last, last - 1, at(last), drop);
+        primary.acknowledged(primary.epoch, last, last - 1, at(last), drop);
         assert!(primary.lag(at(last)) > at(0), "the last one is not executed");
-        primary.acknowledged(last, last, at(last), drop);
+        primary.acknowledged(primary.epoch, last, last, at(last), drop);
         assert_eq!(primary.lag(at(last)), at(0));
+    }
+
+    #[test]
+    fn an_output_leaves_once_it_is_acknowledged_and_while_the_lease_holds() {
+        let mut primary = paired();
+        let needs = |primary: &Primary, batch| Needed { epoch: primary.epoch, batch };
+        let leaves = |primary: &Primary, needed, now| primary.may_leave(needed, None, now);
+        primary.sent(primary.epoch, 1, 5, at(2));
+        assert_eq!(leaves(&primary, needs(&primary, Some(1)), at(2)), Leave::NotYet);
+        primary.acknowledged(primary.epoch, 1, 0, at(2), drop);
+        assert_eq!(leaves(&primary, needs(&primary, Some(1)), at(2)), Leave::Yes);
+        assert_eq!(leaves(&primary, needs(&primary, Some(2)), at(2)), Leave::NotYet);
+        assert_eq!(leaves(&primary, needs(&primary, Some(1)), at(5)), Leave::NoLease);
+        let waits = needs(&primary, None);
+        primary.backup_lost(primary.epoch, Loss::Link);
+        assert_eq!(leaves(&primary, waits, at(2)), Leave::NotYet, "the claim is not decided");
+        primary.closed();
+        assert_eq!(leaves(&primary, needs(&primary, Some(1)), at(2)), Leave::NotYet);
+        alone_in(&mut primary, 2, Answer::Won);
+        assert_eq!(leaves(&primary, waits, at(99)), Leave::Yes);
+        join(&mut primary, at(99));
+        assert_eq!(leaves(&primary, waits, at(99)), Leave::Yes, "it was free to go before");
+        assert_eq!(leaves(&primary, waits, at(199)), Leave::NoLease);
+        primary.backup_lost(primary.epoch, Loss::Link);
+        primary.closed();
+        alone_in(&mut primary, 4, Answer::Lost);
+        assert_eq!(leaves(&primary, waits, at(99)), Leave::Never);
+    }
+
+    #[test]
+    fn nothing_of_an_earlier_connection_acts_on_the_next_one() {
+        let mut primary = paired();
+        let old = primary.epoch;
+        primary.sent(old, 1, 5, at(1));
+        primary.backup_lost(old, Loss::Link);
+        primary.closed();
+        alone_in(&mut primary, 2, Answer::Won);
+        join(&mut primary, at(9));
+        primary.sent(primary.epoch, 1, 6, at(9));
+        let before = primary.clone();
+        // Its acknowledgement, its loss, its batch, its join, each of them late.
+        primary.acknowledged(old, 1, 6, at(9), drop);
+        assert!(!primary.backup_lost(old, Loss::Link));
+        primary.sent(old, 2, 9, at(9));
+        primary.join_failed(BACKUP);
+        assert_eq!(primary, before);
+        let first = Needed { epoch: primary.epoch, batch: Some(1) };
+        assert_eq!(primary.may_leave(first, Some(at(9)), at(9)), Leave::NotYet);
+        assert_eq!(primary.released(Some(first)), 0);
+        primary.acknowledged(primary.epoch, 1, 0, at(9), drop);
+        assert_eq!(primary.may_leave(first, Some(at(9)), at(9)), Leave::Yes);
+    }
+
+    #[test]
+    fn a_failed_join_of_another_is_none_of_this_one() {
+        let mut primary = Primary::new(4, timing());
+        primary.name(BACKUP, 5).unwrap();
+        primary.join_failed(8);
+        assert_eq!((primary.duty(), primary.refusal()), (Duty::Nothing, Some(ANOTHER_IS_JOINING)));
+        primary.join_failed(BACKUP);
+        assert_eq!(primary.duty(), Duty::Claim { view: 5 });
+    }
+
+    #[test]
+    fn the_backup_is_told_up_to_where_all_has_left() {
+        let mut primary = paired();
+        let epoch = primary.epoch;
+        primary.acknowledged(epoch, 5, 0, at(0), drop);
+        assert_eq!(primary.released(None), 5);
+        assert_eq!(primary.released(Some(Needed { epoch, batch: Some(3) })), 2);
+        assert_eq!(primary.released(Some(Needed { epoch, batch: Some(9) })), 5);
+        assert_eq!(primary.released(Some(Needed { epoch: Epoch(0), batch: None })), 0);
     }
 }
