@@ -15,6 +15,8 @@
 #                          sid, ...) or of a series (6.18, ...), of the flavour cloud, default or rt; or a PACKAGE
 #                          and its VERSION; prints the directory: vmlinuz, guest.cpio.gz
 #
+# Their programs are built in release mode, or with VMFT_PROFILE=dev in the development profile, as tests want them.
+#
 # Everything goes to ${VMFT_CACHE:-$HOME/.cache/vmft}: each output is made in a temporary directory and then
 # renamed to a name that contains a digest of its inputs, so an output is complete and never out of date. Only a Debian
 # disk may be: it has the packages of the day on which it was first made.
@@ -126,9 +128,12 @@ pack() {
 
 # build_programs: prints the directory of the programs that go into the images.
 build_programs() {
-    (cd "$root" && cargo build -q --release -p vmft-demo -p vmft-tests --bin vmft-demo --bin vmft-compute --bin vmft-agent) >&2 ||
-        die "cargo cannot build the programs of the images"
-    echo "${CARGO_TARGET_DIR:-$root/target}/x86_64-unknown-linux-gnu/release"
+    local built=${CARGO_TARGET_DIR:-$root/target}/x86_64-unknown-linux-gnu
+    local what=(--release -p vmft-demo -p vmft-tests --bin vmft-demo --bin vmft-compute --bin vmft-agent)
+    # With all that tests build: a part of it would have its dependencies compiled with other features, once more.
+    [ "${VMFT_PROFILE:-release}" = release ] || what=(--workspace --bins --examples)
+    (cd "$root" && cargo build -q "${what[@]}") >&2 || die "cargo cannot build the programs of the images"
+    if [ "${what[0]}" = --release ]; then echo "$built/release"; else echo "$built/debug"; fi
 }
 
 # pack_guest DIRECTORY KERNEL PROGRAMS MODULE...: makes DIRECTORY/guest.cpio.gz.
@@ -283,7 +288,7 @@ main() {
         "kernels 1") open_archive && list_kernels | newest_kernels ;;
         "kernel 3") open_archive && kernel_file "$2" "$3" ;;
         "guest 3") build_guest "$2" "$3" ;;
-        *) sed -n '2,21s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,23s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
 }
 

@@ -1,4 +1,7 @@
-//! Runs end-to-end tests one after the other and says honestly which could not run.
+//! Runs end-to-end tests, a few at the same time, and says honestly which could not run.
+//!
+//! Each of the tests that run at the same time has hosts of its own, in a network of its own. So they share this machine's
+//! processors and nothing else; a test that needs these too says so ([`Case::alone`]) and runs when no other does.
 //!
 //! A test names what it needs of the machine ([`Need`]). If something is missing, the test is skipped, the reason is
 //! printed, and the summary counts it. With `VMFT_REQUIRE_ALL=1` in the environment it fails instead: for machines
@@ -7,6 +10,8 @@
 use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::{PoisonError, RwLock};
+use std::thread;
 use std::time::Instant;
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -69,6 +74,9 @@ pub fn first_missing(needs: &[Need]) -> Option<String> {
     needs.iter().find_map(|need| need.missing())
 }
 
+/// A module of tests: its name, and what it has.
+pub type Module = (&'static str, &'static [Case]);
+
 /// A test.
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
@@ -78,22 +86,49 @@ pub struct Case {
     pub needs: &'static [Need],
     /// The test itself. It fails by an error or a panic.
     pub run: fn() -> TestResult,
+    /// It runs when no other test does.
+    pub alone: bool,
 }
 
 impl Case {
     /// A test that needs all that test hosts need.
     pub const fn on_hosts(name: &'static str, run: fn() -> TestResult) -> Case {
-        Case { name, needs: TEST_HOSTS, run }
+        Case::with(TEST_HOSTS, name, run)
+    }
+
+    /// A test that needs this.
+    pub const fn with(needs: &'static [Need], name: &'static str, run: fn() -> TestResult) -> Case {
+        Case { name, needs, run, alone: false }
+    }
+
+    /// The same test, which runs when no other does: its guest's time-outs are shorter than those of other tests.
+    pub const fn alone(self) -> Case {
+        Case { alone: true, ..self }
     }
 }
 
-/// Runs the tests that the command line selects, as `cargo test` does. For the `main` of a test without harness.
-pub fn run(cases: &[Case]) -> ExitCode {
+/// How many tests run at the same time: `VMFT_SITES`, or as many as have a processor and a half each, but two of them on a machine
+/// with two processors. Much of a test's time goes into waiting, and its hosts are seldom busy together.
+fn at_the_same_time() -> usize {
+    let given = std::env::var("VMFT_SITES").ok().and_then(|text| text.parse().ok());
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    given.unwrap_or_else(|| (processors * 2 / 3).max(processors.min(2))).max(1)
+}
+
+/// Runs the tests that the command line selects, as `cargo test` does, under the names `module::name`. For the `main` of a
+/// test without harness.
+pub fn run(modules: &[Module]) -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // The hosts of one test use all processors of a small machine.
-    arguments.test_threads = Some(1);
+    arguments.test_threads = arguments.test_threads.or_else(|| Some(at_the_same_time()));
     let require_all = std::env::var_os("VMFT_REQUIRE_ALL").is_some_and(|value| value == "1");
-    let trials = cases.iter().map(|&case| trial(case, require_all)).collect();
+    let mut cases: Vec<(&str, Case)> =
+        modules.iter().flat_map(|(module, cases)| cases.iter().map(move |case| (*module, *case))).collect();
+    // Whoever waits for the others to end keeps others from starting.
+    cases.sort_by_key(|(_, case)| case.alone);
+    let trials = cases
+        .into_iter()
+        .map(|(module, case)| trial(format!("{module}::{}", case.name), case, require_all))
+        .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !arguments.list {
         let (passed, failed) = (conclusion.num_passed, conclusion.num_failed);
@@ -103,22 +138,26 @@ pub fn run(cases: &[Case]) -> ExitCode {
 }
 
 /// Runs a test and says how long it took, since what is slow here is slow for everybody.
-fn timed(case: Case) -> Result<(), Failed> {
+fn timed(name: &str, case: Case) -> Result<(), Failed> {
+    /// Written while a test runs alone.
+    static MACHINE: RwLock<()> = RwLock::new(());
+    let _alone = case.alone.then(|| MACHINE.write().unwrap_or_else(PoisonError::into_inner));
+    let _among_others = (!case.alone).then(|| MACHINE.read().unwrap_or_else(PoisonError::into_inner));
     let started = Instant::now();
     let result = (case.run)().map_err(|error| Failed::from(error.to_string()));
-    eprintln!("{} took {:.0} s", case.name, started.elapsed().as_secs_f64());
+    eprintln!("{name} took {:.0} s", started.elapsed().as_secs_f64());
     result
 }
 
-fn trial(case: Case, require_all: bool) -> Trial {
+fn trial(name: String, case: Case, require_all: bool) -> Trial {
     match first_missing(case.needs) {
-        None => Trial::test(case.name, move || timed(case)),
+        None => Trial::test(name.clone(), move || timed(&name, case)),
         Some(reason) if require_all => {
-            Trial::test(case.name, move || Err(format!("This machine cannot run it: {reason}.").into()))
+            Trial::test(name, move || Err(format!("This machine cannot run it: {reason}.").into()))
         }
         Some(reason) => {
-            eprintln!("SKIPPED {}: {reason}", case.name);
-            Trial::test(case.name, || Ok(())).with_ignored_flag(true)
+            eprintln!("SKIPPED {name}: {reason}");
+            Trial::test(name, || Ok(())).with_ignored_flag(true)
         }
     }
 }

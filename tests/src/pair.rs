@@ -5,7 +5,7 @@
 //! that its monitors have written is printed.
 //!
 //! ```text
-//!   SharedSite::run ──> Site::reset (links whole, hosts running) ──> the test ──> every process killed and gone
+//!   SharedSites::run ──> Site::reset (links whole, hosts running) ──> the test ──> every process killed and gone
 //!                                                                      └ failed: logs printed, hosts thrown away
 //! ```
 
@@ -16,7 +16,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,7 @@ use crate::hosts::{
     HostConfig, HostError, HostKind, HostProcess, Images, Link, Net, TestHost, build_vmft, make_disk,
     make_key,
 };
+use crate::lock;
 
 /// Limit for what takes milliseconds when nothing is wrong.
 pub const SHORT: Duration = Duration::from_secs(20);
@@ -529,36 +530,37 @@ fn give_name(host: &TestHost) -> Result<(), HostError> {
     host.run(&["hostname", &host.name()], SHORT).map(drop)
 }
 
-/// Hosts that the tests of one program use in turn. [`SharedSite::close`] must be called before the program ends.
+/// Sites that the tests of one program use: each test has one to itself. [`SharedSites::close`] must be called before the
+/// program ends.
 #[derive(Debug)]
-pub struct SharedSite {
-    count: u8,
-    site: Mutex<Option<Site>>,
+pub struct SharedSites {
+    hosts: u8,
+    idle: Mutex<Vec<Site>>,
 }
 
-impl SharedSite {
-    /// A site of `count` hosts, booted when it is first used.
-    pub const fn new(count: u8) -> SharedSite {
-        SharedSite { count, site: Mutex::new(None) }
+impl SharedSites {
+    /// Sites of so many hosts. One is booted when a test finds none idle.
+    pub const fn new(hosts: u8) -> SharedSites {
+        SharedSites { hosts, idle: Mutex::new(Vec::new()) }
     }
 
-    /// Runs one test on the site. If it fails, what its monitors wrote goes to standard error, and the next test
-    /// gets other hosts.
+    /// Runs one test on a site. If it fails, what its monitors wrote goes to standard error, and nobody gets these hosts
+    /// again.
     pub fn run(&self, test: impl FnOnce(&mut Site) -> TestResult) -> TestResult {
-        let mut slot = self.site.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut site = match slot.take() {
+        let idle = lock(&self.idle).pop();
+        let mut site = match idle {
             Some(mut site) => {
                 site.reset()?;
                 site
             }
-            None => Site::boot(self.count)?,
+            None => Site::boot(self.hosts)?,
         };
         let outcome = catch_unwind(AssertUnwindSafe(|| test(&mut site)))
             .unwrap_or_else(|panic| Err(panic_text(panic.as_ref()).into()));
         match outcome {
             Ok(()) => {
                 site.end_processes()?;
-                *slot = Some(site);
+                lock(&self.idle).push(site);
                 Ok(())
             }
             Err(error) => {
@@ -568,9 +570,9 @@ impl SharedSite {
         }
     }
 
-    /// Takes the hosts and their network away.
+    /// Takes the hosts and their networks away.
     pub fn close(&self) {
-        drop(self.site.lock().unwrap_or_else(PoisonError::into_inner).take());
+        lock(&self.idle).clear();
     }
 }
 

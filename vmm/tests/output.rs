@@ -3,16 +3,19 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
+mod common;
+
 use std::fs::File;
 use std::io::{self, PipeReader, Write};
 use std::net::IpAddr;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::{LIMIT, end_and_stderr, end_of, vmft};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use vmft::control::protocol::{self, Answer, Figures, PrimaryFigures};
 use vmft::control::socket::ControlSocket;
@@ -21,8 +24,6 @@ use vmft::host::log;
 use vmft::pair::claims::fence::{Fence, Occasion};
 use vmft::run::StopSignal;
 
-/// Limit for what takes less than a second: a process that is still there then hangs.
-const LIMIT: Duration = Duration::from_secs(60);
 /// Names the role of this program's processes that are not the test.
 const ROLE: &str = "VMFT_TEST_OUTPUT_ROLE";
 
@@ -58,36 +59,6 @@ impl Sink {
         }
         (writer.into(), Some(reader))
     }
-}
-
-/// Runs `command` to its end, which must come.
-fn end_of(command: &mut Command) -> ExitStatus {
-    let mut child = command.stdin(Stdio::null()).spawn().unwrap();
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            return status;
-        }
-        if Instant::now() > deadline {
-            child.kill().unwrap();
-            child.wait().unwrap();
-            panic!("{command:?} hangs");
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// As [`end_of`]. Also what it has written to standard error.
-fn end_and_stderr(command: &mut Command) -> (ExitStatus, String) {
-    let file = tempfile::NamedTempFile::new().unwrap();
-    let status = end_of(command.stderr(file.reopen().unwrap()));
-    (status, std::fs::read_to_string(file.path()).unwrap())
-}
-
-fn vmft(line: &str) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vmft"));
-    command.args(line.split(' ')).stdout(Stdio::null()).env_remove("RUST_LOG");
-    command
 }
 
 #[test]

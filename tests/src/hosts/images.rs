@@ -3,9 +3,20 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::Mutex;
 
 use super::{HostError, tool};
+use crate::lock;
+
+/// Programs are built as this one was: for tests in the development profile, for demonstrations and benchmarks in release
+/// mode.
+const PROFILE: &str = if cfg!(debug_assertions) { "dev" } else { "release" };
+/// For tests, with all else that they need: a part of it would have its dependencies compiled with other features, once more.
+const WHAT: &[&str] = if cfg!(debug_assertions) {
+    &["--workspace", "--bins", "--examples"]
+} else {
+    &["-p", "vmft", "--bin", "vmft"]
+};
 
 /// The files made by `guest-images/build.sh images`.
 #[derive(Debug, Clone)]
@@ -17,15 +28,12 @@ impl Images {
     /// Builds what is missing or out of date, once per process. Takes the directory named by the environment
     /// variable `VMFT_IMAGES` as it is, if that is set.
     pub fn ensure() -> Result<Images, HostError> {
-        static BUILT: OnceLock<PathBuf> = OnceLock::new();
-        if let Some(dir) = BUILT.get() {
-            return Ok(Images { dir: dir.clone() });
-        }
+        static BUILT: Made = Made::new(None);
         let dir = match std::env::var_os("VMFT_IMAGES") {
-            Some(dir) => PathBuf::from(dir),
-            None => PathBuf::from(tool::output(outside_cargo(build_script()).arg("images"))?),
+            Some(dir) => dir.into(),
+            None => once(&BUILT, || Ok(tool::output(build_script().arg("images"))?.into()))?,
         };
-        Ok(Images { dir: BUILT.get_or_init(|| dir).clone() })
+        Ok(Images { dir })
     }
 
     /// The directory that holds them all.
@@ -59,32 +67,46 @@ impl Images {
     }
 }
 
-/// Builds the monitor (release profile) if it is out of date, and returns its path. Takes the program named by the
+/// Builds the monitor if it is out of date, once per process, and returns its path. Takes the program named by the
 /// environment variable `VMFT_PROGRAM` as it is, if that is set.
 pub fn build_vmft() -> Result<PathBuf, HostError> {
     if let Some(program) = std::env::var_os("VMFT_PROGRAM") {
         return Ok(program.into());
     }
-    build("--bin", "vmft")
+    static BUILT: Made = Made::new(None);
+    once(&BUILT, || build("vmft"))
 }
 
-/// Builds the example `small_guests` of the monitor's package and returns its path.
+/// Builds the example `small_guests` of the monitor's package, once per process, and returns its path.
 pub fn build_small_guests() -> Result<PathBuf, HostError> {
-    build("--example", "small_guests")
+    static BUILT: Made = Made::new(None);
+    once(&BUILT, || build("small_guests"))
 }
 
-fn build(kind: &str, name: &str) -> Result<PathBuf, HostError> {
+/// What is made once per process. Whoever comes meanwhile waits.
+type Made = Mutex<Option<PathBuf>>;
+
+fn once(made: &Made, make: impl FnOnce() -> Result<PathBuf, HostError>) -> Result<PathBuf, HostError> {
+    let mut made = lock(made);
+    if let Some(path) = &*made {
+        return Ok(path.clone());
+    }
+    Ok(made.insert(make()?).clone())
+}
+
+fn build(name: &str) -> Result<PathBuf, HostError> {
     let mut cargo = outside_cargo("cargo");
-    cargo.args(["build", "-q", "--release", "-p", "vmft", kind, name, "--message-format", "json"]);
+    cargo.args(["build", "-q", "--profile", PROFILE, "--message-format", "json"]).args(WHAT);
     let messages = tool::output(cargo.current_dir(env!("CARGO_MANIFEST_DIR")))?;
     messages
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|message| message.pointer("/target/name").is_some_and(|target| target == name))
         .find_map(|message| Some(PathBuf::from(message.get("executable")?.as_str()?)))
         .ok_or_else(|| HostError::ToolFailed {
             program: tool::describe(&cargo),
             status: "success".into(),
-            stderr: "cargo named no executable".into(),
+            stderr: format!("cargo named no executable '{name}'"),
         })
 }
 
@@ -95,7 +117,7 @@ pub fn make_key(program: &Path, file: &Path) -> Result<(), HostError> {
 
 /// Makes `file` a raw disk of `size_mib` MiB with a fresh ext4 file system.
 pub fn make_disk(file: &Path, size_mib: u32) -> Result<(), HostError> {
-    tool::output(outside_cargo(build_script()).arg("disk").arg(file).arg(size_mib.to_string()))?;
+    tool::output(build_script().arg("disk").arg(file).arg(size_mib.to_string()))?;
     Ok(())
 }
 
@@ -131,7 +153,7 @@ pub struct RootDisk {
 
 /// Makes `file` a root disk with Debian's `suite`: systemd, networkd at 10.77.0.2/24, sshd, redis.
 pub fn make_debian_disk(suite: &str, file: &Path) -> Result<RootDisk, HostError> {
-    let mut build = outside_cargo(build_script());
+    let mut build = build_script();
     let paths = tool::output(build.arg("debian").arg(suite).arg(file))?;
     let paths: Vec<PathBuf> = paths.lines().map(PathBuf::from).collect();
     let [kernel, initrd, disk] = paths.try_into().map_err(|paths| HostError::ToolFailed {
@@ -145,19 +167,14 @@ pub fn make_debian_disk(suite: &str, file: &Path) -> Result<RootDisk, HostError>
 /// Debian's newest kernel, of whatever suite, as `guest-images/build.sh guest newest cloud` makes it: a directory with
 /// `vmlinuz` and `guest.cpio.gz`. Made once per process.
 pub fn newest_kernel() -> Result<PathBuf, HostError> {
-    static MADE: OnceLock<PathBuf> = OnceLock::new();
-    if let Some(dir) = MADE.get() {
-        return Ok(dir.clone());
-    }
-    let mut build = outside_cargo(build_script());
-    let dir = tool::output(build.args(["guest", "newest", "cloud"]))?;
-    Ok(MADE.get_or_init(|| dir.trim().into()).clone())
+    static MADE: Made = Made::new(None);
+    once(&MADE, || Ok(tool::output(build_script().args(["guest", "newest", "cloud"]))?.trim().into()))
 }
 
 /// Why [`newest_kernel`] cannot be had: the archive is out of reach, and nothing of it was fetched before.
 pub fn archive_missing() -> Option<String> {
     const OUT_OF_REACH: i32 = 3;
-    let output = outside_cargo(build_script()).args(["guest", "newest", "cloud"]).output().ok()?;
+    let output = build_script().args(["guest", "newest", "cloud"]).output().ok()?;
     (output.status.code() == Some(OUT_OF_REACH))
         .then(|| String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or_default().to_owned())
 }
@@ -177,6 +194,8 @@ fn outside_cargo(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-fn build_script() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/build.sh")
+fn build_script() -> Command {
+    let mut script = outside_cargo(Path::new(env!("CARGO_MANIFEST_DIR")).join("../guest-images/build.sh"));
+    script.env("VMFT_PROFILE", PROFILE);
+    script
 }

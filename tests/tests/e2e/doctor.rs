@@ -1,15 +1,14 @@
 //! What `vmft doctor` says of a test host, of one without a usable KVM, and of what is around it.
 
 use std::fs;
-use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::Value;
-use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::harness::{Case, TestResult};
 use vmft_tests::hosts::{Ending, Link, Output};
-use vmft_tests::pair::{Guest, LONG, SHORT, SharedSite, Site};
+use vmft_tests::pair::{Guest, LONG, SHORT, Site};
 
-static SITE: SharedSite = SharedSite::new(1);
+use crate::SITES;
 
 /// Each line on a test host, and what it may say. QEMU's nested SVM never fires breakpoints, opens a window
 /// one instruction early now and then, and has no counters.
@@ -41,16 +40,13 @@ const IN_GUESTS: [&str; 7] = [
     "dirty log",
 ];
 
-fn main() -> ExitCode {
-    let status = harness::run(&[
-        Case::on_hosts("a_test_host_is_fit_for_checkpoints", a_test_host_is_fit_for_checkpoints),
-        Case::on_hosts("an_unfit_kvm_is_refused_by_all_in_the_same_words", unfit_hosts),
-        Case::on_hosts("the_shared_directory_is_measured_and_left_as_it_was", the_shared_directory),
-        Case::on_hosts("the_way_to_the_peer_is_measured", the_way_to_the_peer),
-    ]);
-    SITE.close();
-    status
-}
+/// The tests.
+pub const CASES: &[Case] = &[
+    Case::on_hosts("a_test_host_is_fit_for_checkpoints", a_test_host_is_fit_for_checkpoints),
+    Case::on_hosts("an_unfit_kvm_is_refused_by_all_in_the_same_words", unfit_hosts),
+    Case::on_hosts("the_shared_directory_is_measured_and_left_as_it_was", the_shared_directory),
+    Case::on_hosts("the_way_to_the_peer_is_measured", the_way_to_the_peer),
+];
 
 fn doctor(site: &mut Site, line: &str) -> Result<Output, Box<dyn std::error::Error>> {
     let words: Vec<String> = format!("doctor {line}").split_whitespace().map(String::from).collect();
@@ -70,7 +66,7 @@ fn assert_verdict(output: &Output, verdict: &str) {
 }
 
 fn a_test_host_is_fit_for_checkpoints() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let started = Instant::now();
         let output = doctor(site, "")?;
         println!("{} ms", started.elapsed().as_millis());
@@ -100,7 +96,7 @@ fn a_test_host_is_fit_for_checkpoints() -> TestResult {
 
 /// What the monitor says when it refuses, from "vmft: " to what only it adds.
 fn unfit_hosts() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let software = ("mount -t tmpfs none /sys/module; mkdir /sys/module/kvm_pvm", "umount /sys/module");
         let absent = ("mv /dev/kvm /dev/kvm.away", "mv /dev/kvm.away /dev/kvm");
         let shadow =
@@ -131,7 +127,7 @@ fn unfit_hosts() -> TestResult {
 }
 
 fn the_shared_directory() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let names = || fs::read_dir(&volume.local).map(|entries| entries.count());
         let before = names()?;
@@ -157,7 +153,7 @@ fn the_shared_directory() -> TestResult {
 }
 
 fn the_way_to_the_peer() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let primary = site.start_primary(1, &Guest::default(), &volume)?;
         let port = site.log_address(1);

@@ -6,7 +6,6 @@
 
 use std::error::Error;
 use std::path::Path;
-use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -18,19 +17,19 @@ use vmft_tests::events::{
     BACKUP_LOST, DESYNCHRONISED, FIGURES, PROTECTED, RECEIVING, TAKEOVER, THROTTLED, TRANSFER_FAILED,
     TRANSFER_FINAL, UNPROTECTED,
 };
-use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::harness::{Case, TestResult};
 use vmft_tests::hosts::{Ending, Link, build_small_guests};
 use vmft_tests::pair::{
-    Guest, LONG, Monitor, Random, SERVICE_READY, SHORT, SharedSite, Site, Volume, count_from_environment,
-    field, more_replies,
+    Guest, LONG, Monitor, Random, SERVICE_READY, SHORT, Site, Volume, count_from_environment, field,
+    more_replies,
 };
 
-#[path = "../../vmm/examples/small_guests/behaviours.rs"]
+#[path = "../../../vmm/examples/small_guests/behaviours.rs"]
 mod behaviours;
 
 use behaviours::BEHAVIOURS;
 
-static SITE: SharedSite = SharedSite::new(2);
+use crate::SITES;
 
 /// A guest that fills its memory with noise writes several times as much, on a slow machine too.
 const NARROW_MBIT_PER_S: u32 = 20;
@@ -44,25 +43,19 @@ const LOOK: Duration = Duration::from_millis(20);
 /// So often must the guest have been stopped for an event, or the test has tested nothing.
 const STOPS_MIN: u64 = 50;
 
-fn main() -> ExitCode {
-    let status = harness::run(&[
-        Case::on_hosts(
-            "small_guests_stopped_anywhere_replay_equal",
-            small_guests_stopped_anywhere_replay_equal,
-        ),
-        Case::on_hosts("stepping_changes_nothing", stepping_changes_nothing),
-        Case::on_hosts("stepping_towards_nothing_ends", stepping_towards_nothing_ends),
-        Case::on_hosts("late_alarms_find_the_stop_or_miss_it", late_alarms_find_the_stop_or_miss_it),
-        Case::on_hosts("changing_page_tables_replay_equal", changing_page_tables_replay_equal),
-        Case::on_hosts("computing_guest_replays_equal", computing_guest_replays_equal),
-        Case::on_hosts("backup_that_misses_a_stop_gets_the_guest_anew", backup_that_misses_a_stop),
-        Case::on_hosts("backup_joins_while_the_guest_runs", backup_joins_while_the_guest_runs),
-        Case::on_hosts("guest_that_outruns_its_transfer_is_slowed", guest_that_outruns_its_transfer),
-        Case::on_hosts("computing_guest_outlives_its_primary", computing_guest_outlives_its_primary),
-    ]);
-    SITE.close();
-    status
-}
+/// The tests.
+pub const CASES: &[Case] = &[
+    Case::on_hosts("small_guests_stopped_anywhere_replay_equal", small_guests_stopped_anywhere_replay_equal),
+    Case::on_hosts("stepping_changes_nothing", stepping_changes_nothing),
+    Case::on_hosts("stepping_towards_nothing_ends", stepping_towards_nothing_ends),
+    Case::on_hosts("late_alarms_find_the_stop_or_miss_it", late_alarms_find_the_stop_or_miss_it),
+    Case::on_hosts("changing_page_tables_replay_equal", changing_page_tables_replay_equal),
+    Case::on_hosts("computing_guest_replays_equal", computing_guest_replays_equal),
+    Case::on_hosts("backup_that_misses_a_stop_gets_the_guest_anew", backup_that_misses_a_stop),
+    Case::on_hosts("backup_joins_while_the_guest_runs", backup_joins_while_the_guest_runs),
+    Case::on_hosts("guest_that_outruns_its_transfer_is_slowed", guest_that_outruns_its_transfer),
+    Case::on_hosts("computing_guest_outlives_its_primary", computing_guest_outlives_its_primary),
+];
 
 /// The one without any conditional branch that a forced stop could be named by.
 const NAMELESS: &str = "store";
@@ -107,7 +100,7 @@ fn sources(site: &Site) -> Result<Vec<&'static str>, Box<dyn Error>> {
 
 fn small_guests_stopped_anywhere_replay_equal() -> TestResult {
     let interrupts = count_from_environment("VMFT_INTERRUPTS", 45);
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let program = small_guests(&volume)?;
         for source in sources(site)? {
@@ -175,7 +168,7 @@ fn assert_few_pages_wait(recording: &Path) -> TestResult {
 
 /// What finds a position must leave no trace in the guest.
 fn stepping_changes_nothing() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let program = small_guests(&site.volume()?)?;
         let doctor = site.host(1).run(&["/images/vmft", "doctor"], SHORT)?.stdout;
         let unarmed = doctor.iter().any(|line| line.contains("never fired"));
@@ -196,7 +189,7 @@ fn stepping_changes_nothing() -> TestResult {
 
 /// A branch that does not come, and a handler that does not end within a step: neither holds the monitor.
 fn stepping_towards_nothing_ends() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let program = small_guests(&site.volume()?)?;
         let aimed = site.host(1).run(&[&program, "aim", NAMELESS, "3"], 2 * LONG)?;
         println!("{NAMELESS} in ring 3: {}", aimed.stdout.join(" "));
@@ -215,7 +208,7 @@ fn stepping_towards_nothing_ends() -> TestResult {
 /// Alarms that ring late, now and then much too late: the exact instruction, or a report that it was missed.
 fn late_alarms_find_the_stop_or_miss_it() -> TestResult {
     let interrupts = count_from_environment("VMFT_INTERRUPTS", 45);
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let program = small_guests(&volume)?;
         let mut random = Random::from_environment();
@@ -258,7 +251,7 @@ fn changing_page_tables_replay_equal() -> TestResult {
     let (mut anchors, mut stops) = (0, 0);
     let rounds = count_from_environment("VMFT_PAGINGS", 1);
     for _ in 0..rounds {
-        SITE.run(|site| {
+        SITES.run(|site| {
             let more = page_tables_replay_equal(site)?;
             (anchors, stops) = (anchors + more.0, stops + more.1);
             Ok(())
@@ -300,7 +293,7 @@ fn page_tables_replay_equal(site: &mut Site) -> Result<(u64, u64), Box<dyn Error
 }
 
 fn computing_guest_replays_equal() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let recording = format!("{}/recording", volume.path);
         let mut arguments = vec!["record".to_owned(), recording.clone()];
@@ -337,7 +330,7 @@ fn start_alone(site: &mut Site, guest: &Guest, volume: &Volume) -> Result<(Monit
 
 /// It must not take over with the guest that it has, even if the primary dies just then, and be a backup again.
 fn backup_that_misses_a_stop() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let guest = guest();
         let (primary, client) = start_alone(site, &guest, &volume)?;
@@ -358,7 +351,7 @@ fn backup_that_misses_a_stop() -> TestResult {
 
 /// Requests are answered while the guest is sent; a transfer that breaks is as if it had never been.
 fn backup_joins_while_the_guest_runs() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let guest = guest();
         let (primary, client) = start_alone(site, &guest, &volume)?;
@@ -392,7 +385,7 @@ fn backup_joins_while_the_guest_runs() -> TestResult {
 /// A guest that writes pages which cannot be compressed, faster than the link takes them, is slowed until they can be sent.
 /// The primary says so, the guest answers meanwhile, and is protected in the end.
 fn guest_that_outruns_its_transfer() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let guest = Guest { work: "noise2", ..Guest::default() };
         let (primary, client) = start_alone(site, &guest, &volume)?;
@@ -418,7 +411,7 @@ fn guest_that_outruns_its_transfer() -> TestResult {
 
 fn computing_guest_outlives_its_primary() -> TestResult {
     let kills = count_from_environment("VMFT_COMPUTE_KILLS", 2);
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let (mut primary, mut backup) = site.start_pair(&guest(), &volume)?;
         let client = site.client(Config::default())?;

@@ -3,7 +3,6 @@
 use std::error::Error;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,13 +11,11 @@ use vmft_tests::client::{Client, Config};
 use vmft_tests::events::{
     BACKUP_LOST, DESYNCHRONISED, DIVERGED, FIGURES, PROTECTED, REPORT_WRITTEN, TAKEOVER, UNPROTECTED,
 };
-use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::harness::{Case, TestResult};
 use vmft_tests::hosts::{Ending, Images, archive_with_init};
-use vmft_tests::pair::{
-    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, field, more_replies,
-};
+use vmft_tests::pair::{Guest, LONG, Monitor, SERVICE_READY, SHORT, Site, Volume, field, more_replies};
 
-static SITE: SharedSite = SharedSite::new(2);
+use crate::SITES;
 
 /// How often something that changes by itself is looked at.
 const LOOK: Duration = Duration::from_millis(20);
@@ -31,19 +28,16 @@ const MARKER: &str = "a-word-that-only-memory-holds";
 const REPEATED: usize = 270;
 const KEYS: u64 = 4;
 
-fn main() -> ExitCode {
-    let status = harness::run(&[
-        Case::on_hosts("corrupted_backups_heal_and_take_over", corrupted_backups_heal_and_take_over),
-        Case::on_hosts(
-            "backup_that_keeps_diverging_never_goes_live",
-            backup_that_keeps_diverging_never_goes_live,
-        ),
-        Case::on_hosts("slow_backup_is_borne_up_to_the_limit", slow_backup_is_borne_up_to_the_limit),
-        Case::on_hosts("modules_that_read_the_counter_are_named", modules_that_read_the_counter_are_named),
-    ]);
-    SITE.close();
-    status
-}
+/// The tests.
+pub const CASES: &[Case] = &[
+    Case::on_hosts("corrupted_backups_heal_and_take_over", corrupted_backups_heal_and_take_over),
+    Case::on_hosts(
+        "backup_that_keeps_diverging_never_goes_live",
+        backup_that_keeps_diverging_never_goes_live,
+    ),
+    Case::on_hosts("slow_backup_is_borne_up_to_the_limit", slow_backup_is_borne_up_to_the_limit),
+    Case::on_hosts("modules_that_read_the_counter_are_named", modules_that_read_the_counter_are_named),
+];
 
 /// A load of synced writes and reads.
 fn load() -> Config {
@@ -89,7 +83,7 @@ fn assert_stored(site: &Site) -> TestResult {
 }
 
 fn corrupted_backups_heal_and_take_over() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let options = report_options(&volume)?;
         let primary = site.start_primary_with(1, &guest, &volume, &options)?;
@@ -165,7 +159,7 @@ fn replays_equal(site: &mut Site, volume: &Volume, (of, on): (u8, u8)) -> TestRe
 }
 
 fn backup_that_keeps_diverging_never_goes_live() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let primary = site.start_primary(1, &guest, &volume)?;
         primary.wait_for_line(SERVICE_READY, LONG)?;
@@ -197,7 +191,7 @@ fn backup_that_keeps_diverging_never_goes_live() -> TestResult {
 }
 
 fn slow_backup_is_borne_up_to_the_limit() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let limit = ["--lag-limit-ms".to_owned(), LAG_LIMIT_MS.to_string()];
         let primary = site.start_primary_with(1, &guest, &volume, &limit)?;
@@ -267,7 +261,7 @@ while :; do busybox sleep 1; done
 ";
 
 fn modules_that_read_the_counter_are_named() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         // Later archives replace what earlier ones hold. Each starts at a multiple of four.
         let mut initrd = fs::read(Images::ensure()?.host_initrd())?;

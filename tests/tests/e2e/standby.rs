@@ -2,30 +2,26 @@
 
 use std::fs;
 use std::io::Write;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use vmft_tests::client::Config;
 use vmft_tests::events::{RESTART, STANDBY, TAKEOVER, UNPROTECTED};
-use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::harness::{Case, TestResult};
 use vmft_tests::hosts::{Ending, Link, build_vmft, make_disk, make_key};
-use vmft_tests::pair::{Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, more_replies};
+use vmft_tests::pair::{Guest, LONG, Monitor, SERVICE_READY, SHORT, Site, Volume, more_replies};
 
-static SITE: SharedSite = SharedSite::new(3);
+use crate::SITES;
 
 /// Not that of the other hosts' processors.
 const OTHER_STEPPING: u8 = 2;
 
-fn main() -> ExitCode {
-    let status = harness::run(&[
-        Case::on_hosts("protection_returns_by_itself_after_each_fault", protection_returns_by_itself),
-        Case::on_hosts("a_host_that_hears_nobody_lets_the_other_go_first", cut_off_host_goes_last),
-        Case::on_hosts("unfit_standbys_are_refused_by_name_and_passed_over", unfit_standbys_are_refused),
-    ]);
-    SITE.close();
-    status
-}
+/// The tests.
+pub const CASES: &[Case] = &[
+    Case::on_hosts("protection_returns_by_itself_after_each_fault", protection_returns_by_itself),
+    Case::on_hosts("a_host_that_hears_nobody_lets_the_other_go_first", cut_off_host_goes_last),
+    Case::on_hosts("unfit_standbys_are_refused_by_name_and_passed_over", unfit_standbys_are_refused),
+];
 
 /// A primary on host 1 that looks for its backup.
 fn start_primary(
@@ -49,7 +45,7 @@ fn assert_protected(primary: &Monitor, view: u64, backup: u8, fault: (&str, Inst
 }
 
 fn protection_returns_by_itself() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         // Most of the time goes into sending the guest, which emulated hosts do slowly: it is a small one with little to do.
         let (guest, volume) = (Guest { memory_mib: 96, ..Guest::default() }, site.volume()?);
         let first = start_primary(site, &guest, &volume)?;
@@ -104,7 +100,7 @@ fn protection_returns_by_itself() -> TestResult {
 }
 
 fn cut_off_host_goes_last() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest { memory_mib: 96, ..Guest::default() }, site.volume()?);
         let first = start_primary(site, &guest, &volume)?;
         let [second, third] =
@@ -160,7 +156,7 @@ fn end(monitor: &Monitor) -> TestResult {
 
 /// Another version, another disk, another key, another processor: each is refused, and in the end one that fits is found.
 fn unfit_standbys_are_refused() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let other_version = volume.local.join("vmft-other");
         fs::copy(build_vmft()?, &other_version)?;

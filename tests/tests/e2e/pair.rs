@@ -6,21 +6,20 @@
 use std::error::Error;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
-use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use vmft_tests::client::Client;
 use vmft_tests::events::{GUEST_ENDED, PROTECTED, RECEIVING, SENDING, TAKEOVER, UNPROTECTED};
-use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::harness::{Case, TestResult};
 use vmft_tests::hosts::{Capture, Ending, HostError, Link};
 use vmft_tests::pair::{
-    GUEST_MAC, Guest, LONG, Monitor, Random, SERVICE_READY, SHORT, SharedSite, Site, Volume,
-    count_from_environment, field, file_hash, load, more_replies,
+    GUEST_MAC, Guest, LONG, Monitor, Random, SERVICE_READY, SHORT, Site, Volume, count_from_environment,
+    field, file_hash, load, more_replies,
 };
 
-static SITE: SharedSite = SharedSite::new(2);
+use crate::SITES;
 
 /// How often something that changes by itself is looked at.
 const LOOK: Duration = Duration::from_millis(20);
@@ -34,26 +33,23 @@ const IDT_ADDRESS: &str = "vmft-work: idt_table at";
 /// Where Linux maps its image, which the monitor loads without moving it (Documentation/arch/x86/x86_64/mm.rst).
 const KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
 
-fn main() -> ExitCode {
-    let status = harness::run(&[
-        Case::on_hosts("killed_primary_is_survived_at_any_moment", killed_primary_is_survived_at_any_moment),
-        Case::on_hosts("lost_host_is_survived", lost_host_is_survived),
-        Case::on_hosts("cut_logging_link_leaves_exactly_one", cut_logging_link_leaves_exactly_one),
-        Case::on_hosts("frozen_primary_that_returns_does_nothing", frozen_primary_that_returns_does_nothing),
-        Case::on_hosts("killed_backup_is_replaced", killed_backup_is_replaced),
-        Case::on_hosts("stopped_backup_claims_nothing", stopped_backup_claims_nothing),
-        Case::on_hosts("stopped_primary_hands_over", stopped_primary_hands_over),
-        Case::on_hosts("guest_that_powers_off_ends_both", guest_that_powers_off_ends_both),
-        Case::on_hosts("guest_that_crashes_ends_both", guest_that_crashes_ends_both),
-        Case::on_hosts(
-            "guest_that_crashes_on_the_primary_only_goes_on",
-            guest_that_crashes_on_the_primary_only_goes_on,
-        ),
-        Case::on_hosts("guest_stays_alone_without_a_backup", guest_stays_alone_without_a_backup),
-    ]);
-    SITE.close();
-    status
-}
+/// The tests.
+pub const CASES: &[Case] = &[
+    Case::on_hosts("killed_primary_is_survived_at_any_moment", killed_primary_is_survived_at_any_moment),
+    Case::on_hosts("lost_host_is_survived", lost_host_is_survived),
+    Case::on_hosts("cut_logging_link_leaves_exactly_one", cut_logging_link_leaves_exactly_one),
+    Case::on_hosts("frozen_primary_that_returns_does_nothing", frozen_primary_that_returns_does_nothing),
+    Case::on_hosts("killed_backup_is_replaced", killed_backup_is_replaced),
+    Case::on_hosts("stopped_backup_claims_nothing", stopped_backup_claims_nothing),
+    Case::on_hosts("stopped_primary_hands_over", stopped_primary_hands_over),
+    Case::on_hosts("guest_that_powers_off_ends_both", guest_that_powers_off_ends_both),
+    Case::on_hosts("guest_that_crashes_ends_both", guest_that_crashes_ends_both),
+    Case::on_hosts(
+        "guest_that_crashes_on_the_primary_only_goes_on",
+        guest_that_crashes_on_the_primary_only_goes_on,
+    ),
+    Case::on_hosts("guest_stays_alone_without_a_backup", guest_stays_alone_without_a_backup),
+];
 
 /// A moment at which a primary is killed.
 #[derive(Debug, Clone, Copy)]
@@ -84,7 +80,7 @@ fn killed_primary_is_survived_at_any_moment() -> TestResult {
     let count = count_from_environment("VMFT_KILLS", 4);
     let moments: Vec<Moment> = (0..count).map(|index| Moment::draw(index, &mut random)).collect();
     let mut with_client = Vec::new();
-    SITE.run(|site| {
+    SITES.run(|site| {
         for moment in moments {
             match moment {
                 Moment::Transfer { percent } => kill_during_transfer(site, percent)?,
@@ -191,7 +187,7 @@ fn kill_with_write_outstanding(site: &Site, client: &Client, primary: &Monitor) 
 }
 
 fn lost_host_is_survived() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let (_, backup) = site.start_pair(&guest, &volume)?;
         let client = site.client(load())?;
@@ -206,7 +202,7 @@ fn lost_host_is_survived() -> TestResult {
 }
 
 fn cut_logging_link_leaves_exactly_one() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let (primary, backup) = site.start_pair(&guest, &volume)?;
         let client = site.client(load())?;
@@ -233,7 +229,7 @@ fn cut_logging_link_leaves_exactly_one() -> TestResult {
 }
 
 fn frozen_primary_that_returns_does_nothing() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let (primary, backup) = site.start_pair(&guest, &volume)?;
         let mut requests = site.connect()?;
@@ -285,7 +281,7 @@ fn wait_until_quiet(volume: &Volume) -> TestResult {
 }
 
 fn killed_backup_is_replaced() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let (primary, backup) = site.start_pair(&guest, &volume)?;
         let client = site.client(load())?;
@@ -308,7 +304,7 @@ fn killed_backup_is_replaced() -> TestResult {
 }
 
 fn stopped_backup_claims_nothing() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let (primary, backup) = site.start_pair(&guest, &volume)?;
         let client = site.client(load())?;
@@ -339,7 +335,7 @@ fn stopped_primary_hands_over() -> TestResult {
 
 /// The guest, which a client uses, is taken over from a primary that `leaves`, and its life then ended.
 fn assert_taken_over(guest: &Guest, leaves: impl Fn(&Site, &Monitor) -> TestResult) -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let (primary, backup) = site.start_pair(guest, &volume)?;
         let client = site.client(load())?;
@@ -385,7 +381,7 @@ fn assert_both_end(
 }
 
 fn guest_that_powers_off_ends_both() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let work = "poweroff-after-ready";
         let volume = assert_both_end(site, work, 0, "power-off")?;
         // So the guest may be started anew, and nobody that was frozen meanwhile can take it over.
@@ -396,7 +392,7 @@ fn guest_that_powers_off_ends_both() -> TestResult {
 }
 
 fn guest_that_crashes_ends_both() -> TestResult {
-    SITE.run(|site| assert_both_end(site, "halt-after-ready", 5, "halted").map(drop))
+    SITES.run(|site| assert_both_end(site, "halt-after-ready", 5, "halted").map(drop))
 }
 
 fn guest_that_crashes_on_the_primary_only_goes_on() -> TestResult {
@@ -436,7 +432,7 @@ fn forget_interrupt_table(site: &Site, monitor: &Monitor, guest: &Guest) -> Test
 }
 
 fn guest_stays_alone_without_a_backup() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let primary = site.start_primary(1, &guest, &volume)?;
         primary.wait_for_line(SERVICE_READY, LONG)?;

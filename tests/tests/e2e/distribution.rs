@@ -1,25 +1,19 @@
 //! `run-ft.sh` with guests that are not the demo's: a distribution from its own disk, and one that never gets ready.
 
 use std::path::Path;
-use std::process::ExitCode;
 use std::{env, fs, process};
 
 use vmft_tests::demo::{self, DemoError, Options, Report};
-use vmft_tests::harness::{self, Case, Need, TestResult};
+use vmft_tests::harness::{Case, Need, TestResult};
 use vmft_tests::hosts::make_debian_disk;
 
 const NEEDS: &[Need] = &[Need::Root, Need::Tun, Need::Qemu, Need::Debootstrap];
 
-fn main() -> ExitCode {
-    harness::run(&[
-        Case {
-            name: "debian_12_survives_a_killed_primary",
-            needs: NEEDS,
-            run: debian_12_survives_a_killed_primary,
-        },
-        Case::on_hosts("guest_that_is_not_ready_is_not_killed", guest_that_is_not_ready_is_not_killed),
-    ])
-}
+/// The tests.
+pub const CASES: &[Case] = &[
+    Case::with(NEEDS, "debian_12_survives_a_killed_primary", debian_12_survives_a_killed_primary),
+    Case::on_hosts("guest_that_is_not_ready_is_not_killed", guest_that_is_not_ready_is_not_killed),
+];
 
 /// As `./run-ft.sh` with these arguments.
 fn run(arguments: &[&str]) -> Result<Report, Box<dyn std::error::Error>> {

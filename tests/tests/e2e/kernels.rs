@@ -5,24 +5,22 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 
-use vmft_tests::harness::{self, Case, Need, TestResult};
+use vmft_tests::harness::{Case, Need, TestResult};
 use vmft_tests::hosts;
-use vmft_tests::pair::{Guest, LONG, SERVICE_READY, SharedSite, Site};
+use vmft_tests::pair::{Guest, LONG, SERVICE_READY, Site};
 use vmft_tests::recordings::{assert_equal, record_with, replay, stop};
 
-static SITE: SharedSite = SharedSite::new(2);
+use crate::SITES;
 
 const NEEDS: &[Need] = &[Need::Root, Need::Tun, Need::Qemu, Need::DebianArchive];
 
-fn main() -> ExitCode {
-    let name = "debians_newest_kernel_boots_and_replays_equal";
-    let status =
-        harness::run(&[Case { name, needs: NEEDS, run: debians_newest_kernel_boots_and_replays_equal }]);
-    SITE.close();
-    status
-}
+/// The tests.
+pub const CASES: &[Case] = &[Case::with(
+    NEEDS,
+    "debians_newest_kernel_boots_and_replays_equal",
+    debians_newest_kernel_boots_and_replays_equal,
+)];
 
 fn debians_newest_kernel_boots_and_replays_equal() -> TestResult {
     let kernels: Vec<PathBuf> = match std::env::var_os("VMFT_KERNELS") {
@@ -31,7 +29,7 @@ fn debians_newest_kernel_boots_and_replays_equal() -> TestResult {
     };
     let mut failed = 0;
     for kernel in &kernels {
-        let result = SITE.run(|site| boot_and_replay(site, kernel));
+        let result = SITES.run(|site| boot_and_replay(site, kernel));
         let said = match &result {
             Ok(()) => "replays equal".to_owned(),
             Err(error) => format!("FAILED: {error}"),

@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,13 +10,11 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use vmft_tests::client::Client;
 use vmft_tests::events::{DISMISSED, GUEST_ENDED, PROTECTED, TAKEOVER, UNPROTECTED};
-use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::harness::{Case, TestResult};
 use vmft_tests::hosts::{Ending, Link, Output};
-use vmft_tests::pair::{
-    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, load, more_replies,
-};
+use vmft_tests::pair::{Guest, LONG, Monitor, SERVICE_READY, SHORT, Site, Volume, load, more_replies};
 
-static SITE: SharedSite = SharedSite::new(3);
+use crate::SITES;
 
 /// How often something that changes by itself is looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -32,29 +29,23 @@ const LOGGED: (&str, &str) = (
      exec /images/vmft \"$@\" 2>/tmp/log.pipe\n",
 );
 
-fn main() -> ExitCode {
-    let status = harness::run(&[
-        Case::on_hosts("status_tells_each_phase_on_both_sides", status_tells_each_phase_on_both_sides),
-        Case::on_hosts(
-            "switches_pauses_and_a_shutdown_lose_nothing",
-            switches_pauses_and_a_shutdown_lose_nothing,
-        ),
-        Case::on_hosts(
-            "a_backup_that_is_let_go_makes_room_for_another",
-            a_backup_that_is_let_go_makes_room_for_another,
-        ),
-        Case::on_hosts(
-            "a_switch_that_fails_leaves_the_guest_where_it_is",
-            a_switch_that_fails_leaves_the_guest_where_it_is,
-        ),
-        Case::on_hosts(
-            "a_log_that_nobody_reads_stops_no_takeover",
-            a_log_that_nobody_reads_stops_no_takeover,
-        ),
-    ]);
-    SITE.close();
-    status
-}
+/// The tests.
+pub const CASES: &[Case] = &[
+    Case::on_hosts("status_tells_each_phase_on_both_sides", status_tells_each_phase_on_both_sides),
+    Case::on_hosts(
+        "switches_pauses_and_a_shutdown_lose_nothing",
+        switches_pauses_and_a_shutdown_lose_nothing,
+    ),
+    Case::on_hosts(
+        "a_backup_that_is_let_go_makes_room_for_another",
+        a_backup_that_is_let_go_makes_room_for_another,
+    ),
+    Case::on_hosts(
+        "a_switch_that_fails_leaves_the_guest_where_it_is",
+        a_switch_that_fails_leaves_the_guest_where_it_is,
+    ),
+    Case::on_hosts("a_log_that_nobody_reads_stops_no_takeover", a_log_that_nobody_reads_stops_no_takeover),
+];
 
 /// Runs a command of an operator's on host `number`.
 fn operate(site: &Site, number: u8, arguments: &[&str]) -> Result<Output, Box<dyn std::error::Error>> {
@@ -101,7 +92,7 @@ fn assert_fields(status: &Value, fields: &[(&str, Value)]) {
 }
 
 fn status_tells_each_phase_on_both_sides() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let metrics = ["--metrics".to_owned(), format!("0.0.0.0:{METRICS_PORT}")];
         let primary = site.start_primary_with(1, &guest, &volume, &metrics)?;
@@ -275,7 +266,7 @@ fn assert_roles(site: &Site, primary: u8, backup: u8, view: u64) -> TestResult {
 }
 
 fn switches_pauses_and_a_shutdown_lose_nothing() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let (first, second) = site.start_pair(&guest, &volume)?;
         let client = site.client(load())?;
@@ -368,7 +359,7 @@ fn switch_to_a_backup_that_cannot_claim(site: &Site, primary: &Monitor, backup: 
 }
 
 fn a_switch_that_fails_leaves_the_guest_where_it_is() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let (primary, backup) = site.start_pair(&guest, &volume)?;
         let client = site.client(load())?;
@@ -386,7 +377,7 @@ fn a_switch_that_fails_leaves_the_guest_where_it_is() -> TestResult {
 }
 
 fn a_backup_that_is_let_go_makes_room_for_another() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let (primary, backup) = site.start_pair(&guest, &volume)?;
         let client = site.client(load())?;
@@ -441,7 +432,7 @@ fn wait_for_primary(site: &Site, number: u8, view: u64, protected: bool) -> Test
 }
 
 fn a_log_that_nobody_reads_stops_no_takeover() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (path, script) = LOGGED;
         [1, 2]
             .into_iter()

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,13 +11,11 @@ use vmft_tests::client::Client;
 use vmft_tests::events::{
     CLAIM_UNDECIDED, IMAGE_LOST, NOT_FENCED, PROTECTED, RECEIVING, TAKEOVER, TRANSFER_FAILED, UNPROTECTED,
 };
-use vmft_tests::harness::{self, Case, Need, TestResult};
+use vmft_tests::harness::{Case, Need, TestResult};
 use vmft_tests::hosts::{Ending, Etcd, Link};
-use vmft_tests::pair::{
-    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, field, load, more_replies,
-};
+use vmft_tests::pair::{Guest, LONG, Monitor, SERVICE_READY, SHORT, Site, Volume, field, load, more_replies};
 
-static SITE: SharedSite = SharedSite::new(2);
+use crate::SITES;
 
 const NEEDS: &[Need] = &[Need::Root, Need::Tun, Need::Qemu, Need::Etcd];
 /// The record of the disk's owner.
@@ -28,19 +25,12 @@ const WAITING: Duration = Duration::from_secs(3);
 /// How often something that changes by itself is looked at.
 const LOOK: Duration = Duration::from_millis(20);
 
-fn main() -> ExitCode {
-    let status = harness::run(&[
-        Case {
-            name: "etcd_decides_and_without_its_majority_nobody_goes_on",
-            needs: NEEDS,
-            run: etcd_decides,
-        },
-        Case::on_hosts("fence_and_disk_hold_a_takeover_and_a_former_primary", fence_and_disk),
-        Case::on_hosts("images_that_change_hands_are_not_taken_over", changed_images_are_not_taken),
-    ]);
-    SITE.close();
-    status
-}
+/// The tests.
+pub const CASES: &[Case] = &[
+    Case::with(NEEDS, "etcd_decides_and_without_its_majority_nobody_goes_on", etcd_decides),
+    Case::on_hosts("fence_and_disk_hold_a_takeover_and_a_former_primary", fence_and_disk),
+    Case::on_hosts("images_that_change_hands_are_not_taken_over", changed_images_are_not_taken),
+];
 
 /// Nothing is answered for a while, and neither monitor goes on or ends.
 fn assert_all_wait(client: &Client, monitors: &[&Monitor], signs: &[&str]) -> TestResult {
@@ -91,7 +81,7 @@ fn second_is_refused(site: &mut Site, guest: &Guest, volume: &Volume, primary: &
 }
 
 fn etcd_decides() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let mut etcd = Etcd::start(site.net(), "silent")?;
         let (guest, volume) = (Guest::default(), volume_with_etcd(site, &etcd)?);
         let (primary, backup) = site.start_pair(&guest, &volume)?;
@@ -199,7 +189,7 @@ fn take_disk(primary: &Monitor, view: u64, volume: &Volume) -> TestResult {
 }
 
 fn fence_and_disk() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let (guest, volume) = (Guest::default(), site.volume()?);
         let (mode, told) = (volume.local.join("mode"), volume.local.join("told"));
         let script = "cd \"${0%/*}\"\n\
@@ -254,7 +244,7 @@ fn fence_and_disk() -> TestResult {
 /// Between the join and the takeover another guest takes the image, or a copy is put in its place. The backup knows the image by
 /// a link.
 fn changed_images_are_not_taken() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         for (new, name, why) in [
             ("record", OWNER, "has another owner than before: its owner is guest 'mail' of host host1"),
             ("copy.img", "disk.img", "was replaced or removed"),

@@ -2,18 +2,16 @@
 //!
 //! `make campaign SEED=.. FAULTS=..` runs others; docs/reliability.md says what they do and what longer ones gave.
 
-use std::process::ExitCode;
-
 use vmft_tests::campaign;
-use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::harness::{Case, TestResult};
 
 /// Of its first faults, each is of another kind.
 const SEED: u64 = 1;
 const FAULTS: usize = 5;
 
-fn main() -> ExitCode {
-    harness::run(&[Case::on_hosts("short_campaign_is_survived", short_campaign_is_survived)])
-}
+/// The tests.
+pub const CASES: &[Case] =
+    &[Case::on_hosts("short_campaign_is_survived", short_campaign_is_survived).alone()];
 
 fn short_campaign_is_survived() -> TestResult {
     let failures = campaign::run(SEED, FAULTS)?.failures();

@@ -4,32 +4,26 @@
 //! busy guest is replayed (default 1).
 
 use std::fs;
-use std::process::ExitCode;
 
 use vmft_tests::client::Config;
-use vmft_tests::harness::{self, Case, TestResult};
+use vmft_tests::harness::{Case, TestResult};
 use vmft_tests::hosts::{Ending, HostError, Output, archive_with_init};
-use vmft_tests::pair::{
-    Guest, LONG, Monitor, SERVICE_READY, SHORT, SharedSite, Site, Volume, count_from_environment,
-};
+use vmft_tests::pair::{Guest, LONG, Monitor, SERVICE_READY, SHORT, Site, Volume, count_from_environment};
 use vmft_tests::recordings::{assert_equal, record, recording, replay, replay_on, stop};
 
-static SITE: SharedSite = SharedSite::new(2);
+use crate::SITES;
 
-fn main() -> ExitCode {
-    let status = harness::run(&[
-        Case::on_hosts("user_mode_rdtsc_replays", user_mode_rdtsc_replays),
-        Case::on_hosts("boots_to_service_replay_equal", boots_to_service_replay_equal),
-        Case::on_hosts("busy_network_and_disk_replay_equal", busy_network_and_disk_replay_equal),
-        Case::on_hosts("damaged_recordings_are_refused", damaged_recordings_are_refused),
-    ]);
-    SITE.close();
-    status
-}
+/// The tests.
+pub const CASES: &[Case] = &[
+    Case::on_hosts("user_mode_rdtsc_replays", user_mode_rdtsc_replays),
+    Case::on_hosts("boots_to_service_replay_equal", boots_to_service_replay_equal),
+    Case::on_hosts("busy_network_and_disk_replay_equal", busy_network_and_disk_replay_equal),
+    Case::on_hosts("damaged_recordings_are_refused", damaged_recordings_are_refused),
+];
 
 fn boots_to_service_replay_equal() -> TestResult {
     let rounds = count_from_environment("VMFT_REPLAYS", 3);
-    SITE.run(|site| {
+    SITES.run(|site| {
         let mut previous: Option<(Monitor, Output, Volume)> = None;
         for _ in 0..rounds {
             let volume = site.volume()?;
@@ -49,7 +43,7 @@ fn boots_to_service_replay_equal() -> TestResult {
 }
 
 fn busy_network_and_disk_replay_equal() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let guest = Guest { work: "busy", ..Guest::default() };
         let recorder = record(site, &guest, &volume)?;
@@ -89,7 +83,7 @@ fn record_counter_guest(site: &mut Site, volume: &Volume) -> Result<Output, Box<
 }
 
 fn user_mode_rdtsc_replays() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         let recorded = record_counter_guest(site, &volume)?;
         for who in ["before the fork", "child", "parent"] {
@@ -111,7 +105,7 @@ fn user_mode_rdtsc_replays() -> TestResult {
 }
 
 fn damaged_recordings_are_refused() -> TestResult {
-    SITE.run(|site| {
+    SITES.run(|site| {
         let volume = site.volume()?;
         record_counter_guest(site, &volume)?;
         let whole = fs::read(volume.local.join("recording"))?;
