@@ -49,7 +49,7 @@ check() {
 boot_and_replay() {
     local guest said
     guest=$("$build" guest "$1" "$2") || { echo "not tried: its modules are in no suite any more"; return; }
-    said=$(cd "$root" && VMFT_KERNELS=$guest cargo test -q -p vmft-tests --test e2e_kernels -- --nocapture 2>&1) || true
+    said=$(cd "$root" && VMFT_KERNELS=$guest cargo test -q -p vmft-tests --test e2e -- --nocapture kernels:: 2>&1) || true
     case $said in
         *"$guest: replays equal"*) sed -n 's/.*replay equal: \([0-9]* [a-z]*\).*/yes, \1/p' <<<"$said" | head -n 1 ;;
         *"$guest: FAILED: "*) sed -n "s,^$guest: FAILED: ,no: ,p" <<<"$said" | head -n 1 ;;

@@ -1,7 +1,7 @@
 //! The monitor: KVM, machine, record and replay, primary and backup.
 //!
 //! ```text
-//! commands ─> guest, boot ─> machine (kvm + devices) ─> run (Live | Follow) ─> ft (pair) ─> outlet, host
+//! commands ─> guest, boot ─> machine (kvm + devices) ─> run (Live | Follow) ─> pair ─> host
 //! ```
 //! The flow of data and the code map are in docs/architecture.md.
 // `println!` and `eprintln!` panic where nobody reads; `commands::say` and `host::log` do not.

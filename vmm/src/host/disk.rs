@@ -6,7 +6,7 @@
 //! States: [`Disk`] opened, locked or (on a backup) not yet -> [`Disk::start`] -> [`DiskWorker`] -> dropped.
 //!
 //! The lock only refuses an image that another monitor *of a live host* uses by mistake. Which of a pair may
-//! write is decided by their claims (see `ft/claim.rs`): the file server may hold a dead host's lock for
+//! write is decided by their claims (see `pair/claims/claim.rs`): the file server may hold a dead host's lock for
 //! minutes, so a takeover that finds the image locked may go on if it holds the claim.
 //!
 //! Not covered: a request that the host has already passed to a hung file server can reach the image later, and one

@@ -208,11 +208,12 @@ impl World {
             if self.awake(connection.primary).is_some() && !connection.up.is_empty() {
                 steps.push(Step::ToPrimary(place));
             }
-            if self.awake(connection.primary).is_some() && !connection.closed_by_primary {
-                if self.is_paired(connection.primary) {
-                    steps.extend(connection.closed_by_backup.then_some(Step::CloseSeenByPrimary(place)));
-                    steps.extend((self.left.breaks > 0).then_some(Step::BreakSeenByPrimary(place)));
-                }
+            if self.awake(connection.primary).is_some()
+                && !connection.closed_by_primary
+                && self.is_paired(connection.primary)
+            {
+                steps.extend(connection.closed_by_backup.then_some(Step::CloseSeenByPrimary(place)));
+                steps.extend((self.left.breaks > 0).then_some(Step::BreakSeenByPrimary(place)));
             }
         }
         for (beat, Beat { backup, answer, .. }) in self.beats.iter().enumerate() {

@@ -4,7 +4,7 @@
 //! not come, or a claim that cannot be understood, is neither a win nor a loss.
 //!
 //! A *view* is a number that rises with each change of who runs the guest, or who its backup is. Whoever makes the record
-//! of view N at the arbiter (`ft/arbiter`) runs the guest in view N; everyone else has lost that view for good. Only who
+//! of view N at the arbiter (`pair/claims/arbiter`) runs the guest in view N; everyone else has lost that view for good. Only who
 //! was a member of view N - 1, its primary or its backup, may do that; whoever claims reads that record first:
 //!
 //! ```text

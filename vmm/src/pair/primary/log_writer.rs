@@ -54,7 +54,7 @@ enum Mode {
     /// Nobody yet: a backup is being given the guest.
     Joining(Box<Joining>),
     /// A backup, until that is lost and the claim won.
-    Following(Following),
+    Following(Box<Following>),
 }
 
 /// The log to a backup that has the guest.
@@ -171,7 +171,8 @@ impl LogWriter {
 
     /// The log to the backup, if it still has one: the batch that will hold it.
     fn publish_to_backup(&mut self, machine: &Machine, effects: &[Effect]) -> Result<Option<u64>, RunError> {
-        let Mode::Following(Following { outbox, encoder, .. }) = &mut self.mode else { return Ok(None) };
+        let Mode::Following(following) = &mut self.mode else { return Ok(None) };
+        let Following { outbox, encoder, .. } = &mut **following;
         let visible = effects.iter().any(|effect| matches!(effect, Effect::Frame(_) | Effect::Disk(_)));
         let anchor = machine.anchors();
         let due = anchor > self.checked && (visible || anchor - self.checked >= CHECK_EVERY_ANCHORS);
@@ -224,7 +225,7 @@ impl LogWriter {
         };
         if let Some(Joined { outbox, listen, sender }) = self.joiner.finish(machine, *joining)? {
             let encoder = Encoder::new(snapshot::cursor(machine));
-            self.mode = Mode::Following(Following { outbox, encoder, listen });
+            self.mode = Mode::Following(Box::new(Following { outbox, encoder, listen }));
             self.recent = Recent::keeping(ENTRIES_REMEMBERED);
             self.checked = machine.anchors();
             self.sender = Some(sender);
@@ -285,7 +286,7 @@ fn check(machine: &Machine, anchor: u64) -> Entry {
 impl LogSink for LogWriter {
     fn record(&mut self, entry: &Entry) -> Result<(), RunError> {
         match &mut self.mode {
-            Mode::Following(Following { encoder, .. }) => note(encoder, &mut self.recent, entry),
+            Mode::Following(following) => note(&mut following.encoder, &mut self.recent, entry),
             Mode::Alone | Mode::Joining(_) => Ok(()),
         }
     }
@@ -311,13 +312,14 @@ impl LogSink for LogWriter {
 
     fn may_checkpoint(&self) -> bool {
         match &self.mode {
-            Mode::Following(Following { outbox, .. }) => outbox.takes_checkpoint(),
+            Mode::Following(following) => following.outbox.takes_checkpoint(),
             Mode::Alone | Mode::Joining(_) => true,
         }
     }
 
     fn stopped(&mut self, machine: &mut Machine, position: Position) -> Result<u64, RunError> {
-        let Mode::Following(Following { outbox, encoder, .. }) = &mut self.mode else { return Ok(0) };
+        let Mode::Following(following) = &mut self.mode else { return Ok(0) };
+        let Following { outbox, encoder, .. } = &mut **following;
         let mut pages = 0;
         if position == Position::Checkpoint {
             // What the backup had before counts for nothing any more, so it is compared now. A stop changes no digest.
@@ -357,9 +359,8 @@ impl LogSink for LogWriter {
     }
 
     fn hand_over(&mut self, machine: &Machine) -> Result<bool, RunError> {
-        let Mode::Following(Following { outbox, encoder, listen: Some(listen) }) = &mut self.mode else {
-            return Ok(false);
-        };
+        let Mode::Following(following) = &mut self.mode else { return Ok(false) };
+        let Following { outbox, encoder, listen: Some(listen) } = &mut **following else { return Ok(false) };
         let (outbox, listen) = (Arc::clone(outbox), *listen);
         outbox.publish(&encoder.take(), machine.anchors(), Urgency::Urgent);
         if !outbox.drain(DRAIN_TIMEOUT) {
@@ -384,7 +385,8 @@ impl LogSink for LogWriter {
         match std::mem::replace(&mut self.mode, Mode::Alone) {
             Mode::Alone => {}
             Mode::Joining(joining) => self.sender = Some(joining.break_off()),
-            Mode::Following(Following { outbox, mut encoder, .. }) => {
+            Mode::Following(following) => {
+                let Following { outbox, mut encoder, .. } = *following;
                 if ended {
                     encoder
                         .push(&Entry::End { anchor: machine.anchors(), digest: machine.state_digest() })?;
