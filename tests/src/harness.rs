@@ -107,12 +107,12 @@ impl Case {
     }
 }
 
-/// How many tests run at the same time: `VMFT_SITES`, or as many as have a processor and a half each, but two of them on a machine
-/// with two processors. Much of a test's time goes into waiting, and its hosts are seldom busy together.
+/// How many tests run at the same time: `VMFT_SITES`, or as many as have four processors each. Two on a machine with two
+/// processors slow each other down so far that small guests are stopped too seldom to show anything.
 fn at_the_same_time() -> usize {
     let given = std::env::var("VMFT_SITES").ok().and_then(|text| text.parse().ok());
     let processors = thread::available_parallelism().map_or(1, usize::from);
-    given.unwrap_or_else(|| (processors * 2 / 3).max(processors.min(2))).max(1)
+    given.unwrap_or(processors / 4).max(1)
 }
 
 /// Runs the tests that the command line selects, as `cargo test` does, under the names `module::name`. For the `main` of a
