@@ -83,6 +83,6 @@ impl Acks {
 
 /// The next batch tells the backup up to where outputs have left.
 pub(super) fn tell_released(outbox: &Outbox, state: &PrimaryState, gate: &OutputGate<Outlet>) {
-    let waiting = gate.first_waiting();
-    outbox.released(state.protocol(|primary| primary.released(waiting)));
+    let released = gate.with_first_waiting(|waiting| state.protocol(|primary| primary.released(waiting)));
+    outbox.released(released);
 }

@@ -221,9 +221,11 @@ impl<P: Performer> OutputGate<P> {
         waited.unwrap_or_else(PoisonError::into_inner).0.room()
     }
 
-    /// What the first output needs that has not left; what a follower is told comes from that.
-    pub fn first_waiting(&self) -> Option<Needed> {
-        self.lock().first_waiting()
+    /// Answers what `ask` makes of what the first output needs that has not left: what a follower is told. No output comes or
+    /// leaves meanwhile, so that what is acknowledged since does not count for one that has just come.
+    pub fn with_first_waiting<T>(&self, ask: impl FnOnce(Option<Needed>) -> T) -> T {
+        let queue = self.lock();
+        ask(queue.first_waiting())
     }
 
     /// The guest is another's, as the permit says by now: drops what waits. When this returns, nothing is being performed.
@@ -495,6 +497,17 @@ mod tests {
         assert_eq!(queue.next(now, &yes), Some(frame(3)));
         queue.performing = None;
         assert_eq!(queue.first_waiting(), None);
+    }
+
+    #[test]
+    fn no_output_comes_while_the_first_that_waits_is_judged() {
+        let (case, _performed) = protected();
+        case.gate.with_first_waiting(|waiting| {
+            assert_eq!(waiting, None);
+            assert!(case.gate.queue.try_lock().is_err());
+        });
+        case.push(1, frame(1));
+        assert_eq!(case.gate.with_first_waiting(|waiting| waiting), Some(case.rule.needs(1)));
     }
 
     #[test]
