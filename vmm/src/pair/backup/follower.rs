@@ -56,9 +56,6 @@ use crate::run::{
 };
 use crate::snapshot::{self, SnapshotError};
 
-/// Bounds of the time between two looks at how long the primary has been silent.
-const LOOK_MIN: Duration = Duration::from_millis(1);
-const LOOK_MAX: Duration = Duration::from_millis(50);
 /// Pause between two attempts to join a primary that has not yet noticed that its backup is gone.
 const JOIN_AGAIN: Duration = Duration::from_millis(50);
 
@@ -448,7 +445,7 @@ struct Again<'a> {
 }
 
 /// What is known of a guest whose run has ended.
-enum Copy {
+enum Executed {
     /// It is the one that the log describes, up to the log's end.
     Right,
     /// It crashed, as the log says.
@@ -494,53 +491,54 @@ fn follow(
     let source = FromPrimary::new(Arc::clone(&inflow), stop, kept);
     let mut door = Follow::new(source, cursor, config.board.clone(), config.end_page());
     door.inject(ready.faults.clone());
-    let copy = match run::run(&mut machine, &mut door) {
+    let executed = match run::run(&mut machine, &mut door) {
         Ok(stopped @ Stopped::GuestEnded(end)) => {
             let ending = Ending::of_run(stopped, machine.anchors());
             if !end.is_crash() {
                 return Ok(Followed::Ended(ending));
             }
-            Copy::Crashed(ending)
+            Executed::Crashed(ending)
         }
-        Ok(Stopped::Requested | Stopped::LogEnded | Stopped::ReplayEqual) => Copy::Right,
-        Err(RunError::Missed(missed)) => Copy::Desynchronised(Desynchronised::Missed(missed)),
-        Err(other) => Copy::Desynchronised(Desynchronised::Differs(door.differs(&machine, other)?)),
+        Ok(Stopped::Requested | Stopped::LogEnded | Stopped::ReplayEqual) => Executed::Right,
+        Err(RunError::Missed(missed)) => Executed::Desynchronised(Desynchronised::Missed(missed)),
+        Err(other) => Executed::Desynchronised(Desynchronised::Differs(door.differs(&machine, other)?)),
     };
-    if let Copy::Desynchronised(why) = &copy {
+    if let Executed::Desynchronised(why) = &executed {
         let (reason, text) = why.bye();
         inflow.retire(reason, &text);
         rejoin::report(why, side, &machine, view, door.source_mut().take_kept());
     }
     // Here both ends meet: what is known of the guest, and whose it is.
     let ended = ended.recv().map_err(|_| PairError::NotFormed("the receiver's thread is gone".into()))?;
-    match copy {
-        Copy::Desynchronised(why) => desynchronised(ready, machine, why, &ended),
-        Copy::Crashed(ending) => {
-            // As on the primary, which left it to this monitor to say so.
-            if let Some(view) = inflow.protocol(|backup| backup.goes_live()) {
-                let owned = if let Ended::Won { owned, .. } = &ended { owned.as_ref() } else { None };
-                side.end_life(view, owned)?;
-            }
-            Ok(Followed::Ended(ending))
+    let (executed, ended) = match (executed, ended) {
+        (Executed::Desynchronised(why), ended) => return desynchronised(ready, machine, why, &ended),
+        (_, Ended::Barred(why)) => return Err(PairError::OtherImage { why }),
+        both => both,
+    };
+    let won = inflow.protocol(|backup| backup.goes_live());
+    if let Executed::Crashed(ending) = executed {
+        // As on the primary, which left it to this monitor to say so.
+        if let Some(view) = won {
+            let owned = if let Ended::Won { owned, .. } = &ended { owned.as_ref() } else { None };
+            side.end_life(view, owned)?;
         }
-        Copy::Right if inflow.protocol(|backup| backup.goes_live()).is_some() => match ended {
-            Ended::Won { view, owned, noticed } => {
-                go_live(ready, config, machine, door, (view, noticed, owned)).map(Followed::Ended)
-            }
-            Ended::NotLive { view, why: Barred::Stopped(what) } => Err(PairError::NotLive { view, what }),
-            Ended::NotLive { view, why: Barred::Image(why) } => {
-                Err(PairError::OtherImageClaimed { view, why })
-            }
-            other => Ok(Followed::Ended(left(&side.monitor, view, other, None))),
-        },
-        Copy::Right => match ended {
-            Ended::Barred(why) => Err(PairError::OtherImage { why }),
-            ended => {
-                // What the operator wants is no failure.
-                let unfit = unfit.get().filter(|_| !ready.follower.is_stopped());
-                Ok(Followed::Ended(left(&side.monitor, view, ended, unfit)))
-            }
-        },
+        return Ok(Followed::Ended(ending));
+    }
+    match (won, ended) {
+        (Some(_), Ended::Won { view, owned, noticed }) => {
+            go_live(ready, config, machine, door, (view, noticed, owned)).map(Followed::Ended)
+        }
+        (Some(_), Ended::NotLive { view, why: Barred::Stopped(what) }) => {
+            Err(PairError::NotLive { view, what })
+        }
+        (Some(_), Ended::NotLive { view, why: Barred::Image(why) }) => {
+            Err(PairError::OtherImageClaimed { view, why })
+        }
+        (_, ended) => {
+            // What the operator wants is no failure.
+            let unfit = unfit.get().filter(|_| !ready.follower.is_stopped());
+            Ok(Followed::Ended(left(&side.monitor, view, ended, unfit)))
+        }
     }
 }
 
@@ -709,15 +707,15 @@ fn watchdog(
     move || {
         while !inflow.has_ended() {
             let (silent, cut_off) = (heartbeats.silent_for(), heartbeats.is_cut_off());
-            let (gives_up, left) = inflow
-                .protocol(|backup| (backup.gives_up(silent, cut_off), backup.patience_left(silent, cut_off)));
+            let (gives_up, time) = inflow.protocol(|backup| {
+                (backup.gives_up(silent, cut_off), backup.look_again_after(silent, cut_off))
+            });
             if gives_up {
                 tracing::warn!(silent_ms = silent.as_millis() as u64, "the primary is silent");
                 inflow.give_up();
                 return;
             }
-            // A little after the moment at which it counts. Whether others are heard may change before that.
-            if stop.wait(left.clamp(LOOK_MIN, LOOK_MAX)) {
+            if stop.wait(time) {
                 inflow.bye(ByeReason::Shutdown, "the operator stopped this backup");
                 inflow.give_up();
                 return;

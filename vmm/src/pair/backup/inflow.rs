@@ -93,7 +93,7 @@ impl LinkEnd {
 }
 
 /// Whether more is to come, or to be executed.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Flow {
     /// It is.
     #[default]
@@ -101,7 +101,7 @@ enum Flow {
     /// The primary is given up here; the receiver ends with what it has.
     GivenUp,
     /// What is queued is the last of it.
-    Ended(LinkEnd),
+    Ended,
     /// Nobody needs this copy of the guest any more, wherever it is.
     Abandoned,
 }
@@ -180,7 +180,7 @@ impl Inflow {
 
     /// Is nothing more to come?
     pub fn has_ended(&self) -> bool {
-        matches!(self.lock().flow, Flow::Ended(_) | Flow::Abandoned)
+        matches!(self.lock().flow, Flow::Ended | Flow::Abandoned)
     }
 
     /// The figures of the guest that follows here.
@@ -261,7 +261,7 @@ impl Inflow {
         // Nothing is acknowledged any more from here on.
         self.protocol(|backup| backup.link_ended(end.loss()));
         let _ = self.stream.shutdown(Shutdown::Both);
-        self.lock().flow = Flow::Ended(end.clone());
+        self.lock().flow = Flow::Ended;
         self.changed.notify_all();
         end
     }
@@ -289,7 +289,7 @@ impl Inflow {
                 self.changed.notify_all();
                 return Some(part);
             }
-            if matches!(queue.flow, Flow::Ended(_)) {
+            if queue.flow == Flow::Ended {
                 return None;
             }
             queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);

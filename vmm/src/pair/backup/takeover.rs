@@ -37,8 +37,6 @@ use crate::run::{StopSignal, VcpuHandle};
 
 /// Pause between two attempts to take the image.
 const AGAIN: Duration = Duration::from_millis(200);
-/// Shortest wait for a primary that may still be silent: that it is over is seen a little later.
-const WAIT_MIN: Duration = Duration::from_millis(1);
 
 /// What became of a backup.
 pub(super) enum Ended {
@@ -169,8 +167,8 @@ impl Takeover {
         match self.next() {
             Next::Wait => {
                 let (silent_for, cut_off) = (self.heartbeats.silent_for(), self.heartbeats.is_cut_off());
-                let left = self.inflow.protocol(|backup| backup.patience_left(silent_for, cut_off));
-                self.inflow.wait(&self.preparation.stop, left.max(WAIT_MIN));
+                let time = self.inflow.protocol(|backup| backup.look_again_after(silent_for, cut_off));
+                self.inflow.wait(&self.preparation.stop, time);
                 Step::Judge
             }
             Next::Claim { view } if looked => Step::Claim { view },
@@ -276,21 +274,11 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::host::disk::Caching;
-    use crate::host::disk::Disk;
+    use crate::host::disk::{Caching, Disk};
     use crate::host::owner::Owned;
-    use crate::pair::claims::claim::{ClaimRole, Owner, Record, write_record};
     use crate::pair::claims::image_owner::image_to_write;
+    use crate::pair::claims::image_owner::testing::claim;
     use crate::run::StopKind;
-
-    fn claim(guest: &str, view: u64, number: u8) -> String {
-        let owner = owner(number);
-        write_record(&Record { guest: guest.into(), view, owner, backup: None })
-    }
-
-    fn owner(number: u8) -> Owner {
-        Owner { host: "alpha".into(), pid: 17, uuid: [number; 16], role: ClaimRole::Primary }
-    }
 
     /// A primary with an image, and a backup that it has accepted.
     struct Case {

@@ -136,23 +136,31 @@ pub(in crate::pair) fn take_disk(
 }
 
 #[cfg(test)]
+pub(in crate::pair) mod testing {
+    use super::*;
+    use crate::pair::claims::claim::{ClaimRole, write_record};
+
+    /// The record of a claim by the owner of this number.
+    pub fn claim(guest: &str, view: u64, number: u8) -> String {
+        let owner = owner(number);
+        write_record(&Record { guest: guest.into(), view, owner, backup: None })
+    }
+
+    /// One of several.
+    pub fn owner(number: u8) -> Owner {
+        Owner { host: "alpha".into(), pid: 17, uuid: [number; 16], role: ClaimRole::Primary }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use std::fs;
 
     use tempfile::TempDir;
 
+    use super::testing::{claim, owner};
     use super::*;
     use crate::pair::claims::arbiter::{ArbiterSpec, EtcdFiles};
-    use crate::pair::claims::claim::{ClaimRole, write_record};
-
-    fn claim(guest: &str, view: u64, number: u8) -> String {
-        let owner = owner(number);
-        write_record(&Record { guest: guest.into(), view, owner, backup: None })
-    }
-
-    fn owner(number: u8) -> Owner {
-        Owner { host: "alpha".into(), pid: 17, uuid: [number; 16], role: ClaimRole::Primary }
-    }
 
     #[test]
     fn a_guest_is_started_with_an_image_that_nobody_has() {

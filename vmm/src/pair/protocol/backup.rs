@@ -45,7 +45,7 @@ pub enum Verdict {
 /// What to do next, once the link has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Next {
-    /// Look again when [`Backup::patience_left`] is over.
+    /// Look again after [`Backup::look_again_after`].
     Wait,
     /// Claim a view; then [`Backup::claim_says`].
     Claim {
@@ -102,9 +102,11 @@ impl Backup {
         silent_for > patience(self.timeout, cut_off)
     }
 
-    /// How long the primary may stay silent until it is given up, which has been silent for so long.
-    pub fn patience_left(&self, silent_for: Duration, cut_off: bool) -> Duration {
-        patience(self.timeout, cut_off).saturating_sub(silent_for)
+    /// When to look again at a primary that has been silent for so long: a little after the moment at which that counts, but
+    /// soon in any case, because whether others are heard may change meanwhile.
+    pub fn look_again_after(&self, silent_for: Duration, cut_off: bool) -> Duration {
+        let left = patience(self.timeout, cut_off).saturating_sub(silent_for);
+        left.clamp(self.timeout / 100, self.timeout / 10)
     }
 
     /// There will be no more batches, and no more acknowledgements.
@@ -195,8 +197,14 @@ mod tests {
     fn who_hears_nobody_at_all_lets_the_primary_go_first() {
         let mut backup = lost(LinkLoss::Unsure);
         assert!(backup.gives_up(TOO_LONG, false) && !backup.gives_up(TOO_LONG, true));
-        assert_eq!(backup.patience_left(TOO_LONG, false), Duration::ZERO);
-        assert_eq!(backup.patience_left(TOO_LONG, true), 2 * TIMEOUT - TOO_LONG);
+        assert_eq!(backup.look_again_after(TOO_LONG, false), TIMEOUT / 100);
+        assert_eq!(
+            backup.look_again_after(TOO_LONG, true),
+            TIMEOUT / 10,
+            "somebody else may be heard before"
+        );
+        let nearly = TIMEOUT - TIMEOUT / 20;
+        assert_eq!(backup.look_again_after(nearly, false), TIMEOUT / 20);
         assert_eq!(backup.next(TOO_LONG, true, false), Next::Wait);
         assert_eq!(backup.next(2 * TIMEOUT, true, false), Next::Wait);
         assert_eq!(backup.next(2 * TOO_LONG, true, false), Next::Claim { view: 8 });
