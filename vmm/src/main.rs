@@ -13,6 +13,7 @@ use tracing_subscriber::EnvFilter;
 use vmft::commands::{self, CommandError};
 use vmft::config::Cli;
 use vmft::host::log::{self, LogWriter};
+use vmft::launch::LaunchError;
 
 fn main() -> ExitCode {
     if let Err(error) = log::start() {
@@ -30,7 +31,7 @@ fn run() -> u8 {
     // A limit on the size of files is an error of the write that meets it, not the end of the monitor.
     // SAFETY: it installs no handler.
     if let Err(error) = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) } {
-        return failed(&CommandError::Host { what: "ignore a signal", source: error.into() });
+        return failed(&LaunchError::host("ignore a signal")(error.into()).into());
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

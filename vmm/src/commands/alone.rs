@@ -15,7 +15,9 @@ use crate::host::backends::{Outlet, always};
 use crate::host::deferral::Deferral;
 use crate::host::disk::Caching;
 use crate::host::inbox::Inbox;
-use crate::launch::{Ending, GuestSettings, Prepared, Terminal, prepare, start_thread, take_signals, watch};
+use crate::launch::{
+    Ending, GuestSettings, LaunchError, Prepared, Terminal, prepare, start_thread, take_signals, watch,
+};
 use crate::position::{self, Wanted};
 use crate::run::{
     self, FileLog, HostSide, HostTime, INBOX_EVENTS, Live, LogSink, Mailbox, NoLog, StopKind, VcpuHandle,
@@ -45,7 +47,7 @@ pub fn record(file: &Path, guest: &GuestSettings, positions: Wanted) -> Result<E
 
 fn finish_snapshot<W: Write>(sink: BufWriter<ft_log::SnapshotSink<'_, W>>) -> Result<(), CommandError> {
     let sink =
-        sink.into_inner().map_err(|error| CommandError::host("write the snapshot")(error.into_error()))?;
+        sink.into_inner().map_err(|error| LaunchError::host("write the snapshot")(error.into_error()))?;
     sink.finish().map_err(|error| CommandError::Run(error.into()))
 }
 

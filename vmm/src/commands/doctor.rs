@@ -5,7 +5,7 @@
 use super::{CommandError, say};
 use crate::config::DoctorArgs;
 use crate::doctor::{self, Fitness, Options, Report};
-use crate::launch::Ending;
+use crate::launch::{Ending, LaunchError};
 
 /// `vmft doctor`: a line for each thing that matters, then a verdict.
 pub fn doctor(args: &DoctorArgs) -> Result<Ending, CommandError> {
@@ -13,7 +13,7 @@ pub fn doctor(args: &DoctorArgs) -> Result<Ending, CommandError> {
         doctor::examine(&Options { arbiter: args.arbiter.clone(), etcd: args.etcd.files(), peer: args.peer });
     if args.json {
         let text = serde_json::to_string_pretty(&report)
-            .map_err(|error| CommandError::host("write the report")(error.into()))?;
+            .map_err(|error| LaunchError::host("write the report")(error.into()))?;
         say(text)?;
     } else {
         let checks: String = report.checks.iter().map(|check| format!("{check}\n")).collect();

@@ -73,13 +73,6 @@ pub enum CommandError {
         #[source]
         source: std::io::Error,
     },
-    /// Something that the host should always be able to give.
-    #[error("this host cannot {what}: {source}")]
-    Host {
-        what: &'static str,
-        #[source]
-        source: std::io::Error,
-    },
 }
 
 impl CommandError {
@@ -90,10 +83,6 @@ impl CommandError {
             Self::Pair(error) => error.status(),
             _ => 1,
         }
-    }
-
-    fn host(what: &'static str) -> impl Fn(std::io::Error) -> Self {
-        move |source| Self::Host { what, source }
     }
 }
 

@@ -13,7 +13,7 @@ use crate::config::{ShutdownArgs, StatusArgs, TargetArgs};
 use crate::control::client::{ClientError, ask};
 use crate::control::protocol::{Answer, Command, Direction, Refusal, Role, Status};
 use crate::control::socket;
-use crate::launch::Ending;
+use crate::launch::{Ending, LaunchError};
 
 /// Why an operator does not get what was asked for.
 #[derive(Debug, Error)]
@@ -53,7 +53,7 @@ pub fn status(args: &StatusArgs) -> Result<Ending, CommandError> {
     let status = current(&path(&args.target)?)?;
     if args.json {
         let text = serde_json::to_string_pretty(&status)
-            .map_err(|error| CommandError::host("write the status")(error.into()))?;
+            .map_err(|error| LaunchError::host("write the status")(error.into()))?;
         say(text)?;
     } else {
         say(text(&status).trim_end())?;

@@ -21,7 +21,7 @@ use super::CommandError;
 use crate::config::Cli;
 use crate::host::LogEvent;
 use crate::host::log;
-use crate::launch::{Ending, asked_to_end};
+use crate::launch::{Ending, LaunchError, asked_to_end};
 
 /// The subcommand of the new life.
 const STANDBY: &str = "standby";
@@ -86,7 +86,7 @@ fn execute(words: &[OsString]) -> CommandError {
     log::flush();
     // The program that runs, even if another one has its name by now.
     let error = Command::new("/proc/self/exe").args(words).exec();
-    CommandError::host("execute the monitor's program again")(error)
+    LaunchError::host("execute the monitor's program again")(error).into()
 }
 
 /// The words behind the program's name with which a process that was started with `words` becomes a standby: each of

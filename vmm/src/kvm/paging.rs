@@ -93,7 +93,7 @@ impl<'a> AddressSpace<'a> {
 
     /// The guest-physical address of `linear`, if the CPU would reach it without a fault.
     pub fn translate(&self, linear: u64, access: Access) -> Option<u64> {
-        self.walk(linear).leaf.filter(|leaf| self.allows(access, leaf)).map(|leaf| leaf.gpa)
+        self.translate_run(linear, access).0
     }
 
     /// Does `linear` lie in a page that was accessed before, so that the CPU would change no entry?

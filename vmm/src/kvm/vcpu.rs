@@ -133,8 +133,7 @@ pub fn kick(thread: libc::pthread_t) {
 impl Vcpu {
     pub(super) fn new(mut fd: VcpuFd) -> Self {
         fd.set_sync_valid_reg(SyncReg::Register);
-        let byte: *mut u8 = &mut fd.get_kvm_run().immediate_exit;
-        KICK_TARGET.set(byte);
+        KICK_TARGET.set(immediate_exit(&mut fd));
         Self { fd, _not_send: PhantomData }
     }
 
@@ -144,8 +143,7 @@ impl Vcpu {
 
     /// Runs the guest until it leaves. Unfinished I/O of the last exit completes first.
     pub fn enter(&mut self) -> Result<Exit, KvmError> {
-        let byte: *mut u8 = &mut self.fd.get_kvm_run().immediate_exit;
-        KICK_TARGET.set(byte);
+        KICK_TARGET.set(immediate_exit(&mut self.fd));
         match self.fd.run() {
             Ok(VcpuExit::IoIn(..)) => Ok(self.pio_exit(false)),
             Ok(VcpuExit::IoOut(..)) => Ok(self.pio_exit(true)),
@@ -353,11 +351,15 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        let byte: *mut u8 = &mut self.fd.get_kvm_run().immediate_exit;
-        if KICK_TARGET.get() == byte {
+        if KICK_TARGET.get() == immediate_exit(&mut self.fd) {
             KICK_TARGET.set(std::ptr::null_mut());
         }
     }
+}
+
+/// Where [`kick`]'s handler says that the vCPU is to leave.
+fn immediate_exit(fd: &mut VcpuFd) -> *mut u8 {
+    &mut fd.get_kvm_run().immediate_exit
 }
 
 /// The values of the MSRs of these numbers, all of them.

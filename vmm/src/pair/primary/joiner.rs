@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+use devices::Payload;
 use ft_log::{Refusal, SealKey, StreamError, Welcome};
 
 use super::accept::refuse;
@@ -30,11 +31,12 @@ use crate::control::protocol::Peer;
 use crate::guest::GuestConfig;
 use crate::host::backends::Outlet;
 use crate::host::{LogEvent, spawn};
+use crate::kvm::DirtyLog;
 use crate::machine::Machine;
 use crate::pair::claims::claim::{Claims, Member, Owner};
 use crate::pair::claims::claimant::Claimant;
 use crate::pair::protocol::{Answer, Ask, Life};
-use crate::pair::wire::channel::{Channel, Receiving};
+use crate::pair::wire::channel::{Channel, Receiving, Sending};
 use crate::pair::wire::transfer::{self, Copied, Copying, Transfer, TransferError};
 use crate::run::{RunError, VcpuHandle};
 use crate::with_causes;
@@ -163,12 +165,12 @@ impl Naming {
 }
 
 /// What the copying thread needs.
-struct Sending {
+struct SendTask {
     naming: Naming,
     copying: Copying,
-    config: devices::Payload,
+    config: Payload,
     welcome: Welcome,
-    log: crate::kvm::DirtyLog,
+    log: DirtyLog,
     host: String,
     address: SocketAddr,
     stream: TcpStream,
@@ -178,9 +180,9 @@ struct Sending {
     outbox: Receiver<Arc<Outbox>>,
 }
 
-impl Sending {
+impl SendTask {
     /// Sends the guest, then its log.
-    fn run(mut self, mut out: crate::pair::wire::channel::Sending) {
+    fn run(mut self, mut out: Sending) {
         let vcpu = self.vcpu.clone();
         let ask = move || vcpu.ask_for_boundary();
         let (log, naming) = (&self.log, &mut self.naming);
@@ -246,7 +248,7 @@ impl Joiner {
             asked: None,
         };
         let (outbox, outbox_of) = bounded(1);
-        let sending = Sending {
+        let task = SendTask {
             naming,
             copying,
             config: self.config.to_payload(),
@@ -260,7 +262,7 @@ impl Joiner {
             vcpu: self.vcpu.clone(),
             outbox: outbox_of,
         };
-        let sender = spawn("log-sender", move || sending.run(out)).map_err(StreamError::Io)?;
+        let sender = spawn("log-sender", move || task.run(out)).map_err(StreamError::Io)?;
         self.monitor.set_transfer(Some(transfer.watch(&host)));
         let first_pause = started.elapsed();
         Ok(Joining {

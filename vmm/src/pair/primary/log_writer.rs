@@ -209,7 +209,7 @@ impl LogWriter {
                 self.mode = Mode::Joining(Box::new(joining));
             }
             Err(error) => {
-                tracing::warn!(error = %with_causes(&error), "a backup cannot be given the guest; it goes on without");
+                tracing::warn!(error = %with_causes(&error), "a backup cannot be given the guest; it continues without");
             }
         }
     }
@@ -292,12 +292,12 @@ impl LogSink for LogWriter {
     }
 
     fn publish(&mut self, machine: &Machine, effects: &mut Vec<Effect>) -> Result<(), RunError> {
-        let state = Arc::clone(&self.joiner.state);
-        state.note_position(machine.anchors());
+        self.joiner.state.note_position(machine.anchors());
         let batch = self.publish_to_backup(machine, effects)?;
         if !effects.is_empty() {
             // Without a batch the backup is lost and the claim open, or there is none: the protocol knows.
-            let needed = Needed { epoch: state.protocol(|primary| primary.epoch()), batch };
+            let epoch = self.joiner.state.protocol(|primary| primary.epoch());
+            let needed = Needed { epoch, batch };
             for effect in effects.drain(..) {
                 let mut room = self.joiner.gate.push(needed, effect);
                 // The guest waits with its outputs. A gate that closes or opens makes room.

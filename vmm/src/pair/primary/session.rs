@@ -98,7 +98,7 @@ pub fn primary(
     live.run(Vec::new(), None, vcpu)
 }
 
-/// The view in which a guest may be started: the first, or the one behind its last orderly end.
+/// The view in which a guest may be started: the first, or the one after its last orderly end.
 fn first_view(claims: &Claims, name: &str) -> Result<u64, PairError> {
     match claims.latest()? {
         None => Ok(1),
@@ -246,7 +246,7 @@ fn order_handler(
     Box::new(move |command, monitor| handler.take(command, monitor))
 }
 
-/// Puts the host's resources to work behind a gate that is open: there is no backup yet.
+/// Puts the host's resources to work, with a gate that lets all out: there is no backup yet.
 fn open_gate(
     side: &Side,
     heartbeats: &Arc<Heartbeats>,

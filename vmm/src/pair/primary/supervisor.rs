@@ -265,7 +265,7 @@ impl Supervisor {
             self.monitor,
             Unprotected,
             self.standing(false, why),
-            "unprotected: the guest goes on without a backup"
+            "unprotected: the guest continues without a backup"
         );
         self.monitor.set_peer(None);
     }
