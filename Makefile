@@ -16,6 +16,8 @@ help: ## This list
 build: ## The monitor, with optimisation: target/x86_64-unknown-linux-gnu/release/vmft
 	cargo build --release -p vmft --bin vmft
 
+# The images' programs are those that the tests want: they are not built in release mode as well.
+test test-long e2e: export VMFT_PROFILE = dev
 test: ## All that CI runs; the last line is `N passed, N failed, N skipped`
 	@MAKE=$(MAKE) scripts/test.sh lint guest unit e2e
 
@@ -23,6 +25,7 @@ lint: ## Format and clippy, as CI wants them
 	cargo fmt --all --check
 	rustfmt --edition 2024 --check fuzz/fuzz_targets/*.rs
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --test e2e -- -D warnings
 
 fmt: ## Format everything
 	cargo fmt --all

@@ -23,10 +23,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::client::{Client, Config, Report, dump};
-use crate::events::{PROTECTED, TRANSFER_FINAL};
+use crate::events::{PROTECTED, TAKEOVER, TRANSFER_FINAL, UNPROTECTED};
 use crate::harness::TestResult;
 use crate::hosts::{
-    HostConfig, HostError, HostKind, HostProcess, Images, Link, Net, TestHost, build_vmft, make_disk,
+    Ending, HostConfig, HostError, HostKind, HostProcess, Images, Link, Net, TestHost, build_vmft, make_disk,
     make_key,
 };
 use crate::lock;
@@ -629,6 +629,25 @@ pub fn text_field<'a>(line: &'a str, field: &str) -> Option<&'a str> {
     rest.split(' ').next()
 }
 
+/// Of a pair whose link is cut, exactly one continues: that one, and the one that stops.
+pub fn exactly_one<'a>(
+    primary: &'a Monitor,
+    backup: &'a Monitor,
+) -> Result<(&'a Monitor, &'a Monitor), Box<dyn std::error::Error>> {
+    let deadline = Instant::now() + SHORT;
+    while primary.ending().is_none() && backup.ending().is_none() && Instant::now() < deadline {
+        thread::sleep(LOOK);
+    }
+    let (goes_on, stops, sign) = match (primary.ending(), backup.ending()) {
+        (None, Some(_)) => (primary, backup, UNPROTECTED),
+        (Some(_), None) => (backup, primary, TAKEOVER),
+        both => return Err(format!("one must end and one go on: {both:?}").into()),
+    };
+    assert_eq!(stops.ending(), Some(Ending::Exited(3)));
+    println!("host {} goes on: {}", goes_on.host, goes_on.wait_for_line(sign, SHORT)?);
+    Ok((goes_on, stops))
+}
+
 impl Monitor {
     /// How many lines with `text` it has written.
     pub fn count(&self, text: &str) -> usize {
@@ -642,32 +661,32 @@ impl Monitor {
         words: &str,
         timeout: Duration,
     ) -> Result<String, Box<dyn std::error::Error>> {
-        let deadline = Instant::now() + timeout;
-        loop {
-            let is_it = |line: &String| line.contains(event) && line.contains(words);
-            if let Some(line) = self.output().into_iter().find(is_it) {
-                return Ok(line);
-            }
-            if Instant::now() > deadline {
-                return Err(format!("host {} did not say {event} with '{words}'", self.host).into());
-            }
-            thread::sleep(LOOK);
-        }
+        let is_it = |line: &String| line.contains(event) && line.contains(words);
+        self.wait_until(&format!("{event} with '{words}'"), timeout, || self.output().into_iter().find(is_it))
     }
 
     /// Waits until it has written `count` lines with `text`, for `timeout` at most.
     pub fn wait_for_lines(&self, text: &str, count: usize, timeout: Duration) -> TestResult {
+        let said = || (self.count(text) >= count).then_some(());
+        self.wait_until(&format!("'{text}' {count} times"), timeout, said)
+    }
+
+    /// Waits until `said` finds something in what it has written, for `timeout` at most, and no longer than it runs.
+    fn wait_until<T>(
+        &self,
+        what: &str,
+        timeout: Duration,
+        said: impl Fn() -> Option<T>,
+    ) -> Result<T, Box<dyn std::error::Error>> {
         let deadline = Instant::now() + timeout;
         loop {
+            // Before what it has said is looked at: nothing more comes after it has ended.
             let ending = self.ending();
-            if self.count(text) >= count {
-                return Ok(());
+            if let Some(found) = said() {
+                return Ok(found);
             }
             if ending.is_some() || Instant::now() > deadline {
-                let host = self.host;
-                return Err(
-                    format!("host {host} did not say '{text}' {count} times; it ended: {ending:?}").into()
-                );
+                return Err(format!("host {} did not say {what}; it ended: {ending:?}", self.host).into());
             }
             thread::sleep(LOOK);
         }

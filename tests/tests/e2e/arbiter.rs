@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use vmft_tests::client::Client;
@@ -13,7 +13,9 @@ use vmft_tests::events::{
 };
 use vmft_tests::harness::{Case, Need, TestResult};
 use vmft_tests::hosts::{Ending, Etcd, Link};
-use vmft_tests::pair::{Guest, LONG, Monitor, SERVICE_READY, SHORT, Site, Volume, field, load, more_replies};
+use vmft_tests::pair::{
+    Guest, LONG, Monitor, SERVICE_READY, SHORT, Site, Volume, exactly_one, field, load, more_replies,
+};
 
 use crate::SITES;
 
@@ -22,8 +24,6 @@ const NEEDS: &[Need] = &[Need::Root, Need::Tun, Need::Qemu, Need::Etcd];
 const OWNER: &str = "disk.img.vmft-owner";
 /// For how long nothing may happen while the arbiter or a fence is awaited.
 const WAITING: Duration = Duration::from_secs(3);
-/// How often something that changes by itself is looked at.
-const LOOK: Duration = Duration::from_millis(20);
 
 /// The tests.
 pub const CASES: &[Case] = &[
@@ -104,17 +104,7 @@ fn etcd_decides() -> TestResult {
             assert_eq!(monitor.count(CLAIM_UNDECIDED), 1, "it is said once");
         }
         etcd.freeze(0..3, false);
-        let deadline = Instant::now() + SHORT;
-        while primary.ending().is_none() && backup.ending().is_none() && Instant::now() < deadline {
-            thread::sleep(LOOK);
-        }
-        let (goes_on, stops, sign) = match (primary.ending(), backup.ending()) {
-            (None, Some(_)) => (&primary, &backup, UNPROTECTED),
-            (Some(_), None) => (&backup, &primary, TAKEOVER),
-            both => return Err(format!("one must end and one go on: {both:?}").into()),
-        };
-        assert_eq!(stops.ending(), Some(Ending::Exited(3)));
-        println!("host {} goes on: {}", goes_on.host, goes_on.wait_for_line(sign, SHORT)?);
+        let (goes_on, stops) = exactly_one(&primary, &backup)?;
         more_replies(&client, 20)?;
 
         let view = join_without_arbiter(site, &guest, &volume, &client, (&mut etcd, goes_on, stops.host))?;

@@ -16,7 +16,7 @@ use vmft_tests::harness::{Case, TestResult};
 use vmft_tests::hosts::{Capture, Ending, HostError, Link};
 use vmft_tests::pair::{
     GUEST_MAC, Guest, LONG, Monitor, Random, SERVICE_READY, SHORT, Site, Volume, count_from_environment,
-    field, file_hash, load, more_replies,
+    exactly_one, field, file_hash, load, more_replies,
 };
 
 use crate::SITES;
@@ -208,17 +208,7 @@ fn cut_logging_link_leaves_exactly_one() -> TestResult {
         let client = site.client(load())?;
         more_replies(&client, 50)?;
         site.host(1).cut(Link::Log)?;
-        let deadline = Instant::now() + SHORT;
-        while primary.ending().is_none() && backup.ending().is_none() && Instant::now() < deadline {
-            thread::sleep(LOOK);
-        }
-        let (goes_on, stops, sign) = match (primary.ending(), backup.ending()) {
-            (None, Some(_)) => (&primary, &backup, UNPROTECTED),
-            (Some(_), None) => (&backup, &primary, TAKEOVER),
-            both => return Err(format!("one must end and one go on: {both:?}").into()),
-        };
-        assert_eq!(stops.ending(), Some(Ending::Exited(3)));
-        println!("host {} goes on: {}", goes_on.host, goes_on.wait_for_line(sign, SHORT)?);
+        let (goes_on, _) = exactly_one(&primary, &backup)?;
         more_replies(&client, 50)?;
         assert_eq!(goes_on.ending(), None);
         assert_eq!(volume.claims()?, ["guest.view-1", "guest.view-2", "guest.view-3"]);
